@@ -136,7 +136,8 @@ def keep_params_on_sphere(
             w = sphere.promote(p)
             moved = w + u.astype(w.dtype)
             inverse = sphere.inverse_norm(moved, axis)
-            projected = jnp.where(inverse > 0, radius * moved * inverse - w, 0)
+            moves = (inverse > 0) | ~jnp.isfinite(moved)  # a NaN or inf must stay visible
+            projected = jnp.where(moves, radius * moved * inverse - w, 0)
             return projected.astype(p.dtype)
 
         return _map_with_axes(project, axes, params, updates), state

@@ -89,7 +89,7 @@ def angle(a: jax.Array, b: jax.Array, axis: Axis = -1, keepdims: bool = False) -
 def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:
     """Spherical interpolation along the great circle from a (t=0) to b (t=1).
 
-    Equation 4: ``sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b``.
+    Equation 6: ``sin((1-t) theta)/sin(theta) a + sin(t theta)/sin(theta) b``.
 
     Args:
       a, b: unit vectors along ``axis``, of one shape.

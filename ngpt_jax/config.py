@@ -1,0 +1,391 @@
+"""Every field a run has: type, default and meaning, in one place.
+
+Experiment files build an ``ml_collections.ConfigDict`` with :func:`default_config`, the
+command line overrides single fields, and :func:`from_config_dict` turns the result into
+the typed, checked :class:`Config` that the rest of the program reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+
+class ConfigError(ValueError):
+    """Bad input of the user's: one line that names the field and the mend."""
+
+
+def _field(default: Any, meaning: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
+def _section(factory: Any, meaning: str) -> Any:
+    return dataclasses.field(default_factory=factory, metadata={"help": meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A learned scale (paper, section 2.5): effective = raw * init / scale, raw starts at scale.
+
+    Adam moves raw by about one learning rate a step, so the effective value moves by
+    learning_rate * init / scale.
+    """
+
+    init: float = _field(1.0, "effective value at the start")
+    scale: float | None = _field(None, "raw value at the start; None: 1/sqrt(width)")
+
+
+def _scale(init: float, scale: float | None, meaning: str) -> Any:
+    return _section(lambda: Scale(init, scale), meaning)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    kind: str = _field("ngpt", "ngpt, or gpt (the baseline: pre-norm, RMSNorm)")
+    layers: int = _field(4, "transformer blocks")
+    width: int = _field(128, "size of the residual stream (d_model, the embed axis)")
+    heads: int = _field(4, "query heads")
+    kv_heads: int | None = _field(None, "key and value heads; None: as many as query heads")
+    head_dim: int | None = _field(None, "channels of a head, even; None: width / heads")
+    mlp_width: int | None = _field(None, "hidden units of the SwiGLU; None: 4 * width")
+    context: int = _field(128, "tokens of a training window")
+    vocab_size: int | None = _field(None, "token ids in use; None: the tokenizer's")
+    vocab_multiple: int = _field(128, "tables are padded to a multiple of this; logits of padding are masked")
+    rope_base: float = _field(10000.0, "base of the rotary position embedding")
+    qk_norm: bool | None = _field(None, "normalize q and k per head; None: yes in nGPT, no in GPT")
+    rms_eps: float = _field(1e-6, "epsilon of the baseline's RMSNorm")
+    init_std: float | None = _field(None, "of the matrices; None: 1/sqrt(width) in nGPT (of no effect), 0.02 in GPT")
+    normalize_on_read: bool = _field(False, "nGPT: also normalize each matrix where it is read (gradients become tangent)")
+    alpha_a: Scale = _scale(0.05, None, "eigen learning rates of the attention step")
+    alpha_m: Scale = _scale(0.05, None, "eigen learning rates of the MLP step")
+    s_qk: Scale = _scale(1.0, None, "scale of the normalized q and k")
+    s_u: Scale = _scale(1.0, 1.0, "scale of the SwiGLU's linear branch")
+    s_v: Scale = _scale(1.0, 1.0, "scale of the SwiGLU's gate, times sqrt(width)")
+    s_z: Scale = _scale(1.0, None, "scale of the logits, one per token id")
+    dtype: str = _field("float32", "of activations and matmuls: float32, bfloat16 or float64")
+    param_dtype: str = _field("float32", "of the stored parameters")
+    scan_layers: bool = _field(True, "compile one block and scan it over the layers")
+    remat: bool = _field(False, "recompute each block in the backward pass to save memory")
+    loss_chunk: int = _field(2048, "tokens whose logits exist at one time in the loss")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    learning_rate: float = _field(1e-3, "peak")
+    schedule: str = _field("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
+    warmup_steps: int | None = _field(None, "None: 0 for nGPT; for GPT 2000 or a tenth of the run, the smaller")
+    final_fraction: float = _field(0.0, "learning rate at the end over the peak (cosine, wsd)")
+    decay_fraction: float = _field(0.2, "share of the steps that wsd decays in")
+    b1: float = _field(0.9, "Adam's decay of the first moment")
+    b2: float = _field(0.95, "Adam's decay of the second moment")
+    eps: float = _field(1e-8, "Adam's epsilon, outside the root")
+    weight_decay: float | None = _field(None, "on matrices; None: 0 for nGPT, 0.1 for GPT")
+    clip_norm: float = _field(1.0, "global norm above which gradients are scaled down; 0: never")
+    clip_eps: float = _field(0.0, "added to the norm: 0 is optax's form, 1e-6 PyTorch's")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    source: str = _field("stdlib", "stdlib (the running Python's own source code) or text (local files)")
+    paths: tuple[str, ...] = _field((), "text: files, folders or globs of .txt, .jsonl, also .gz; repeat the flag for more")
+    eval_paths: tuple[str, ...] = _field((), "text: held-out sets as name=path; none: held_out of the documents")
+    text_key: str = _field("text", "text: field of a .jsonl line that holds the document")
+    held_out: float = _field(0.05, "share of the text kept for evaluation where no eval_paths are given")
+    tokenizer: str = _field("byte", "byte, or the path of a tokenizers JSON file")
+    end_of_document: str | None = _field(None, "token put after each document; None: </s>, <|endoftext|>, ... as found")
+    seed: int = _field(0, "of the shuffle")
+    threads: int = _field(2, "that read ahead")
+    prefetch: int = _field(8, "batches read ahead")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int | None = _field(None, "length of the run in steps (give steps or tokens)")
+    tokens: int | None = _field(None, "length of the run in tokens, rounded up to whole steps")
+    batch_size: int = _field(16, "windows a step, over all devices")
+    seed: int = _field(0, "of the parameters' init")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = _field(500, "steps between evaluations; the last one is always made")
+    batch_size: int | None = _field(None, "windows a batch; None: the training batch")
+    batches: int | None = _field(None, "batches of an evaluation on the way; None: all. The last one reads all")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = _field(1000, "steps between checkpoints; the last step is always saved")
+    keep: int = _field(2, "newest checkpoints that stay on disk")
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    every: int = _field(50, "steps between lines of metrics")
+    wandb_project: str | None = _field(None, "also log to this Weights & Biases project (extra wandb)")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    prompt: str = _field("\n", "text to go on from at the end of a run")
+    tokens: int = _field(256, "tokens to generate at the end of a run; 0: none")
+    temperature: float = _field(0.8, "of the softmax; 0: always the likeliest token")
+    seed: int = _field(0, "of the sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    model: ModelConfig = _section(ModelConfig, "the network")
+    optimizer: OptimizerConfig = _section(OptimizerConfig, "Adam and its schedule")
+    data: DataConfig = _section(DataConfig, "text and tokens")
+    train: TrainConfig = _section(TrainConfig, "the run")
+    eval: EvalConfig = _section(EvalConfig, "held-out loss")
+    checkpoint: CheckpointConfig = _section(CheckpointConfig, "saves")
+    log: LogConfig = _section(LogConfig, "metrics")
+    sample: SampleConfig = _section(SampleConfig, "text at the end")
+
+
+# --------------------------------------------------------------------- ConfigDict and back
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _plain_type(hint: Any) -> Any:
+    """float | None -> float, tuple[str, ...] -> tuple."""
+    if isinstance(hint, types.UnionType):
+        hint = next(a for a in typing.get_args(hint) if a is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+    """A locked ConfigDict with the fields of a dataclass; None fields can still be set."""
+    out = ml_collections.ConfigDict()
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            out[name] = to_config_dict(value)
+        elif _is_optional(hint):
+            out[name] = config_dict.placeholder(_plain_type(hint))
+            out[name] = value
+        else:
+            out[name] = value
+    return out.lock()
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a locked ConfigDict, for experiment files to edit."""
+    return to_config_dict(Config())
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean ...?' for a mistyped name, or the empty string."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not close:  # the right leaf in the wrong section
+        close = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    if value is None and _is_optional(hint):
+        return None
+    plain = _plain_type(hint)
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if plain is tuple and isinstance(value, list | tuple):
+        if bad := [v for v in value if not isinstance(v, str)]:
+            raise ConfigError(f"{name} must be strings, got {bad[0]!r}.")
+        return tuple(value)
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {type_name(hint)}, got {value!r}.")
+    return value
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = _hints(cls)
+    for name in values:
+        if name not in hints:
+            known = [prefix + h for h in hints]
+            raise ConfigError(f"Unknown field {prefix}{name}.{did_you_mean(prefix + name, known)}")
+    out: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if name not in values:
+            continue
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping | ml_collections.ConfigDict):
+                raise ConfigError(f"{prefix}{name} is a section of fields, got {value!r}.")
+            out[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
+        else:
+            out[name] = _convert(value, hint, prefix + name)
+    return cls(**out)
+
+
+def from_config_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
+    """Typed config from a ConfigDict or a nested dict; raises ConfigError."""
+    return resolve(_build(Config, values, ""))
+
+
+def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]:
+    """(dotted name, type, value, meaning) of every field below a config dataclass."""
+    hints = _hints(type(config))
+    for f in dataclasses.fields(config):
+        value, name = getattr(config, f.name), prefix + f.name
+        if dataclasses.is_dataclass(value):
+            above = "" if isinstance(value, Scale) is False else f.metadata["help"] + ": "
+            for n, t, v, meaning in fields(value, name + "."):
+                yield n, t, v, above + meaning
+        else:
+            yield name, hints[f.name], value, f.metadata["help"]
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """'name: value in a -> value in b' for each field in which two configs differ."""
+    other = {name: value for name, _, value, _ in fields(b)}
+    return [
+        f"{name}: {value!r} -> {other[name]!r}"
+        for name, _, value, _ in fields(a)
+        if value != other[name]
+    ]
+
+
+# --------------------------------------------------------------------- derived and checked
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    _require(
+        value in known,
+        f"{name} must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}",
+    )
+
+
+def resolve(config: Config) -> Config:
+    """Checks every field and fills in those that follow from others."""
+    m, o, d, t = config.model, config.optimizer, config.data, config.train
+    _one_of("model.kind", m.kind, ("ngpt", "gpt"))
+    _one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
+    _one_of("model.param_dtype", m.param_dtype, ("float32", "bfloat16", "float64"))
+    _one_of("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
+    _one_of("data.source", d.source, ("stdlib", "text"))
+    for name, _, value, _ in fields(config):
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in _POSITIVE and value is not None:
+            _require(value > 0, f"{name} must be positive, got {value}.")
+        if leaf in _NOT_NEGATIVE and value is not None:
+            _require(value >= 0, f"{name} must not be negative, got {value}.")
+    for name in ("b1", "b2", "final_fraction", "decay_fraction"):
+        value = getattr(o, name)
+        _require(0 <= value <= 1, f"optimizer.{name} must lie in [0, 1], got {value}.")
+    _require(0 < d.held_out < 1, f"data.held_out must lie between 0 and 1, got {d.held_out}.")
+
+    kv_heads = m.kv_heads or m.heads
+    _require(
+        m.head_dim is not None or m.width % m.heads == 0,
+        f"model.width = {m.width} is not divisible by model.heads = {m.heads};"
+        " change one of them, or set model.head_dim.",
+    )
+    head_dim = m.head_dim or m.width // m.heads
+    _require(
+        head_dim % 2 == 0, f"model.head_dim = {head_dim} must be even: RoPE rotates pairs of channels."
+    )
+    _require(
+        m.heads % kv_heads == 0,
+        f"model.heads = {m.heads} is not divisible by model.kv_heads = {kv_heads}.",
+    )
+    _require(
+        not (m.kind == "gpt" and m.normalize_on_read),
+        "model.normalize_on_read is for model.kind=ngpt; the baseline has free weights.",
+    )
+    scales = {
+        name: dataclasses.replace(getattr(m, name), scale=getattr(m, name).scale or m.width**-0.5)
+        for name in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+    }
+    ngpt = m.kind == "ngpt"
+    model = dataclasses.replace(
+        m,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_width=m.mlp_width or 4 * m.width,
+        qk_norm=ngpt if m.qk_norm is None else m.qk_norm,
+        init_std=m.init_std or (m.width**-0.5 if ngpt else 0.02),
+        **scales,
+    )
+
+    tokens_per_step = t.batch_size * m.context
+    _require(
+        t.steps is not None or t.tokens is not None,
+        "Give the length of the run: train.steps or train.tokens.",
+    )
+    from_tokens = -(-t.tokens // tokens_per_step) if t.tokens is not None else None
+    _require(
+        t.steps is None or from_tokens in (None, t.steps),
+        f"train.steps = {t.steps} and train.tokens = {t.tokens} ({from_tokens} steps) disagree;"
+        " set one of them to None.",
+    )
+    steps = t.steps if t.steps is not None else typing.cast(int, from_tokens)
+    train = dataclasses.replace(t, steps=steps)
+
+    warmup = o.warmup_steps
+    if warmup is None:
+        warmup = 0 if ngpt else min(2000, steps // 10)
+    _require(
+        o.schedule == "constant" or warmup < steps,
+        f"optimizer.warmup_steps = {warmup} must be below the {steps} steps of the run.",
+    )
+    decay = o.weight_decay
+    optimizer = dataclasses.replace(
+        o, warmup_steps=warmup, weight_decay=(0.0 if ngpt else 0.1) if decay is None else decay
+    )
+
+    if d.source == "text":
+        _require(bool(d.paths), "data.source=text needs data.paths, e.g. --config.data.paths=book.txt")
+    else:
+        _require(
+            not d.paths and not d.eval_paths,
+            f"data.paths and data.eval_paths are for data.source=text, not {d.source}.",
+        )
+    for item in d.eval_paths:
+        _require(
+            "=" in item, f"data.eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt"
+        )
+    evaluation = dataclasses.replace(config.eval, batch_size=config.eval.batch_size or t.batch_size)
+    return dataclasses.replace(
+        config, model=model, optimizer=optimizer, train=train, eval=evaluation
+    )
+
+
+_POSITIVE = frozenset(
+    "layers width heads kv_heads head_dim mlp_width context vocab_size vocab_multiple rope_base"
+    " init_std scale loss_chunk learning_rate eps threads prefetch steps tokens batch_size batches"
+    " every keep".split()
+) - {"tokens"}
+_NOT_NEGATIVE = frozenset(
+    "rms_eps warmup_steps weight_decay clip_norm clip_eps temperature tokens".split()
+)

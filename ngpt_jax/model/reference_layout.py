@@ -1,0 +1,148 @@
+"""Parameters in the names and layout of the authors' PyTorch code, to ours and back.
+
+Theirs are torch Linear weights (out, in), one entry a layer, RoPE on interleaved pairs,
+up and gate fused in one matrix. Ours are kernels with an axis for the heads, stacked over
+layers, RoPE on halves, tables padded. The raw scale parameters are the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ngpt_jax.config import ModelConfig
+from ngpt_jax.model.rotary import interleaved_to_half
+from ngpt_jax.model.transformer import padded_vocab_size, real_vocab
+
+Array = np.ndarray
+
+
+class _Entry(NamedTuple):
+    """Our parameters (one, or up and gate) for a name of theirs, and the two maps."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    read: Callable[[Array], tuple[Array, ...]]
+    write: Callable[..., Array]
+
+
+def _transposed(theirs: str, ours: str) -> _Entry:
+    return _Entry(theirs, (ours,), lambda w: (w.T,), lambda w: w.T)
+
+
+def _same(theirs: str, ours: str) -> _Entry:
+    return _Entry(theirs, (ours,), lambda w: (w,), lambda w: w)
+
+
+def _halves(theirs: str, ours: tuple[str, str]) -> _Entry:
+    """Matrices (out, in) become (in, out); vectors stay; the first half is up, then gate."""
+    return _Entry(
+        theirs,
+        ours,
+        lambda w: tuple(half.T for half in np.split(w, 2, axis=0)),
+        lambda u, v: np.concatenate([u.T, v.T], axis=0),
+    )
+
+
+def _heads(theirs: str, ours: str, heads: int, head_dim: int, rotated: bool) -> _Entry:
+    """(heads * head_dim, embed) <-> (embed, heads, head_dim), channels in our RoPE layout."""
+    order = interleaved_to_half(head_dim) if rotated else np.arange(head_dim)
+    return _Entry(
+        theirs,
+        (ours,),
+        lambda w: (np.moveaxis(w.reshape(heads, head_dim, -1)[:, order], -1, 0),),
+        lambda w: np.moveaxis(w, 0, -1)[:, np.argsort(order)].reshape(heads * head_dim, -1),
+    )
+
+
+def _layer_entries(c: ModelConfig) -> list[_Entry]:
+    assert c.kv_heads is not None and c.head_dim is not None
+    heads, kv_heads, head_dim = c.heads, c.kv_heads, c.head_dim
+    order = interleaved_to_half(head_dim)
+    entries = [
+        _heads("query.weight", "query_kernel", heads, head_dim, rotated=True),
+        _heads("key.weight", "key_kernel", kv_heads, head_dim, rotated=True),
+        _heads("value.weight", "value_kernel", kv_heads, head_dim, rotated=False),
+        _Entry(
+            "att_c_proj.weight",
+            ("out_kernel",),
+            lambda w: (w.T.reshape(heads, head_dim, -1),),
+            lambda w: w.reshape(heads * head_dim, -1).T,
+        ),
+        _halves("c_fc.weight", ("up_kernel", "gate_kernel")),
+        _transposed("mlp_c_proj.weight", "down_kernel"),
+    ]
+    if c.kind == "gpt":
+        return [
+            *entries,
+            _same("rmsnorm_att.weight", "attention_norm"),
+            _same("rmsnorm_mlp.weight", "mlp_norm"),
+        ]
+    return [
+        *entries,
+        _same("attn_alpha", "alpha_a"),
+        _same("mlp_alpha", "alpha_m"),
+        _Entry(
+            "sqk",
+            ("s_qk",),
+            lambda w: (w.reshape(kv_heads, head_dim)[:, order],),
+            lambda w: w[:, np.argsort(order)].reshape(-1),
+        ),
+        _halves("suv", ("s_u", "s_v")),
+    ]
+
+
+def _top_entries(c: ModelConfig) -> list[tuple[str, str, tuple[str, ...]]]:
+    """(theirs, ours, axes) of the parameters outside the blocks, the same in both layouts."""
+    return [
+        ("transformer.wte.weight", "input_embedding", ("vocab", "embed")),
+        ("lm_head.weight", "output_embedding", ("vocab", "embed")),
+        ("sz", "s_z", ("vocab",))
+        if c.kind == "ngpt"
+        else ("rmsnorm_f.weight", "final_norm", ("embed",)),
+    ]
+
+
+def _pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:
+    """Rows of padding: in nGPT's tables the first basis vector, else ``fill``."""
+    extra = np.full((padded_vocab_size(c) - w.shape[0], *w.shape[1:]), fill, w.dtype)
+    if w.ndim == 2 and c.kind == "ngpt":
+        extra[:, 0] = 1
+    return np.concatenate([w, extra])
+
+
+def from_reference(theirs: Mapping[str, Array], config: ModelConfig) -> dict[str, Any]:
+    """Our parameter tree from {name: array} in the authors' layout.
+
+    Args:
+      theirs: every parameter under the authors' name; raises KeyError for a missing one.
+      config: a resolved ModelConfig with the shape of ``theirs``.
+    """
+    params: dict[str, Any] = {"layers": {}}
+    for name, ours, axes in _top_entries(config):
+        w = np.asarray(theirs[name])
+        fill = config.s_z.scale if ours == "s_z" else 0
+        params[ours] = _pad_vocab(w, config, fill or 0) if "vocab" in axes else w
+    for entry in _layer_entries(config):
+        per_layer = [
+            entry.read(np.asarray(theirs[f"transformer.h.{i}.{entry.theirs}"]))
+            for i in range(config.layers)
+        ]
+        for ours, stack in zip(entry.ours, zip(*per_layer)):
+            params["layers"][ours] = np.stack(stack)
+    return params
+
+
+def to_reference(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Array]:
+    """The inverse of :func:`from_reference`; padding is left out. Gradients map alike."""
+    theirs = {
+        name: np.asarray(real_vocab(params[ours], axes, config))
+        for name, ours, axes in _top_entries(config)
+    }
+    for entry in _layer_entries(config):
+        stacked = [np.asarray(params["layers"][ours]) for ours in entry.ours]
+        for i in range(config.layers):
+            theirs[f"transformer.h.{i}.{entry.theirs}"] = entry.write(*(w[i] for w in stacked))
+    return theirs

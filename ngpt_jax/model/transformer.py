@@ -1,0 +1,276 @@
+"""One Transformer, two kinds: nGPT and the GPT baseline of its paper.
+
+Every parameter is declared once with the names of its axes; shapes, the axis of unit norm,
+optimizer groups and the parameter table follow from the names. Equation numbers are those
+of https://arxiv.org/abs/2410.01131.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ngpt_jax import sphere
+from ngpt_jax.config import ModelConfig, Scale
+from ngpt_jax.model.attention import causal_attention
+from ngpt_jax.model.rotary import apply_rope, rope_tables
+
+Axes = tuple[str, ...]
+
+
+def padded_vocab_size(config: ModelConfig) -> int:
+    """Rows of the tables: vocab_size rounded up to a multiple of vocab_multiple."""
+    assert config.vocab_size is not None
+    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
+
+
+def axis_sizes(config: ModelConfig) -> dict[str, Any]:
+    """Length of every named axis."""
+    return {
+        "layers": config.layers,
+        "vocab": padded_vocab_size(config),
+        "embed": config.width,
+        "heads": config.heads,
+        "kv_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "mlp": config.mlp_width,
+    }
+
+
+def _declare(module: nn.Module, config: ModelConfig, name: str, axes: Axes, init) -> jax.Array:
+    sizes = axis_sizes(config)
+    shape = tuple(sizes[axis] for axis in axes)
+    boxed = nn.with_logical_partitioning(init, axes)
+    return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
+
+
+def matrix(
+    module: nn.Module, config: ModelConfig, name: str, axes: Axes, std_factor: float = 1.0
+) -> jax.Array:
+    """A matrix in the compute dtype: in nGPT a set of unit vectors along its embed axis.
+
+    The parameter transform: vectors are put on the sphere at init, and, with
+    ``normalize_on_read``, again wherever they are read, so that gradients are tangent.
+    """
+    assert config.init_std is not None
+    axis = axes.index("embed")
+    normal = nn.initializers.normal(config.init_std * std_factor)
+
+    def init(key, shape, dtype):
+        w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+        return (sphere.normalize(w, axis) if config.kind == "ngpt" else w).astype(dtype)
+
+    w = _declare(module, config, name, axes, init)
+    if config.normalize_on_read:
+        w = sphere.normalize(w, axis)
+    return w.astype(config.dtype)
+
+
+def scale(module: nn.Module, config: ModelConfig, name: str, axes: Axes, spec: Scale) -> jax.Array:
+    """A learned scale, effective value in at least float32 (section 2.5)."""
+    assert spec.scale is not None
+    raw = _declare(module, config, name, axes, nn.initializers.constant(spec.scale))
+    return sphere.promote(raw) * (spec.init / spec.scale)
+
+
+def gain(module: nn.Module, config: ModelConfig, name: str, axis: str) -> jax.Array:
+    """The learned gain of an RMSNorm, in at least float32."""
+    return sphere.promote(_declare(module, config, name, (axis,), nn.initializers.ones))
+
+
+def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, in at least float32."""
+    x32 = sphere.promote(x)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + eps) * gain).astype(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each followed by a step of the hidden state h (B, T, embed).
+
+    nGPT:  h <- Norm(h + alpha * (Norm(f(h)) - h))     equations 10 and 11
+    GPT:   h <- h + f(RMSNorm(h))                      equations 4 and 5
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, h: jax.Array, tables: tuple[jax.Array, jax.Array]):
+        c = self.config
+        h = self._step(h, self._attention(self._norm(h, "attention_norm"), tables), "alpha_a")
+        h = self._step(h, self._mlp(self._norm(h, "mlp_norm")), "alpha_m")
+        self.sow("intermediates", "hidden", h)
+        return h.astype(c.dtype), None  # (carry, nothing to stack): the form nn.scan wants
+
+    def _norm(self, x: jax.Array, name: str, axis: str = "embed") -> jax.Array:
+        c = self.config
+        return x if c.kind == "ngpt" else rms_norm(x, gain(self, c, name, axis), c.rms_eps)
+
+    def _step(self, h: jax.Array, proposal: jax.Array, name: str) -> jax.Array:
+        c = self.config
+        if c.kind == "gpt":
+            return h + proposal
+        alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
+        # Norm(h) is h, but for a block's first input it takes the radial part out of the
+        # gradient of the token table, as the authors' code does.
+        here = sphere.normalize(sphere.promote(h))
+        there = sphere.normalize(sphere.promote(proposal))
+        return sphere.lerp(here, there, alpha).astype(h.dtype)
+
+    def _attention(self, h: jax.Array, tables) -> jax.Array:
+        c = self.config
+        assert c.head_dim is not None and c.kv_heads is not None
+        q = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim")))
+        k = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim")))
+        v = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim")))
+        if c.kind == "ngpt":
+            q, k = apply_rope(q, tables), apply_rope(k, tables)
+            # One s_qk for q and k (equations 15, 16), a key head sharing it with its query heads.
+            s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
+            q = self._unit_heads(q, jnp.repeat(s_qk, c.heads // c.kv_heads, axis=0))
+            k = self._unit_heads(k, s_qk)
+            softmax_scale = math.sqrt(c.head_dim)
+        else:
+            if c.qk_norm:
+                q = self._norm(q, "query_norm", "head_dim")
+                k = self._norm(k, "key_norm", "head_dim")
+            q, k = apply_rope(q, tables), apply_rope(k, tables)
+            softmax_scale = 1 / math.sqrt(c.head_dim)
+        out = causal_attention(q, k, v, softmax_scale)  # (B, T, heads, head_dim)
+        kernel = matrix(self, c, "out_kernel", ("heads", "head_dim", "embed"), self._out_std())
+        return jnp.einsum("bthk,hkd->btd", out, kernel)
+
+    def _unit_heads(self, x: jax.Array, s: jax.Array) -> jax.Array:
+        x32 = sphere.promote(x)
+        unit = sphere.normalize(x32) if self.config.qk_norm else x32
+        return (unit * s).astype(x.dtype)
+
+    def _mlp(self, h: jax.Array) -> jax.Array:
+        c = self.config
+        u = h @ matrix(self, c, "up_kernel", ("embed", "mlp"))
+        v = h @ matrix(self, c, "gate_kernel", ("embed", "mlp"))
+        if c.kind == "ngpt":  # equations 20 and 21; sqrt(d) matters for v alone
+            u = u * scale(self, c, "s_u", ("mlp",), c.s_u).astype(u.dtype)
+            s_v = scale(self, c, "s_v", ("mlp",), c.s_v) * math.sqrt(c.width)
+            v = v * s_v.astype(v.dtype)
+        kernel = matrix(self, c, "down_kernel", ("mlp", "embed"), self._out_std())
+        return (u * nn.silu(v)) @ kernel
+
+    def _out_std(self) -> float:
+        return (2 * self.config.layers) ** -0.5
+
+
+class Transformer(nn.Module):
+    """Token ids (B, T) to logits (B, T, padded vocab).
+
+    Parameters are a plain nested dict; those of the blocks are stacked along a first axis
+    "layers", whether the blocks are scanned or unrolled.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.input_table = matrix(self, c, "input_embedding", ("vocab", "embed"))
+        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
+            unroll=1 if c.scan_layers else c.layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c)
+        self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"))
+        if c.kind == "ngpt":
+            self.output_scale = scale(self, c, "s_z", ("vocab",), c.s_z)
+        else:
+            self.final_gain = gain(self, c, "final_norm", "embed")
+
+    def hidden(self, tokens: jax.Array) -> jax.Array:
+        """The last hidden states (B, T, embed), ready for the output table."""
+        c = self.config
+        h = jnp.take(self.input_table, tokens, axis=0)
+        self.sow("intermediates", "embedded", h)
+        dtype = jnp.promote_types(c.dtype, jnp.float32)
+        tables = rope_tables(jnp.arange(tokens.shape[1]), c.head_dim, c.rope_base, dtype)
+        h, _ = self.layers(h, tables)
+        return rms_norm(h, self.final_gain, c.rms_eps) if c.kind == "gpt" else h
+
+    def head(self) -> tuple[jax.Array, jax.Array | None]:
+        """The output table (vocab, embed) and s_z (vocab,), which is None in GPT."""
+        return self.output_table, self.output_scale if self.config.kind == "ngpt" else None
+
+    def hidden_and_head(self, tokens: jax.Array):
+        return self.hidden(tokens), *self.head()
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
+        h, table, s_z = self.hidden_and_head(tokens)
+        dtype = jnp.promote_types(self.config.dtype, jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
+        logits = logits if s_z is None else logits * s_z
+        real = jnp.arange(table.shape[0]) < self.config.vocab_size
+        return jnp.where(real, logits, -jnp.inf)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+    """Parameters as a plain nested dict, on the sphere for nGPT."""
+    return nn.unbox(_init_boxed(config, key))
+
+
+def _init_boxed(config: ModelConfig, key: jax.Array):
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return Transformer(config).init(key, tokens)["params"]
+
+
+@functools.cache
+def param_axes(config: ModelConfig) -> dict[str, Any]:
+    """A tree like the parameters with each leaf's axis names, a tuple of strings."""
+    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
+    specs = nn.get_partition_spec(boxed)
+    return jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
+
+
+def is_axes(leaf: Any) -> bool:
+    """For ``is_leaf``: a leaf of :func:`param_axes`."""
+    return isinstance(leaf, tuple) and all(isinstance(a, str) for a in leaf)
+
+
+def is_matrix(axes: Axes) -> bool:
+    """A matrix has the embed axis and one other besides layers; all else is a scale vector."""
+    return "embed" in axes and len(set(axes) - {"layers"}) > 1
+
+
+def unit_axes(config: ModelConfig) -> dict[str, Any]:
+    """A tree like the parameters with the axis of unit norm, None for vectors and for GPT.
+
+    This is what :func:`ngpt_jax.projection.keep_params_on_sphere` takes.
+    """
+
+    def unit_axis(axes: Axes) -> int | None:
+        return axes.index("embed") if config.kind == "ngpt" and is_matrix(axes) else None
+
+    return jax.tree.map(unit_axis, param_axes(config), is_leaf=is_axes)
+
+
+def real_vocab(leaf: Any, axes: Axes, config: ModelConfig) -> Any:
+    """A parameter without the rows of padding, for counts, means and exports."""
+    if "vocab" not in axes:
+        return leaf
+    index = [slice(None)] * len(axes)
+    index[axes.index("vocab")] = slice(config.vocab_size)
+    return leaf[tuple(index)]
+
+
+def num_params(config: ModelConfig) -> int:
+    """Parameters of the model, padding left out."""
+    sizes = axis_sizes(config) | {"vocab": config.vocab_size}
+    leaves = jax.tree.leaves(param_axes(config), is_leaf=is_axes)
+    return sum(math.prod(sizes[a] for a in axes) for axes in leaves)

@@ -1,0 +1,61 @@
+"""One function per recipe, each an optax chain."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ngpt_jax.config import Config, OptimizerConfig
+from ngpt_jax.model.transformer import unit_axes
+from ngpt_jax.optim.groups import matrix_mask
+from ngpt_jax.optim.schedules import make_schedule
+from ngpt_jax.projection import keep_params_on_sphere
+
+
+def clip_by_global_norm(max_norm: float, eps: float = 0.0) -> optax.GradientTransformation:
+    """Scales all updates by min(1, max_norm / (global norm + eps)).
+
+    ``eps = 0`` is :func:`optax.clip_by_global_norm`, ``eps = 1e-6`` PyTorch's
+    ``clip_grad_norm_``, which the authors' code uses.
+    """
+
+    def update_fn(updates, state, params=None):
+        del params
+        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + eps))
+        return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)
+
+
+def _clipped_adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
+    clip = [clip_by_global_norm(config.clip_norm, config.clip_eps)] if config.clip_norm else []
+    return [*clip, optax.scale_by_adam(config.b1, config.b2, config.eps)]
+
+
+def ngpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """nGPT's: Adam on everything, then back onto the sphere."""
+    decay = config.optimizer.weight_decay
+    return optax.chain(
+        *_clipped_adam(config.optimizer),
+        *([optax.add_decayed_weights(decay, matrix_mask(config.model))] if decay else []),
+        optax.scale_by_learning_rate(schedule),
+        keep_params_on_sphere(unit_axes(config.model)),
+    )
+
+
+def gpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The baseline's: AdamW, decay on matrices alone."""
+    return optax.chain(
+        *_clipped_adam(config.optimizer),
+        optax.add_decayed_weights(config.optimizer.weight_decay, matrix_mask(config.model)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The recipe of ``model.kind`` and its learning-rate schedule, for a resolved config."""
+    assert config.train.steps is not None
+    schedule = make_schedule(config.optimizer, config.train.steps)
+    recipe = {"ngpt": ngpt, "gpt": gpt}[config.model.kind]
+    return recipe(config, schedule), schedule

@@ -1,0 +1,40 @@
+"""Learning-rate schedules: functions of the number of updates already made."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import optax
+
+from ngpt_jax.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then cosine, wsd (stable, then linear decay) or constant.
+
+    Args:
+      config: resolved; with ``warmup_steps = 0`` step 0 has the peak rate.
+      steps: length of the run; cosine and wsd reach ``final_fraction`` of the peak there.
+
+    Returns:
+      A function from the count of updates to the learning rate, a float scalar.
+    """
+    warmup = config.warmup_steps or 0
+    decay = max(1, round(config.decay_fraction * steps))
+
+    def share_of_peak(count):
+        if config.schedule == "cosine":
+            progress = jnp.clip((count - warmup) / (steps - warmup), 0, 1)
+            falling = (1 + jnp.cos(jnp.pi * progress)) / 2
+        elif config.schedule == "wsd":
+            falling = jnp.clip((steps - count) / decay, 0, 1)
+        else:
+            return jnp.ones_like(count)
+        return config.final_fraction + (1 - config.final_fraction) * falling
+
+    def schedule(count):
+        count = jnp.asarray(count) * 1.0  # float64 where that is the default
+        rising = count / max(warmup, 1)
+        share = jnp.where(count < warmup, rising, share_of_peak(count))
+        return config.learning_rate * share
+
+    return schedule

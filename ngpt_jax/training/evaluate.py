@@ -1,0 +1,61 @@
+"""Held-out loss: summed nats over a set, per token and as bits per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from ngpt_jax.config import Config
+from ngpt_jax.data import pipeline
+from ngpt_jax.training.step import Batch, summed_nats
+
+SummedNats = Callable[[Any, Batch], jax.Array]
+
+
+def make_summed_nats(config: Config) -> SummedNats:
+    """Jitted (params, batch) -> summed nats over the batch's weighted targets."""
+    return jax.jit(lambda params, batch: summed_nats(config.model, params, batch))
+
+
+def evaluate(
+    config: Config,
+    params: Any,
+    eval_set: pipeline.EvalSet,
+    nats_fn: SummedNats,
+    put: Callable[[Any], Batch],
+    limit: int | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Loss of ``params`` on a held-out set.
+
+    Args:
+      config: resolved.
+      params: the parameters.
+      eval_set: tokens and the bytes that they stand for.
+      nats_fn: from :func:`make_summed_nats`.
+      put: moves a batch of numpy arrays to the devices.
+      limit: batches to read; None reads the whole set, each target once.
+      stopped: polled at each batch.
+
+    Returns:
+      loss (nats a token; end-of-document counts as a token), perplexity, tokens, and, for
+      the whole set alone, bits_per_byte = nats / ln 2 / UTF-8 bytes. None if stopped.
+    """
+    assert config.eval.batch_size is not None
+    batches: Iterator[dict[str, Any]] = pipeline.eval_batches(
+        eval_set, config.model.context, config.eval.batch_size, limit
+    )
+    sums, tokens = [], 0.0
+    for batch in batches:
+        if stopped():
+            return None
+        tokens += float(batch["weights"].sum())
+        sums.append(nats_fn(params, put(batch)))
+    nats = math.fsum(float(s) for s in jax.device_get(sums))
+    out = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
+    if limit is None:
+        out["bits_per_byte"] = nats / math.log(2) / eval_set.num_bytes
+    return out

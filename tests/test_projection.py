@@ -1,0 +1,596 @@
+"""The optax transformation, alone and inside optax, Flax, scans and meshes."""
+
+import dataclasses
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from optax._src import base
+
+from ngpt_jax.projection import keep_params_on_sphere, project_params, sphere_deviation
+
+ROOT = Path(__file__).parents[1]
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2.0**-8, "float64": 1e-14}
+property_test = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def normal(*shape, seed=0, dtype="float32"):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def norms(x, axis):
+    return np.sqrt(np.sum(np.square(f64(x)), axis=axis))
+
+
+def off_sphere(x, axis, radius=1.0):
+    """The largest distance of a vector's norm from the radius, in float64 numpy."""
+    return np.abs(norms(x, axis) - radius).max()
+
+
+def one_step(params, axes, updates, radius=1.0):
+    """Parameters after one update by the transformation alone."""
+    tx = keep_params_on_sphere(axes, radius)
+    updates, _ = tx.update(updates, tx.init(params), params)
+    return optax.apply_updates(params, updates)
+
+
+def run_python(code, **env):
+    """The last line that a fresh interpreter prints, read as json."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, "-c", code]
+    out = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert out.returncode == 0, out.stderr
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+# One step
+
+
+@pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (0, -1), (0, 1, 2)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_norms_after_a_step(dtype, axis):
+    with jax.enable_x64(True):
+        params = project_params(normal(4, 8, 6, dtype=dtype), axis)
+        updates = 0.1 * normal(4, 8, 6, seed=1, dtype=dtype)
+        new = one_step(params, axis, updates)
+    assert params.dtype == new.dtype == dtype
+    assert off_sphere(params, axis) < TOLERANCE[dtype]
+    assert off_sphere(new, axis) < TOLERANCE[dtype]
+    moved = f64(params) + f64(updates)
+    expected = moved / np.sqrt(np.sum(np.square(moved), axis, keepdims=True))
+    np.testing.assert_allclose(f64(new), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@property_test
+@given(*[hnp.arrays(np.float32, (3, 5), elements=st.floats(-8, 8, width=32))] * 2)
+def test_any_step_ends_on_the_sphere(params, updates):
+    new = one_step(params, 1, updates)
+    still = norms(params + updates, 1) < 1.09e-19  # its square is below the least float32
+    expected = np.where(still, norms(params, 1), 1)
+    np.testing.assert_allclose(norms(new, 1), expected, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_updates_have_the_dtype_and_structure_of_params(dtype):
+    """Gradients in float32, parameters in either."""
+    params = {"a": [normal(4, 3, dtype=dtype)], "b": (normal(3, dtype=dtype),)}
+    axes = {"a": [0], "b": (0,)}
+    tx = keep_params_on_sphere(axes)
+    updates = jax.tree.map(lambda p: jnp.ones(p.shape, jnp.float32), params)
+    updates, _ = tx.update(updates, tx.init(params), params)
+    assert jax.tree.structure(updates) == jax.tree.structure(params)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    new = optax.apply_updates(params, updates)
+    assert off_sphere(new["a"][0], 0) < 2.0**-8
+    assert off_sphere(new["b"][0], 0) < 2.0**-8
+
+
+def test_bfloat16_is_computed_in_float32():
+    """A sum of 4096 squares stops at 256 in bfloat16."""
+    params = project_params(jnp.ones(4096, jnp.bfloat16), 0)
+    assert off_sphere(params, 0) == 0
+    assert off_sphere(one_step(params, 0, params), 0) == 0
+
+
+def test_sgd_on_the_sphere_matches_numpy():
+    """w <- Norm(w - lr A w) in float64 by hand; it finds the least eigenvector of A."""
+    a = np.diag([1.0, 2.0, 3.0, 4.0]) + 0.1
+    w = np.array([0.1, 0.5, -0.5, 0.7])
+    w /= np.linalg.norm(w)
+    tx = optax.chain(optax.sgd(0.2), keep_params_on_sphere(0))
+    params = jnp.asarray(w, jnp.float32)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda w: w @ jnp.asarray(a, jnp.float32) @ w / 2)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(60):
+        w -= 0.2 * a @ w
+        w /= np.linalg.norm(w)
+        params, state = step(params, state)
+        np.testing.assert_allclose(params, w, rtol=0, atol=2e-6)
+    assert params @ a @ params == pytest.approx(np.linalg.eigvalsh(a)[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vectors_sent_to_zero_stay(dtype):
+    """To zero, zero, away from zero, an ordinary one."""
+    params = jnp.array([[0.6, 0.8], [0, 0], [0, 0], [1, 0]], dtype)
+    updates = jnp.array([[-0.6, -0.8], [0, 0], [0, 2], [0, 1]], dtype)
+    new = one_step(params, 1, updates)
+    half = np.sqrt(0.5)
+    expected = [f64(params)[0], [0, 0], [0, 1], [half, half]]
+    np.testing.assert_allclose(f64(new), expected, rtol=0, atol=TOLERANCE[dtype])
+    np.testing.assert_array_equal(new[:2], params[:2])
+
+
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_a_diverged_update_is_not_hidden(bad):
+    new = one_step(jnp.eye(2), 0, jnp.array([[bad, 1.0], [0.0, 1.0]]))
+    assert not np.isfinite(new[:, 0]).all()
+    np.testing.assert_allclose(new[:, 1], np.array([1, 2]) / np.sqrt(5), atol=1e-6)
+
+
+@pytest.mark.parametrize("radius", [0.5, 3.0, np.float32(2.0)])
+def test_radius(radius):
+    params = project_params(normal(5, 4), 0, radius)
+    assert off_sphere(params, 0, float(radius)) < 1e-6
+    new = one_step(params, 0, 0.1 * normal(5, 4, seed=1), radius)
+    assert off_sphere(new, 0, float(radius)) < 1e-6
+    assert sphere_deviation(new, 0, radius) < 1e-6
+    assert sphere_deviation(new, 0) == pytest.approx(abs(1 - radius), abs=1e-6)
+
+
+# Trees
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+@dataclasses.dataclass
+class Module:
+    """An Equinox style module: a class that is a tree, absent leaves are None."""
+
+    weight: jax.Array
+    bias: jax.Array | None
+
+
+jax.tree_util.register_dataclass(Module, ["weight", "bias"], [])
+
+W = np.random.default_rng(2).standard_normal((4, 3)).astype(np.float32)
+B = np.array([1.0, -2.0, 3.0], np.float32)
+# Parameters, axes, and the axis of each array in the order of jax.tree.leaves.
+TREES = {
+    "dict": ({"w": W, "b": B}, {"w": 0, "b": None}, [None, 0]),
+    "tuple": ((W, B), (0, 0), [0, 0]),
+    "tuple_of_tuples": ((W, B), ((0, 1), None), [(0, 1), None]),
+    "list": ([W, W], [(1,), None], [1, None]),
+    "nested": ({"a": [(W, W)], "b": B}, {"a": [(None, -1)], "b": -1}, [None, -1, -1]),
+    "namedtuple": (Layer(W, None), Layer(1, None), [1]),
+    "none_with_an_axis": ({"w": W, "b": None}, {"w": (0, -1), "b": 0}, [(0, -1)]),
+    "module": (Module(W, None), Module(0, None), [0]),
+    "array": (W, 0, [0]),
+    "array_and_tuple": (W, (0, 1), [(0, 1)]),
+    "array_left_alone": (W, None, [None]),
+    "only_none": ({"w": None}, {"w": None}, []),
+    "empty": ({}, {}, []),
+}
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+@pytest.mark.parametrize("tree", TREES)
+def test_trees(tree, as_function):
+    params, axes, leaf_axes = TREES[tree]
+    new = one_step(
+        params,
+        (lambda params: axes) if as_function else axes,
+        jax.tree.map(lambda p: np.float32(0.1) * p[::-1], params),
+    )
+    assert jax.tree.structure(new) == jax.tree.structure(params)
+    for p, q, axis in zip(*map(jax.tree.leaves, (params, new)), leaf_axes, strict=True):
+        if axis is None:
+            np.testing.assert_allclose(q, p + 0.1 * p[::-1], rtol=1e-6)
+        else:
+            assert off_sphere(q, axis) < 1e-6
+
+
+def test_a_function_of_params_chooses_axes_by_name_or_rank():
+    def axes(params):
+        return jax.tree.map(lambda p: 0 if p.ndim == 2 else None, params)
+
+    new = one_step({"w": W, "b": B}, axes, {"w": W[::-1], "b": B})
+    assert off_sphere(new["w"], 0) < 1e-6
+    np.testing.assert_array_equal(new["b"], 2 * B)
+
+
+def test_masked_nodes_pass_through():
+    """optax.masked replaces a leaf or a whole subtree by a MaskedNode."""
+    node = optax.MaskedNode()
+    params = {"w": W, "b": node, "layer": node}
+    axes = {"w": 0, "b": 0, "layer": {"kernel": 1, "bias": None}}
+    tx = keep_params_on_sphere(axes)
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert updates["b"] == updates["layer"] == node
+    assert off_sphere(W + updates["w"], 0) < 1e-6
+    assert project_params(params, axes)["layer"] == node
+    assert sphere_deviation(params, axes)["layer"] is None
+
+
+@pytest.mark.parametrize("absent", [None, optax.MaskedNode()])
+def test_absent_updates_pass_through(absent):
+    tx = keep_params_on_sphere({"w": 0, "b": 0})
+    params = {"w": W, "b": B}
+    updates, _ = tx.update({"w": W, "b": absent}, tx.init(params), params)
+    assert updates["b"] is absent
+
+
+# Errors
+
+
+def test_missing_params_raise_the_message_of_optax():
+    tx = keep_params_on_sphere(0)
+    with pytest.raises(ValueError, match=re.escape(base.NO_PARAMS_MSG)):
+        tx.update(W, tx.init(W))
+
+
+def update_without_init(params, axes):
+    keep_params_on_sphere(axes).update(params, optax.EmptyState(), params)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda params, axes: keep_params_on_sphere(axes).init(params),
+        update_without_init,
+        project_params,
+        sphere_deviation,
+    ],
+    ids=["init", "update", "project_params", "sphere_deviation"],
+)
+@pytest.mark.parametrize(
+    ("axes", "error", "match"),
+    [
+        (0, ValueError, "axes must have the structure of params"),
+        ({"w": 0}, ValueError, "axes must have the structure of params"),
+        ({"w": 0, "b": 0, "c": 0}, ValueError, "axes must have the structure of params"),
+        ((0, None), ValueError, "axes must have the structure of params"),
+        (lambda params: {"w": 0}, ValueError, "axes must have the structure of params"),
+        ({"w": 2, "b": 0}, ValueError, r"axes\['w'\] = 2 is out of range for shape \(4, 3\)"),
+        ({"w": -3, "b": 0}, ValueError, r"axes\['w'\] = -3 is out of range"),
+        ({"w": 0, "b": (0, 1)}, ValueError, r"axes\['b'\] = 1 is out of range for shape \(3,\)"),
+        ({"w": (), "b": 0}, ValueError, r"axes\['w'\] is an empty tuple"),
+        ({"w": True, "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* True of type bool"),
+        ({"w": 0.0, "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type float"),
+        ({"w": (0, 1.0), "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type float"),
+        ({"w": [0], "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type list"),
+        ({"w": "0", "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type str"),
+        ({"w": 0, "b": np.int64(0)}, TypeError, r"axes\['b'\] must be .* of type int64"),
+        ({"w": 0, "b": np.array(0)}, TypeError, r"axes\['b'\] must be .* of type ndarray"),
+        ({"w": 0, "b": jnp.array(0)}, TypeError, r"axes\['b'\] must be .* of type ArrayImpl"),
+    ],
+)
+def test_wrong_axes(call, axes, error, match):
+    with pytest.raises(error, match=match):
+        call({"w": W, "b": B}, axes)
+
+
+def test_a_repeated_axis_is_refused():
+    with pytest.raises(ValueError, match="duplicate"):
+        update_without_init(W, (0, -2))
+
+
+# Transformations of jax and optax
+
+
+def test_jit_and_scan_agree_with_eager():
+    axes = {"w": 0, "b": None}
+    tx = keep_params_on_sphere(axes)
+    params = {"w": W, "b": B}
+    steps = {"w": 0.1 * normal(5, 4, 3), "b": normal(5, 3)}
+
+    def step(params, updates):
+        updates, _ = tx.update(updates, tx.init(params), params)
+        return optax.apply_updates(params, updates), updates
+
+    scanned, all_updates = jax.lax.scan(step, jax.tree.map(jnp.asarray, params), steps)
+    eager = compiled = params
+    for i in range(5):
+        compiled, _ = jax.jit(step)(compiled, {"w": steps["w"][i], "b": steps["b"][i]})
+        eager, updates = step(eager, {"w": steps["w"][i], "b": steps["b"][i]})
+        assert off_sphere(eager["w"], 0) < 1e-6
+        np.testing.assert_allclose(all_updates["w"][i], updates["w"], atol=1e-6)
+    for other in (scanned, compiled):
+        np.testing.assert_allclose(other["w"], eager["w"], atol=2e-6)
+        np.testing.assert_allclose(other["b"], eager["b"], atol=2e-6)
+
+
+def test_donated_buffers():
+    tx = optax.chain(optax.adam(0.1), keep_params_on_sphere(0))
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    old = params = project_params(W, 0)
+    expected, _ = step.__wrapped__(jnp.asarray(W[::-1]), tx.init(params), params)
+    params, _ = step(jnp.asarray(W[::-1]), tx.init(params), params)
+    assert old.is_deleted()
+    np.testing.assert_allclose(params, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [0, lambda params: 0], ids=["int", "function"])
+def test_radius_as_an_injected_hyperparameter(axes):
+    tx = optax.inject_hyperparams(keep_params_on_sphere, static_args=("axes",))(axes, radius=2.0)
+    state = tx.init(W)
+    update = jax.jit(tx.update)
+    for radius in (2.0, 3.0):
+        state.hyperparams["radius"] = jnp.float32(radius)
+        updates, state = update(W[::-1], state, W)
+        assert off_sphere(W + updates, 0, radius) < 1e-6
+
+
+def test_radius_as_a_schedule():
+    radius = optax.linear_schedule(1.0, 3.0, 2)
+    tx = optax.inject_hyperparams(keep_params_on_sphere, static_args="axes")(0, radius)
+    params, state = jnp.asarray(W), tx.init(W)
+    for expected in (1, 2, 3):
+        updates, state = tx.update(0.1 * params[::-1], state, params)
+        params = optax.apply_updates(params, updates)
+        assert off_sphere(params, 0, expected) < 1e-6
+
+
+def test_inject_hyperparams_without_static_args_says_what_to_do():
+    tx = optax.inject_hyperparams(keep_params_on_sphere)(0)
+    with pytest.raises(TypeError, match=re.escape('static_args=("axes",)')):
+        tx.init(W)
+
+
+# Training
+
+
+def train(tx, params, loss, steps=40):
+    """Losses, last parameters, and the parameters after every step."""
+
+    def step(carry, _):
+        params, state = carry
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (value, params)
+
+    @jax.jit
+    def run(params):
+        return jax.lax.scan(step, (params, tx.init(params)), length=steps)
+
+    (params, _), (losses, history) = run(params)
+    return losses, params, history
+
+
+X = np.random.default_rng(3).standard_normal((32, 6)).astype(np.float32)
+KERNEL = np.random.default_rng(4).standard_normal((6, 4)).astype(np.float32)
+Y = 3 * X @ (KERNEL / np.linalg.norm(KERNEL, axis=0)) + 1
+AXES = {"kernel": 0, "scale": None, "bias": None}
+LABELS = {"kernel": "sphere", "scale": "flat", "bias": "flat"}
+
+
+def linear_loss(params):
+    return jnp.mean((X @ params["kernel"] * params["scale"] + params["bias"] - Y) ** 2)
+
+
+def inject(learning_rate, radius):
+    return optax.chain(optax.adam(learning_rate), keep_params_on_sphere(AXES, radius))
+
+
+SPHERE = keep_params_on_sphere(AXES)
+OPTIMIZERS = {
+    "sgd": optax.chain(optax.sgd(0.1), SPHERE),
+    "momentum": optax.chain(optax.sgd(0.03, momentum=0.9, nesterov=True), SPHERE),
+    "adam": optax.chain(optax.adam(0.1), SPHERE),
+    "adamw": optax.chain(optax.adamw(0.1, weight_decay=0.1), SPHERE),
+    "lion": optax.chain(optax.lion(0.05), SPHERE),
+    "muon": optax.chain(optax.contrib.muon(0.1), SPHERE),
+    "chain_in_chain": optax.chain(optax.clip(1.0), optax.chain(optax.adam(0.1), SPHERE)),
+    "masked": optax.chain(
+        optax.adam(0.1),
+        optax.masked(SPHERE, {"kernel": True, "scale": False, "bias": False}),
+    ),
+    "masked_function": optax.chain(
+        optax.adam(0.1),
+        optax.masked(
+            keep_params_on_sphere(lambda params: jax.tree.map(lambda p: 0, params)),
+            lambda params: jax.tree.map(lambda p: p.ndim == 2, params),
+        ),
+    ),
+    "partition": optax.partition(
+        {"sphere": optax.chain(optax.adam(0.1), SPHERE), "flat": optax.sgd(0.1)}, LABELS
+    ),
+    "multi_steps": optax.MultiSteps(
+        optax.chain(optax.adam(0.15), SPHERE), every_k_schedule=2
+    ).gradient_transformation(),
+    "inject_hyperparams": optax.inject_hyperparams(inject)(0.1, radius=1.0),
+    "apply_if_finite": optax.apply_if_finite(optax.chain(optax.adam(0.1), SPHERE), 3),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_with_optax(name):
+    """Loss falls, each kernel column keeps its norm at each step, the others are free."""
+    params = {"kernel": normal(6, 4), "scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    params = project_params(params, AXES)
+    losses, last, history = train(OPTIMIZERS[name], params, linear_loss)
+    assert losses[-1] < 0.2 * losses[0]
+    assert off_sphere(history["kernel"], 1) < 1e-6
+    assert jnp.abs(last["kernel"] - params["kernel"]).max() > 0.1
+    assert off_sphere(last["scale"], 0, norms(params["scale"], 0)) > 0.1
+    assert off_sphere(last["bias"], 0, 0) > 0.1
+
+
+class StackedLinen(nn.Module):
+    """Two scanned Dense layers, kernel [layer, in, out], and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            lambda layer, x, _: (nn.tanh(layer(x)), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        x, _ = layers(nn.Dense(6, name="layers"), x, None)
+        return nn.Dense(4, name="head")(x)
+
+
+def test_training_stacked_linen_layers():
+    model = StackedLinen()
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
+    axes = {"layers": {"kernel": 1, "bias": None}, "head": {"kernel": 0, "bias": None}}
+    assert params["layers"]["kernel"].shape == (2, 6, 6)
+    losses, last, history = train(
+        optax.chain(optax.adam(0.03), keep_params_on_sphere(axes)),
+        project_params(params, axes),
+        lambda params: jnp.mean((model.apply({"params": params}, X) - Y) ** 2),
+    )
+    assert losses[-1] < 0.8 * losses[0]
+    assert off_sphere(history["layers"]["kernel"], 2) < 1e-6
+    assert off_sphere(history["head"]["kernel"], 1) < 1e-6
+    assert norms(last["layers"]["bias"], 1).min() > 0.01
+
+
+def test_training_nnx_state():
+    graph, state = nnx.split(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+
+    def axes(state):
+        return jax.tree.map(lambda p: 0 if p.ndim == 2 else None, state)
+
+    losses, last, history = train(
+        optax.chain(optax.adam(0.03), keep_params_on_sphere(axes)),
+        project_params(state, axes),
+        lambda state: jnp.mean((nnx.merge(graph, state)(X) - Y) ** 2),
+    )
+    assert isinstance(last, nnx.State)
+    assert losses[-1] < 0.8 * losses[0]
+    assert off_sphere(history["kernel"][...], 1) < 1e-6
+    assert norms(last["bias"][...], 0) > 0.1
+
+
+# project_params and sphere_deviation
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_project_params_and_sphere_deviation(transform):
+    params = {"w": jnp.array([[3.0, 0.0], [4.0, 0.0]]), "b": B, "none": None}
+    axes = {"w": 0, "b": None, "none": 0}
+    projected = transform(lambda p: project_params(p, axes))(params)
+    np.testing.assert_allclose(projected["w"], [[0.6, 0.0], [0.8, 0.0]], atol=1e-7)
+    np.testing.assert_array_equal(projected["b"], B)
+    assert projected["none"] is None
+    deviation = transform(lambda p: sphere_deviation(p, axes, radius=2.0))(params)
+    assert deviation == {"w": pytest.approx(3.0), "b": None, "none": None}
+    assert transform(lambda p: sphere_deviation(p, axes))(params)["w"] == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_deviation_is_in_float32(dtype):
+    params = project_params(normal(64, 3, dtype=dtype), 0)
+    assert params.dtype == dtype
+    deviation = sphere_deviation(params, 0)
+    assert deviation.dtype == jnp.float32
+    assert deviation == pytest.approx(off_sphere(params, 0), abs=3e-7)
+
+
+# Fresh processes
+
+SHARDING = """
+import json, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from ngpt_jax.projection import keep_params_on_sphere, project_params, sphere_deviation
+
+jax.config.update("jax_num_cpu_devices", 8)
+tx = keep_params_on_sphere(1)
+
+@jax.jit
+def step(params, updates):
+    updates, _ = tx.update(updates, tx.init(params), params)
+    return updates, project_params(params, 1)
+
+w = np.random.default_rng(0).standard_normal((4, 8, 6))
+collective = "all-reduce|all-gather|all-to-all|collective|reduce-scatter"
+out = {}
+for mode in ("Auto", "Explicit"):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType[mode],) * 2)
+    for name, spec in {"uncut": P("x", None, "y"), "cut": P(None, "x", "y")}.items():
+        for dtype in ("float32", "bfloat16"):
+            sharding = NamedSharding(mesh, spec)
+            params = jax.device_put(jnp.asarray(w, dtype), sharding)
+            compiled = step.lower(params, params).compile()
+            updates, projected = compiled(params, params)
+            new = params + updates
+            out[f"{mode}-{name}-{dtype}"] = dict(
+                devices=len(updates.sharding.device_set),
+                kept=all(a.sharding.is_equivalent_to(sharding, 3) for a in (updates, projected)),
+                types=[str(jax.typeof(a)) for a in (params, updates, projected)],
+                collectives=sorted(set(re.findall(collective, compiled.as_text()))),
+                deviation=float(jax.jit(lambda w: sphere_deviation(w, 1))(new)),
+                expected=float(np.abs(np.linalg.norm(np.float64(new), axis=1) - 1).max()),
+            )
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return run_python(SHARDING)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("vectors", ["uncut", "cut"])
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_sharded_params(sharded, mode, vectors, dtype):
+    """Eight devices: no collectives unless the vectors themselves are cut in pieces."""
+    result = sharded[f"{mode}-{vectors}-{dtype}"]
+    assert result["devices"] == 8
+    assert result["kept"]
+    shape = {"uncut": "4@x,8,6@y", "cut": "4,8@x,6@y"}[vectors] if mode == "Explicit" else "4,8,6"
+    assert result["types"] == [f"{dtype}[{shape}]"] * 3
+    assert result["collectives"] == ([] if vectors == "uncut" else ["all-reduce"])
+    assert result["expected"] < TOLERANCE[dtype]
+    assert result["deviation"] == pytest.approx(result["expected"], abs=3e-7)
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("ngpt_jax.projection", ["flax", "grain", "orbax", "tensorflow_datasets"]),
+        ("ngpt_jax.sphere", ["flax", "grain", "orbax", "tensorflow_datasets", "optax"]),
+    ],
+)
+def test_imports_are_light(module, unwanted):
+    loaded = run_python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))")
+    assert module in loaded
+    assert not set(unwanted) & set(loaded)
