@@ -1,0 +1,94 @@
+"""Trains nGPT, or the GPT baseline.
+
+Examples:
+  python -m ngpt_jax.main --config=experiments/quickstart.py
+  python -m ngpt_jax.main --config=experiments/124m.py:gpt --workdir=runs/gpt \\
+      --config.train.batch_size=32 --config.optimizer.learning_rate=1e-3
+  python -m ngpt_jax.main --config=experiments/1b.py --dry_run
+  python -m ngpt_jax.main --help_config
+
+The same command goes on from the newest checkpoint in its workdir.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags, logging
+
+from ngpt_jax import config_file
+from ngpt_jax.config import Config, ConfigError
+
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Experiment FILE[:variant,...]; set a field with --config.section.field=value."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME by default.")
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every field as resolved, and stop.")
+_HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field and its default, and stop.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Check everything, print parameters and memory, and stop."
+)
+
+
+def _default_workdir(spec: str) -> Path:
+    name, _, variants = spec.partition(":")
+    return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
+
+
+def _main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
+    if len(argv) > 1:
+        raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+    if _HELP_CONFIG.value and _CONFIG.value is None:
+        print(config_file.describe(Config()))
+        return 0
+    if _CONFIG.value is None:
+        raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
+    config = config_file.load_config(_CONFIG.value, overrides)
+    if _HELP_CONFIG.value or _PRINT_CONFIG.value:
+        print(config_file.describe(config))
+        return 0
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
+    # jax and the rest are slow to load: only once the input is known to be good.
+    from ngpt_jax.training import dry_run, loop
+
+    if _DRY_RUN.value:
+        print(dry_run.report(config))
+        return 0
+    workdir = Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir(_CONFIG.value)
+    try:
+        return loop.train(config, workdir)
+    except loop.RunError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(str(e).splitlines()[0])
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def main() -> None:
+    """The entry point of ``python -m ngpt_jax.main``."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
+    try:
+        rest, overrides = config_file.split_overrides(sys.argv)
+        app.run(lambda argv: _main(argv, overrides), argv=rest, flags_parser=_parse_flags)
+    except ConfigError as e:
+        _fail(str(e))
+
+
+if __name__ == "__main__":
+    main()

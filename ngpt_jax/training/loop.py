@@ -1,0 +1,343 @@
+"""A run from its start, or its newest checkpoint, to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ngpt_jax import config as config_lib
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.data import pipeline
+from ngpt_jax.data.sources import load_corpus
+from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from ngpt_jax.model.sampling import sample
+from ngpt_jax.model.transformer import num_params
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.parallel.mesh import batch_putter, make_mesh, replicated
+from ngpt_jax.training import throughput
+from ngpt_jax.training.checkpoint import Checkpoints
+from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
+from ngpt_jax.training.metrics import MetricWriter, Terminal, format_duration, write_atomically
+from ngpt_jax.training.step import TrainState, init_state, make_train_step, summarize_params
+
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; one line says why and what to do."""
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._old = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _on(self, number: int, frame: Any) -> None:
+        if self.name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        return self.name is not None
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def with_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
+    """The tokenizer, and the config with its vocabulary filled in."""
+    tokenizer = load_tokenizer(config.data)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"The tokenizer's ids go up to {tokenizer.vocab_size - 1}, but model.vocab_size ="
+            f" {vocab_size}; set it to at least {tokenizer.vocab_size}, or to None."
+        )
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model), tokenizer
+
+
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Writes config.json and versions.json; refuses a folder that holds another run's model."""
+    saved = workdir / "config.json"
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(f"--workdir={workdir} is a file; give a folder.")
+    if saved.exists():
+        try:
+            old = config_lib.from_config_dict(json.loads(saved.read_text(encoding="utf-8")))
+        except ValueError as e:
+            raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
+        diff = config_lib.differences(old, config)
+        bound = ("model.", "optimizer.", "data.", "train.")
+        free = ("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk")
+        free += ("data.threads", "data.prefetch")
+        if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
+            raise ConfigError(
+                f"--workdir={workdir} holds another run ({'; '.join(bad)});"
+                " choose another --workdir, or delete it."
+            )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_atomically(saved, config_lib.to_json(config))
+        write_atomically(workdir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
+    except OSError as e:
+        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}.") from e
+
+
+def _versions() -> dict[str, Any]:
+    packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy".split()
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "devices": [d.device_kind for d in jax.devices()],
+        **versions,
+    }
+
+
+class _Run:
+    """What the loop holds on to between steps; see :func:`train`."""
+
+    def __init__(self, config: Config, workdir: Path, stop: StopSignal):
+        config, self.tokenizer = with_tokenizer(config)
+        self.config, self.stop = config, stop
+        mesh = make_mesh(config)
+        self.put = batch_putter(mesh)
+        corpus = load_corpus(config.data)
+        tokens = pipeline.join_documents(corpus.train, self.tokenizer)
+        self.dataset = pipeline.train_dataset(tokens, config.model.context, config.data.seed)
+        self.eval_sets = [
+            pipeline.make_eval_set(name, documents, self.tokenizer)
+            for name, documents in corpus.held_out.items()
+        ]
+        claim_workdir(workdir, config)
+        self.checkpoints = Checkpoints(workdir, config.checkpoint)
+        self.tx, self.schedule = make_optimizer(config)
+        self.state = jax.jit(lambda: init_state(config, self.tx), out_shardings=replicated(mesh))()
+        # position counts windows consumed; evaluated is the last step evaluated, with results.
+        self.progress: dict[str, Any] = {
+            "position": 0, "evaluated": -1, "results": {}, "losses": [], "seconds": 0.0,
+        }  # fmt: skip
+        self.resumed_from = self.checkpoints.latest_step()
+        if self.resumed_from is not None:
+            self.state, self.progress = self.checkpoints.restore(self.state)
+        self.step = int(self.state.step)
+        steps = config.train.steps
+        assert steps is not None
+        self.steps = steps
+        self.terminal = Terminal(self.step, steps)
+        self.writer = MetricWriter(workdir, self.step, config)
+        self.terminal.say(
+            f"{config.model.kind}, {num_params(config.model):,} parameters,"
+            f" {steps:,} steps of {config.train.batch_size * config.model.context:,} tokens,"
+            f" {len(tokens):,} tokens of text ({config.data.source}) -> {workdir}"
+        )
+        if self.resumed_from is not None:
+            done = " (the end; delete the folder or choose --workdir to train anew)"
+            self.terminal.say(f"resumed from step {self.step}{done if self.step == steps else ''}")
+        self.nats_fn: SummedNats = make_summed_nats(config)
+        self.summarize = jax.jit(lambda params: summarize_params(config.model, params))
+
+    def close(self) -> None:
+        self.terminal.close()
+        self.writer.close()
+        self.checkpoints.close()
+
+    def save(self) -> None:
+        self.fetch_losses()
+        self.checkpoints.save(self.state, self.progress)
+
+    def fetch_losses(self) -> None:
+        """Waits for the device; done only when a row or a checkpoint is due."""
+        self.progress["losses"] = [float(x) for x in jax.device_get(self.progress["losses"])]
+
+    def evaluate(self) -> None:
+        """Evaluates every held-out set once for this step; the last step reads all of it."""
+        limit = self.config.eval.batches if self.step < self.steps else None
+        results = {}
+        for eval_set in self.eval_sets:
+            start = time.perf_counter()
+            result = evaluate(
+                self.config, self.state.params, eval_set, self.nats_fn, self.put, limit, self.stop
+            )
+            if result is None:
+                return
+            results[eval_set.name] = result
+            seconds = time.perf_counter() - start
+            bits = f"  {result['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in result else ""
+            self.terminal.say(
+                f"step {self.step:>6}/{self.steps}  held-out {eval_set.name}:"
+                f" {result['loss']:.4f} nats/token{bits}  ({result['tokens']:,.0f} tokens,"
+                f" {seconds:.1f} s)"
+            )
+            self.writer.write(
+                self.step,
+                {f"eval/{eval_set.name}/{name}": value for name, value in result.items()},
+            )
+        self.progress["evaluated"], self.progress["results"] = self.step, results
+
+
+def train(config: Config, workdir: Path) -> int:
+    """Trains to the end of the schedule, or until SIGTERM or Ctrl-C.
+
+    Args:
+      config: resolved.
+      workdir: the run's folder, new or of this very run, which is then gone on with.
+
+    Returns:
+      The exit code: 0 at the end, EXIT_RESUME when stopped by a signal after saving.
+    """
+    stop = StopSignal()
+    try:
+        run = _Run(config, workdir, stop)
+        try:
+            _train_loop(run)
+            if run.step < run.steps:
+                run.terminal.say(
+                    f"{stop.name}: saved step {run.step}; the same command goes on from there"
+                )
+                return EXIT_RESUME
+            _finish(run)
+            return 0
+        finally:
+            run.close()
+    finally:
+        stop.restore()
+
+
+def _train_loop(run: _Run) -> None:
+    config, progress = run.config, run.progress
+    if run.step < run.steps:
+        start = time.perf_counter()
+        batches: Iterator[dict[str, np.ndarray]] = pipeline.train_batches(
+            run.dataset, config.train.batch_size, progress["position"],
+            config.data.threads, config.data.prefetch,
+        )  # fmt: skip
+        first = next(batches)
+        step_fn = make_train_step(config, run.tx, run.schedule)
+        compiled = (
+            jax.jit(step_fn, donate_argnums=0).lower(run.state, run.put(first)).compile()
+        )
+        compile_seconds = time.perf_counter() - start
+        run.terminal.say(f"compiled the step in {compile_seconds:.1f} s")
+        batches = _chain(first, batches)
+        interval = _Interval(run, compile_seconds)
+    while True:
+        if (run.step % config.eval.every == 0 or run.step == run.steps) and run.step > 0:
+            if progress["evaluated"] != run.step and not run.stop():
+                run.evaluate()
+                if run.step < run.steps:
+                    interval.restart()
+        last = run.step == run.steps or run.stop()
+        if run.step > 0 and (last or run.step % config.checkpoint.every == 0):
+            run.save()
+        if last:
+            return
+        interval.step(compiled, batches)
+
+
+def _chain(first, rest):
+    yield first
+    yield from rest
+
+
+class _Interval:
+    """Steps and what they showed since the last row of metrics."""
+
+    def __init__(self, run: _Run, compile_seconds: float):
+        self.run = run
+        self.compile_seconds: float | None = compile_seconds
+        self.rates: list[float] = []
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the clock anew, after time that was not training."""
+        self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def step(self, compiled: Callable, batches: Iterator) -> None:
+        run, config = self.run, self.run.config
+        before = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - before
+        run.state, metrics = compiled(run.state, run.put(batch))
+        run.step += 1
+        self.steps += 1
+        run.progress["position"] += config.train.batch_size
+        run.progress["losses"].append(metrics["loss"])
+        if run.step % config.log.every == 0 or run.step == run.steps:
+            run.fetch_losses()
+            self.log({name: float(value) for name, value in metrics.items()})
+        run.terminal.advance(run.step)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        run, config = self.run, self.run.config
+        seconds = time.perf_counter() - self.start
+        run.progress["seconds"] += seconds
+        tokens_per_step = config.train.batch_size * config.model.context
+        rate = self.steps * tokens_per_step / seconds if self.steps else math.nan
+        self.rates.append(rate)
+        metrics["loss"] = statistics.fmean(run.progress["losses"])
+        row = {
+            **metrics,
+            "tokens": run.step * tokens_per_step,
+            "seconds": run.progress["seconds"],
+            "tokens_per_second": rate,
+            "mfu": throughput.mfu(config.model, rate),
+            "data_wait_seconds": self.waited / max(1, self.steps),
+            "compile_seconds": self.compile_seconds,
+            "eta_seconds": (run.steps - run.step) * tokens_per_step / statistics.median(self.rates[-5:]),
+            **{name: float(value) for name, value in run.summarize(run.state.params).items()},
+        }
+        row = {f"train/{name}": value for name, value in row.items()}
+        run.writer.write(run.step, row)
+        run.terminal.train_row(run.step, row)
+        run.checkpoints.check_for_errors()
+        run.progress["losses"] = []
+        self.compile_seconds = None
+        if not math.isfinite(metrics["loss"]):
+            saved = run.checkpoints.latest_step()
+            raise RunError(
+                f"The loss is {metrics['loss']} at step {run.step}; the last checkpoint is"
+                f" {'none' if saved is None else f'step {saved}'}. Try a lower"
+                " optimizer.learning_rate."
+            )
+        self.restart()
+
+
+def _finish(run: _Run) -> None:
+    """Held-out results and a sample of text."""
+    config = run.config
+    for name, result in run.progress["results"].items():
+        run.terminal.say(
+            f"held-out {name}: {result['loss']:.4f} nats/token,"
+            f" {result['bits_per_byte']:.4f} bits/byte"
+        )
+    if config.sample.tokens:
+        prompt = [run.tokenizer.eod, *run.tokenizer.encode(config.sample.prompt)]
+        ids = sample(
+            config.model, run.state.params, prompt, config.sample.tokens,
+            config.sample.temperature, config.sample.seed,
+        )  # fmt: skip
+        run.terminal.say("sample:")
+        run.terminal.say(config.sample.prompt + run.tokenizer.decode(ids))
