@@ -65,13 +65,13 @@ def run_python(code, **env):
 # One step
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1, (0, 1), (0, -1), (0, 1, 2)])
+@pytest.mark.parametrize("axis", [0, -1, (0, -2), (0, 1, 2)])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_norms_after_a_step(dtype, axis):
     with jax.enable_x64(True):
-        params = project_params(normal(4, 8, 6, dtype=dtype), axis)
+        params = jax.jit(lambda p: project_params(p, axis))(normal(4, 8, 6, dtype=dtype))
         updates = 0.1 * normal(4, 8, 6, seed=1, dtype=dtype)
-        new = one_step(params, axis, updates)
+        new = jax.jit(lambda p, u: one_step(p, axis, u))(params, updates)
     assert params.dtype == new.dtype == dtype
     assert off_sphere(params, axis) < TOLERANCE[dtype]
     assert off_sphere(new, axis) < TOLERANCE[dtype]
@@ -109,6 +109,15 @@ def test_bfloat16_is_computed_in_float32():
     params = project_params(jnp.ones(4096, jnp.bfloat16), 0)
     assert off_sphere(params, 0) == 0
     assert off_sphere(one_step(params, 0, params), 0) == 0
+
+
+def test_small_bfloat16_updates_keep_their_digits():
+    """w + u, when rounded to bfloat16 before the projection, loses u."""
+    params = jnp.full(64, 1 / 8, jnp.bfloat16)
+    u = 1e-4 * np.where(np.arange(64) % 2, 1, -1)
+    tx = keep_params_on_sphere(0)
+    updates, _ = tx.update(jnp.asarray(u, jnp.float32), tx.init(params), params)
+    np.testing.assert_allclose(f64(updates), u, rtol=0.01)
 
 
 def test_sgd_on_the_sphere_matches_numpy():
@@ -409,9 +418,7 @@ def inject(learning_rate, radius):
 SPHERE = keep_params_on_sphere(AXES)
 OPTIMIZERS = {
     "sgd": optax.chain(optax.sgd(0.1), SPHERE),
-    "momentum": optax.chain(optax.sgd(0.03, momentum=0.9, nesterov=True), SPHERE),
     "adam": optax.chain(optax.adam(0.1), SPHERE),
-    "adamw": optax.chain(optax.adamw(0.1, weight_decay=0.1), SPHERE),
     "lion": optax.chain(optax.lion(0.05), SPHERE),
     "muon": optax.chain(optax.contrib.muon(0.1), SPHERE),
     "chain_in_chain": optax.chain(optax.clip(1.0), optax.chain(optax.adam(0.1), SPHERE)),
@@ -433,7 +440,6 @@ OPTIMIZERS = {
         optax.chain(optax.adam(0.15), SPHERE), every_k_schedule=2
     ).gradient_transformation(),
     "inject_hyperparams": optax.inject_hyperparams(inject)(0.1, radius=1.0),
-    "apply_if_finite": optax.apply_if_finite(optax.chain(optax.adam(0.1), SPHERE), 3),
 }
 
 

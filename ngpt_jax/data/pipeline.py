@@ -29,7 +29,7 @@ def join_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray
     """Tokens of all documents, ``eod`` after each: (tokens,) of ``token_dtype``."""
     dtype = token_dtype(tokenizer.vocab_size)
     eod = np.array([tokenizer.eod], dtype)
-    pieces = [np.zeros(0, dtype)]
+    pieces: list[np.ndarray] = [np.zeros(0, dtype)]
     for texts in _portions(documents):
         for ids in tokenizer.encode_batch(texts):
             pieces += [ids.astype(dtype), eod]
@@ -104,9 +104,7 @@ def train_batches(
     Returns:
       An iterator over {"inputs", "targets"}, each (batch_size, context) int32.
     """
-    options = grain.ReadOptions(
-        num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch
-    )
+    options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     rest = dataset.slice(slice(position, None))
     return iter(rest.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
 

@@ -1,6 +1,7 @@
 """Where documents come from: a Python's standard library, or local text files.
 
-A corpus is documents as str, to train on and held out, and is the same on each machine.
+A corpus is documents as str, to train on and held out. The same files, or the same build of
+Python, give the same corpus on each machine.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ def _digest(text: str) -> str:
 
 # ------------------------------------------------------------------------ the standard library
 
-# Tests, and data in the guise of code.
-_SKIPPED_FOLDERS = frozenset(
-    "test tests idle_test idlelib encodings pydoc_data distutils lib2to3 turtledemo"
-    " site-packages dist-packages __pycache__".split()
-)
-# What distributions patch, or ship apart from the rest: the text would depend on the machine.
-_SKIPPED_MODULES = frozenset("ensurepip msilib site sysconfig tkinter turtle".split())
+# Tests, data in the guise of code, what was installed later, and what not each machine has.
+_SKIPPED_FOLDERS = {
+    *("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"),
+    *("__pycache__", "idlelib", "lib2to3", "distutils", "turtledemo", "macholib"),
+}
+# What distributions rewrite, or ship apart from the rest: the text would depend on the machine.
+_SKIPPED_MODULES = {"ensurepip", "msilib", "site", "sysconfig", "tkinter", "turtle"}
 
 
 def stdlib_files(root: Path) -> list[Path]:
@@ -177,7 +178,8 @@ def find_files(patterns: Iterable[str], field: str) -> list[Path]:
         for file in _matches(pattern, field):
             if not file.name.lower().endswith(SUFFIXES):
                 raise ConfigError(
-                    f"{field}: {str(file)!r} is not one of {', '.join(SUFFIXES)}; convert or rename it."
+                    f"{field}: {str(file)!r} has none of the known suffixes {', '.join(SUFFIXES)};"
+                    " convert or rename it."
                 )
             found.setdefault(os.path.realpath(file), file)
     if not found:
@@ -192,7 +194,8 @@ def _matches(pattern: str, field: str) -> list[Path]:
     if os.path.isdir(path):
         if not (files := _files_below(path)):
             raise ConfigError(
-                f"{field}: no {', '.join(SUFFIXES)} file below the folder {pattern!r}; check the path."
+                f"{field}: there is no {', '.join(SUFFIXES)} file below the folder {pattern!r};"
+                " check the path."
             )
         return files
     files = []
@@ -234,11 +237,11 @@ def read_documents(file: Path, field: str, text_key: str) -> Iterator[str]:
     Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. Raises
     ConfigError, which names ``field``, the file and the line.
     """
-    name = file.name.lower()
-    opener: Callable[..., Any] = gzip.open if name.endswith(".gz") else open
+    opener: Callable[..., Any] = gzip.open if file.name.lower().endswith(".gz") else open
+    is_json = file.name.lower().removesuffix(".gz").endswith(".jsonl")
     try:
         with opener(file, "rt", encoding="utf-8-sig") as stream:
-            texts = _json_texts(stream, file, field, text_key) if ".jsonl" in name else [stream.read()]
+            texts = _json_texts(stream, file, field, text_key) if is_json else [stream.read()]
             yield from (text for text in texts if text.strip())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{field}: {str(file)!r} is not UTF-8; convert it to UTF-8.") from error
@@ -254,12 +257,12 @@ def _json_texts(stream: TextIO, file: Path, field: str, text_key: str) -> Iterat
         where = f"{field}: {str(file)!r}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{where} is not JSON ({error.msg}); mend or drop it.") from error
+        except ValueError as error:
+            raise ConfigError(f"{where} is not JSON ({error}); mend or drop it.") from error
         if not isinstance(record, dict):
             raise ConfigError(f"{where} is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it.")
         if text_key not in record:
-            keys = ", ".join(sorted(record)) or "nothing"
+            keys = ", ".join(map(repr, sorted(record)[:9])) or "nothing"
             raise ConfigError(f"{where} has no {text_key!r} but {keys}; set data.text_key.")
         text = record[text_key]
         if not isinstance(text, str):
@@ -285,9 +288,7 @@ def split_documents(documents: Sequence[str], share: float) -> Corpus:
     held = _hold_out(counts, share)
     return Corpus(
         train=[text for text, digest in zip(documents, digests) if digest not in held],
-        held_out={
-            "held_out": [text for text, digest in zip(documents, digests) if digest in held]
-        },
+        held_out={"held_out": [text for text, digest in zip(documents, digests) if digest in held]},
     )
 
 

@@ -128,7 +128,8 @@ def load_json_tokenizer(path: str, end_of_document: str | None = None) -> JsonTo
     file = Path(os.path.expanduser(path))
     if not file.is_file():
         raise ConfigError(
-            f"data.tokenizer: there is no file {path!r}; give byte or the path of a tokenizers JSON."
+            f"data.tokenizer: there is no file {path!r}; give byte or the path of a tokenizers"
+            " JSON file."
         )
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(file))
@@ -138,12 +139,13 @@ def load_json_tokenizer(path: str, end_of_document: str | None = None) -> JsonTo
             f"data.tokenizer: {path!r} is not a tokenizers JSON file ({reason}); give another."
         ) from error
     candidates = END_OF_DOCUMENT if end_of_document is None else (end_of_document,)
-    eod = next((token for token in candidates if tokenizer.token_to_id(token) is not None), None)
-    if eod is None:
+    found = [(t, i) for t in candidates if (i := tokenizer.token_to_id(t)) is not None]
+    if not found:
         raise ConfigError(
             f"data.end_of_document: {path!r} has no token {' or '.join(candidates)};"
             " name the one that ends a document."
         )
+    eod, eod_id = found[0]
     # A file may carry the settings of the model it was made for: documents are read whole.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -155,5 +157,5 @@ def load_json_tokenizer(path: str, end_of_document: str | None = None) -> JsonTo
         tokenizer=tokenizer,
         name=file.stem,
         vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        eod=tokenizer.token_to_id(eod),
+        eod=eod_id,
     )

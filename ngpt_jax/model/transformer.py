@@ -220,6 +220,7 @@ class Transformer(nn.Module):
         return jnp.where(real, logits, -jnp.inf)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
     """Parameters as a plain nested dict, on the sphere for nGPT."""
     return nn.unbox(_init_boxed(config, key))

@@ -1,0 +1,36 @@
+import os
+
+# Tests compile much and run little: skip the costly passes of XLA's CPU compiler.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from ngpt_jax import config as config_lib  # noqa: E402
+
+
+@pytest.fixture
+def x64():
+    """float64 for one test."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def tiny():
+    """make(**{"section.field": value}) -> resolved Config of a model that compiles in a second."""
+
+    def make(**fields):
+        values = config_lib.default_config()
+        values.model.update(layers=2, width=16, heads=2, context=16, vocab_size=60, loss_chunk=64)
+        values.train.update(steps=8, batch_size=4)
+        for name, value in fields.items():
+            section, leaf = name.rsplit(".", 1)
+            node = values
+            for part in section.split("."):
+                node = node[part]
+            node[leaf] = value
+        return config_lib.from_config_dict(values)
+
+    return make

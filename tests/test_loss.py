@@ -1,0 +1,93 @@
+"""The chunked loss against the plain one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ngpt_jax.model.loss import cross_entropy, num_chunks
+
+B, T, D, V, PADDED = 3, 12, 8, 29, 32
+
+
+def inputs(dtype=jnp.float32, scaled=True):
+    keys = jax.random.split(jax.random.key(0), 5)
+    hidden = jax.random.normal(keys[0], (B, T, D), dtype)
+    table = jax.random.normal(keys[1], (PADDED, D), dtype)
+    scale = jax.random.uniform(keys[2], (PADDED,), jnp.float32, 0.5, 3) if scaled else None
+    targets = jax.random.randint(keys[3], (B, T), 0, V)
+    weights = jax.random.bernoulli(keys[4], 0.7, (B, T)).astype(jnp.float32)
+    return hidden, table, scale, targets, weights
+
+
+def plain(hidden, table, scale, targets, weights):
+    logits = jnp.einsum("btd,vd->btv", hidden, table[:V])
+    logits = logits if scale is None else logits * scale[:V]
+    return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights)
+
+
+@pytest.mark.parametrize("chunk", [1, 9, 18, 1000])
+@pytest.mark.parametrize("scaled", [True, False])
+def test_equals_the_plain_loss_with_gradients(x64, chunk, scaled):
+    args = jax.tree.map(
+        lambda x: x.astype(jnp.float64) if x.dtype == jnp.float32 else x, inputs(scaled=scaled)
+    )
+    argnums = (0, 1, 2) if scaled else (0, 1)
+    a, da = jax.value_and_grad(plain, argnums)(*args)
+    b, db = jax.value_and_grad(lambda *x: 2 * cross_entropy(*x, V, chunk), argnums)(*args)
+    assert abs(2 * a - b) < 1e-10
+    assert abs(2 * a - 2 * cross_entropy(*args, V, chunk)) < 1e-10
+    for x, y in zip(da, db):
+        np.testing.assert_allclose(2 * x, y, atol=1e-10)
+    assert not np.any(db[1][V:])
+
+
+def test_chunks_divide_the_length_and_bound_the_tokens():
+    assert num_chunks(8, 256, 2048) == 1
+    assert num_chunks(8, 256, 2047) == 2
+    assert num_chunks(8, 256, 512) == 4
+    assert num_chunks(2, 7, 4) == 7  # 7 is prime
+    assert num_chunks(8, 256, 1) == 256
+
+
+def test_large_logits_do_not_overflow():
+    hidden, table, _, targets, weights = inputs()
+    args = (hidden, table, jnp.full((PADDED,), 1e4), targets, weights, V, 18)
+    loss, grads = jax.value_and_grad(cross_entropy, (0, 1, 2))(*args)
+    assert np.isfinite(loss)
+    assert all(np.all(np.isfinite(g)) for g in grads)
+
+
+def test_bfloat16_keeps_softmax_and_sums_in_float32():
+    args = inputs(jnp.bfloat16)
+    loss, grads = jax.value_and_grad(lambda *x: cross_entropy(*x, V, 9), (0, 1, 2))(*args)
+    exact = plain(*(x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x for x in args))
+    assert loss.dtype == jnp.float32
+    assert abs(loss - exact) < 1e-2 * exact
+    assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+
+
+def test_logits_are_never_whole_in_memory():
+    """Temporary bytes of value-and-grad stay far below those of the plain loss."""
+    length, vocab, width = 1024, 8192, 16
+    shapes = (
+        jax.ShapeDtypeStruct((1, length, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab, width), jnp.float32),
+        jax.ShapeDtypeStruct((vocab,), jnp.float32),
+        jax.ShapeDtypeStruct((1, length), jnp.int32),
+        jax.ShapeDtypeStruct((1, length), jnp.float32),
+    )
+
+    def chunked(*args):
+        return cross_entropy(*args, vocab, 32)
+
+    def temporary(fn):
+        compiled = jax.jit(jax.value_and_grad(fn, (0, 1, 2))).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def whole(hidden, table, scale, targets, weights):
+        logits = jnp.einsum("btd,vd->btv", hidden, table) * scale
+        return jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits, targets) * weights)
+
+    assert temporary(chunked) < temporary(whole) / 10
