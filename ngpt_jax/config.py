@@ -58,12 +58,18 @@ class ModelConfig:
     mlp_width: int | None = _field(None, "hidden units of the SwiGLU; None: 4 * width")
     context: int = _field(128, "tokens of a training window")
     vocab_size: int | None = _field(None, "token ids in use; None: the tokenizer's")
-    vocab_multiple: int = _field(128, "tables are padded to a multiple of this; logits of padding are masked")
+    vocab_multiple: int = _field(
+        128, "tables are padded to a multiple of this; logits of padding are masked"
+    )
     rope_base: float = _field(10000.0, "base of the rotary position embedding")
     qk_norm: bool | None = _field(None, "normalize q and k per head; None: yes in nGPT, no in GPT")
     rms_eps: float = _field(1e-6, "epsilon of the baseline's RMSNorm")
-    init_std: float | None = _field(None, "of the matrices; None: 1/sqrt(width) in nGPT (of no effect), 0.02 in GPT")
-    normalize_on_read: bool = _field(False, "nGPT: also normalize each matrix where it is read (gradients become tangent)")
+    init_std: float | None = _field(
+        None, "of the matrices; None: 1/sqrt(width) in nGPT (of no effect), 0.02 in GPT"
+    )
+    normalize_on_read: bool = _field(
+        False, "nGPT: also normalize each matrix where it is read (gradients become tangent)"
+    )
     alpha_a: Scale = _scale(0.05, None, "eigen learning rates of the attention step")
     alpha_m: Scale = _scale(0.05, None, "eigen learning rates of the MLP step")
     s_qk: Scale = _scale(1.0, None, "scale of the normalized q and k")
@@ -81,7 +87,9 @@ class ModelConfig:
 class OptimizerConfig:
     learning_rate: float = _field(1e-3, "peak")
     schedule: str = _field("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
-    warmup_steps: int | None = _field(None, "None: 0 for nGPT; for GPT 2000 or a tenth of the run, the smaller")
+    warmup_steps: int | None = _field(
+        None, "None: 0 for nGPT; for GPT 2000 or a tenth of the run, the smaller"
+    )
     final_fraction: float = _field(0.0, "learning rate at the end over the peak (cosine, wsd)")
     decay_fraction: float = _field(0.2, "share of the steps that wsd decays in")
     b1: float = _field(0.9, "Adam's decay of the first moment")
@@ -94,13 +102,23 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: str = _field("stdlib", "stdlib (the running Python's own source code) or text (local files)")
-    paths: tuple[str, ...] = _field((), "text: files, folders or globs of .txt, .jsonl, also .gz; repeat the flag for more")
-    eval_paths: tuple[str, ...] = _field((), "text: held-out sets as name=path; none: held_out of the documents")
+    source: str = _field(
+        "stdlib", "stdlib (the running Python's own source code) or text (local files)"
+    )
+    paths: tuple[str, ...] = _field(
+        (), "text: files, folders or globs of .txt, .jsonl, also .gz; repeat the flag for more"
+    )
+    eval_paths: tuple[str, ...] = _field(
+        (), "text: held-out sets as name=path; none: held_out of the documents"
+    )
     text_key: str = _field("text", "text: field of a .jsonl line that holds the document")
-    held_out: float = _field(0.05, "share of the text kept for evaluation where no eval_paths are given")
+    held_out: float = _field(
+        0.05, "share of the text kept for evaluation where no eval_paths are given"
+    )
     tokenizer: str = _field("byte", "byte, or the path of a tokenizers JSON file")
-    end_of_document: str | None = _field(None, "token put after each document; None: </s>, <|endoftext|>, ... as found")
+    end_of_document: str | None = _field(
+        None, "token put after each document; None: </s>, <|endoftext|>, ... as found"
+    )
     seed: int = _field(0, "of the shuffle")
     threads: int = _field(2, "that read ahead")
     prefetch: int = _field(8, "batches read ahead")
@@ -118,7 +136,9 @@ class TrainConfig:
 class EvalConfig:
     every: int = _field(500, "steps between evaluations; the last one is always made")
     batch_size: int | None = _field(None, "windows a batch; None: the training batch")
-    batches: int | None = _field(None, "batches of an evaluation on the way; None: all. The last one reads all")
+    batches: int | None = _field(
+        None, "batches of an evaluation on the way; None: all. The last one reads all"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +150,9 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     every: int = _field(50, "steps between lines of metrics")
-    wandb_project: str | None = _field(None, "also log to this Weights & Biases project (extra wandb)")
+    wandb_project: str | None = _field(
+        None, "also log to this Weights & Biases project (extra wandb)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -313,7 +335,8 @@ def resolve(config: Config) -> Config:
     )
     head_dim = m.head_dim or m.width // m.heads
     _require(
-        head_dim % 2 == 0, f"model.head_dim = {head_dim} must be even: RoPE rotates pairs of channels."
+        head_dim % 2 == 0,
+        f"model.head_dim = {head_dim} must be even: RoPE rotates pairs of channels.",
     )
     _require(
         m.heads % kv_heads == 0,
@@ -365,7 +388,9 @@ def resolve(config: Config) -> Config:
     )
 
     if d.source == "text":
-        _require(bool(d.paths), "data.source=text needs data.paths, e.g. --config.data.paths=book.txt")
+        _require(
+            bool(d.paths), "data.source=text needs data.paths, e.g. --config.data.paths=book.txt"
+        )
     else:
         _require(
             not d.paths and not d.eval_paths,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
+from absl import app, flags
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
@@ -39,8 +42,12 @@ def _load_file(spec: str) -> ml_collections.ConfigDict:
         if get_config is None:
             raise ConfigError("it defines no function get_config(variants)")
         return get_config(variants)
-    except Exception as e:  # whatever a user's file raises, the user wants the file's name and one line
-        raise ConfigError(f"--config={spec}: {str(e).splitlines()[0] if str(e) else repr(e)}") from e
+    except (
+        Exception
+    ) as e:  # whatever a user's file raises, the user wants the file's name and one line
+        raise ConfigError(
+            f"--config={spec}: {str(e).splitlines()[0] if str(e) else repr(e)}"
+        ) from e
 
 
 def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
@@ -58,7 +65,9 @@ def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
         return plain(text)
     except (ValueError, KeyError):
         wanted = config_lib.type_name(plain) + (" or None" if optional else "")
-        raise ConfigError(f"--config.{name} wants a value of type {wanted}, got {text!r}.") from None
+        raise ConfigError(
+            f"--config.{name} wants a value of type {wanted}, got {text!r}."
+        ) from None
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -82,12 +91,16 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
     return rest, overrides
 
 
-def load_config(spec: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """The resolved Config of an experiment file with overrides, later ones winning.
+def load_config(
+    source: str | ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()
+) -> Config:
+    """The resolved Config of an experiment with overrides, later ones winning.
 
-    A tuple of strings is replaced by all values given for it.
+    Args:
+      source: FILE[:variant,...], or the ConfigDict itself.
+      overrides: (dotted name, text); a tuple of strings is replaced by all values given for it.
     """
-    values = _load_file(spec)
+    values = _load_file(source) if isinstance(source, str) else source
     defaults = {name: (hint, value) for name, hint, value, _ in config_lib.fields(Config())}
     tuples: dict[str, Any] = {}
     for name, text in overrides:
@@ -115,3 +128,29 @@ def describe(config: Config) -> str:
         f"{text:{width}}  # {config_lib.type_name(hint)}: {meaning}"
         for text, (_, hint, _, meaning) in zip(left, rows)
     )
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(str(e).splitlines()[0])
+
+
+def run_command(command: Callable[[list[str], list[tuple[str, str]]], int | None]) -> NoReturn:
+    """Runs ``command(arguments, overrides)`` and exits; bad input is told in one line.
+
+    Exit code 2 for a ConfigError or a wrong flag, else what the command returns.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
+    try:
+        rest, overrides = split_overrides(sys.argv)
+        app.run(lambda argv: command(argv, overrides), argv=rest, flags_parser=_parse_flags)
+    except ConfigError as e:
+        _fail(str(e))
+    raise AssertionError("app.run exits")

@@ -12,12 +12,10 @@ The same command goes on from the newest checkpoint in its workdir.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
@@ -27,7 +25,9 @@ _CONFIG = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME by default.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every field as resolved, and stop.")
-_HELP_CONFIG = flags.DEFINE_bool("help_config", False, "Print every field and its default, and stop.")
+_HELP_CONFIG = flags.DEFINE_bool(
+    "help_config", False, "Print every field and its default, and stop."
+)
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
 )
@@ -68,27 +68,5 @@ def _main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
         return 130
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as e:
-        _fail(str(e).splitlines()[0])
-
-
-def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
-def main() -> None:
-    """The entry point of ``python -m ngpt_jax.main``."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
-    try:
-        rest, overrides = config_file.split_overrides(sys.argv)
-        app.run(lambda argv: _main(argv, overrides), argv=rest, flags_parser=_parse_flags)
-    except ConfigError as e:
-        _fail(str(e))
-
-
 if __name__ == "__main__":
-    main()
+    config_file.run_command(_main)

@@ -7,7 +7,7 @@ gives NaN at zero). Here every leaf says along which axis its vectors lie.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,7 @@ def _map_with_axes(fn: Callable, axes: Axes, params: PyTree, *rest: PyTree) -> P
     if callable(axes):
         axes = axes(params)
     paths_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
+    treedef = cast(Any, treedef)  # mypy knows nothing of PyTreeDef
     try:
         # Whatever stands where params have a leaf is that leaf's axis, tuples included.
         flat_axes = treedef.flatten_up_to(axes)
@@ -145,9 +146,7 @@ def keep_params_on_sphere(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def project_params(
-    params: PyTree, axes: Axes, radius: jax.typing.ArrayLike = 1.0
-) -> PyTree:
+def project_params(params: PyTree, axes: Axes, radius: jax.typing.ArrayLike = 1.0) -> PyTree:
     """Puts the chosen vectors of ``params`` on the sphere, for example after init.
 
     Args:
@@ -167,9 +166,7 @@ def project_params(
     return _map_with_axes(project, axes, params)
 
 
-def sphere_deviation(
-    params: PyTree, axes: Axes, radius: jax.typing.ArrayLike = 1.0
-) -> PyTree:
+def sphere_deviation(params: PyTree, axes: Axes, radius: jax.typing.ArrayLike = 1.0) -> PyTree:
     """How far each leaf is off its sphere.
 
     Args:

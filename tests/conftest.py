@@ -3,10 +3,10 @@ import os
 # Tests compile much and run little: skip the costly passes of XLA's CPU compiler.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from ngpt_jax import config as config_lib  # noqa: E402
+from ngpt_jax import config as config_lib
 
 
 @pytest.fixture

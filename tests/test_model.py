@@ -33,7 +33,9 @@ def logits_of(config, params, tokens=TOKENS):
 
 def loss_and_grads(config, params):
     batch = {"inputs": jnp.asarray(TOKENS), "targets": jnp.asarray(np.roll(TOKENS, -1, 1))}
-    return jax.jit(jax.value_and_grad(lambda p: summed_nats(config, p, batch) / TOKENS.size))(params)
+    return jax.jit(jax.value_and_grad(lambda p: summed_nats(config, p, batch) / TOKENS.size))(
+        params
+    )
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,9 @@ def test_rope_layouts_correspond():
         x[1::2] * np.cos(angle) + x[0::2] * np.sin(angle),
     ], axis=-1).reshape(-1)  # fmt: skip
     order = interleaved_to_half(head_dim)
-    halves = apply_rope(jnp.asarray(x[order])[None, None, None], rope_tables(jnp.array([t]), 8, 1e4))
+    halves = apply_rope(
+        jnp.asarray(x[order])[None, None, None], rope_tables(jnp.array([t]), 8, 1e4)
+    )
     assert np.allclose(halves[0, 0, 0], pairs[order], atol=1e-6)
 
 
@@ -235,9 +239,7 @@ def test_qk_norm_is_a_switch(tiny, kind):
 def test_alpha_counts_by_its_magnitude(tiny):
     config = tiny().model
     params = init_params(config, jax.random.key(0))
-    flipped = {
-        name: -w if name.startswith("alpha") else w for name, w in params["layers"].items()
-    }
+    flipped = {name: -w if name.startswith("alpha") else w for name, w in params["layers"].items()}
     a, b = logits_of(config, params), logits_of(config, params | {"layers": flipped})
     assert np.array_equal(a, b)
 

@@ -53,6 +53,9 @@ def one_step(params, axes, updates, radius=1.0):
     return optax.apply_updates(params, updates)
 
 
+jitted_step = jax.jit(one_step, static_argnums=1)
+
+
 def run_python(code, **env):
     """The last line that a fresh interpreter prints, read as json."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **env}
@@ -71,7 +74,7 @@ def test_norms_after_a_step(dtype, axis):
     with jax.enable_x64(True):
         params = jax.jit(lambda p: project_params(p, axis))(normal(4, 8, 6, dtype=dtype))
         updates = 0.1 * normal(4, 8, 6, seed=1, dtype=dtype)
-        new = jax.jit(lambda p, u: one_step(p, axis, u))(params, updates)
+        new = jitted_step(params, axis, updates)
     assert params.dtype == new.dtype == dtype
     assert off_sphere(params, axis) < TOLERANCE[dtype]
     assert off_sphere(new, axis) < TOLERANCE[dtype]
@@ -83,7 +86,7 @@ def test_norms_after_a_step(dtype, axis):
 @property_test
 @given(*[hnp.arrays(np.float32, (3, 5), elements=st.floats(-8, 8, width=32))] * 2)
 def test_any_step_ends_on_the_sphere(params, updates):
-    new = one_step(params, 1, updates)
+    new = jitted_step(params, 1, updates)
     still = norms(params + updates, 1) < 1.09e-19  # its square is below the least float32
     expected = np.where(still, norms(params, 1), 1)
     np.testing.assert_allclose(norms(new, 1), expected, rtol=0, atol=5e-6)
@@ -108,7 +111,7 @@ def test_bfloat16_is_computed_in_float32():
     """A sum of 4096 squares stops at 256 in bfloat16."""
     params = project_params(jnp.ones(4096, jnp.bfloat16), 0)
     assert off_sphere(params, 0) == 0
-    assert off_sphere(one_step(params, 0, params), 0) == 0
+    assert off_sphere(jitted_step(params, 0, params), 0) == 0
 
 
 def test_small_bfloat16_updates_keep_their_digits():
@@ -148,7 +151,7 @@ def test_vectors_sent_to_zero_stay(dtype):
     """To zero, zero, away from zero, an ordinary one."""
     params = jnp.array([[0.6, 0.8], [0, 0], [0, 0], [1, 0]], dtype)
     updates = jnp.array([[-0.6, -0.8], [0, 0], [0, 2], [0, 1]], dtype)
-    new = one_step(params, 1, updates)
+    new = jitted_step(params, 1, updates)
     half = np.sqrt(0.5)
     expected = [f64(params)[0], [0, 0], [0, 1], [half, half]]
     np.testing.assert_allclose(f64(new), expected, rtol=0, atol=TOLERANCE[dtype])
@@ -157,7 +160,7 @@ def test_vectors_sent_to_zero_stay(dtype):
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_a_diverged_update_is_not_hidden(bad):
-    new = one_step(jnp.eye(2), 0, jnp.array([[bad, 1.0], [0.0, 1.0]]))
+    new = jitted_step(jnp.eye(2), 0, jnp.array([[bad, 1.0], [0.0, 1.0]]))
     assert not np.isfinite(new[:, 0]).all()
     np.testing.assert_allclose(new[:, 1], np.array([1, 2]) / np.sqrt(5), atol=1e-6)
 
@@ -166,7 +169,7 @@ def test_a_diverged_update_is_not_hidden(bad):
 def test_radius(radius):
     params = project_params(normal(5, 4), 0, radius)
     assert off_sphere(params, 0, float(radius)) < 1e-6
-    new = one_step(params, 0, 0.1 * normal(5, 4, seed=1), radius)
+    new = jitted_step(params, 0, 0.1 * normal(5, 4, seed=1), radius)
     assert off_sphere(new, 0, float(radius)) < 1e-6
     assert sphere_deviation(new, 0, radius) < 1e-6
     assert sphere_deviation(new, 0) == pytest.approx(abs(1 - radius), abs=1e-6)

@@ -14,10 +14,10 @@ from ngpt_jax import sphere
 
 DTYPES = ["float16", "bfloat16", "float32", "float64"]
 EPS = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-23, "float64": 2.0**-52}
-AXES = [-1, 0, (0, 1), (-1, -3), (0, 1, 2)]
+AXES = [0, -1, (-1, -3), (0, 1, 2)]
 
 STATIC = {"safe_norm": (1, 2), "inverse_norm": 1, "normalize": 1, "lerp": 3, "angle": (2, 3),
-          "slerp": 3, "tangent": 2, "retract": 2}  # fmt: skip
+          "slerp": 3, "tangent": 2, "retract": 2, "deviation": 1}  # fmt: skip
 jitted = SimpleNamespace(
     **{name: jax.jit(getattr(sphere, name), static_argnums=n) for name, n in STATIC.items()}
 )
@@ -90,21 +90,24 @@ def test_normalize_keeps_dtype_and_norm_one(dtype, axis):
 @pytest.mark.parametrize(("dtype", "value"), [("float16", 300.0), ("float16", 1e-4)])
 def test_normalize_computes_in_float32(dtype, value):
     """The squares over- or underflow in float16."""
-    y = sphere.normalize(jnp.full(64, value, dtype))
+    y = jitted.normalize(jnp.full(64, value, dtype))
     assert_close(y, 1 / 8, 1e-4)
 
 
 def test_normalize_sums_many_bfloat16_squares_in_float32():
     """A sum of 4096 ones stops at 256 in bfloat16."""
-    assert_close(sphere.normalize(jnp.ones(4096, jnp.bfloat16)), 1 / 64, 0)
+    assert_close(jitted.normalize(jnp.ones(4096, jnp.bfloat16)), 1 / 64, 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_zero_vector_stays_zero_with_zero_gradient(dtype):
+    @jax.jit
+    def value_and_gradient(x):
+        y, pullback = jax.vjp(sphere.normalize, x)
+        return y, *pullback(jnp.ones_like(y))
+
     with jax.enable_x64(True):
-        x = jnp.asarray([[0, 0, 0], [3, 0, 4]], dtype)
-        y = jitted.normalize(x)
-        g = jax.jit(jax.grad(lambda x: sphere.normalize(x).sum()))(x)
+        y, g = value_and_gradient(jnp.asarray([[0, 0, 0], [3, 0, 4]], dtype))
     assert_close(y, [[0, 0, 0], [0.6, 0, 0.8]], 2 * EPS[dtype])
     assert_close(g[0], 0, 0)
     # (I - y y^T) 1 / 5
@@ -112,25 +115,25 @@ def test_zero_vector_stays_zero_with_zero_gradient(dtype):
 
 
 def test_normalize_propagates_nan():
-    assert np.isnan(sphere.normalize(jnp.array([jnp.nan, 1.0]))).any()
+    assert np.isnan(jitted.normalize(jnp.array([jnp.nan, 1.0]))).any()
 
 
 def test_normalize_counts_norms_below_1e_19_as_zero():
     x = jnp.array([[3e-19, 4e-19], [3e-21, 4e-21]])
-    assert_close(sphere.normalize(x), [[0.6, 0.8], [0, 0]])
+    assert_close(jitted.normalize(x), [[0.6, 0.8], [0, 0]])
 
 
 @property_test
 @given(vectors)
 def test_normalize_gives_norm_one_or_zero(x):
-    assert_close(norm(sphere.normalize(x)), norm(x) > 0, 1e-6)
+    assert_close(norm(jitted.normalize(x)), norm(x) > 0, 1e-6)
 
 
 @property_test
 @given(vectors)
 def test_normalize_is_idempotent(x):
-    y = sphere.normalize(x)
-    assert_close(sphere.normalize(y), y, 3e-7)
+    y = jitted.normalize(x)
+    assert_close(jitted.normalize(y), y, 3e-7)
 
 
 @property_test
@@ -140,8 +143,8 @@ def test_normalize_is_idempotent(x):
     st.sampled_from([-1, 1]),
 )
 def test_normalize_is_scale_invariant_and_odd(x, scale, sign):
-    y = sphere.normalize(x * np.float32(sign * scale))
-    assert_close(y, sign * sphere.normalize(x), 1e-6)
+    y = jitted.normalize(x * np.float32(sign * scale))
+    assert_close(y, sign * jitted.normalize(x), 1e-6)
 
 
 # inverse_norm, safe_norm
@@ -170,7 +173,7 @@ def test_norms_are_zero_with_zero_gradient_at_zero(function):
 @pytest.mark.parametrize("t", [0.3, normal(4, 1, seed=2), normal(4, 6, seed=2), normal(6, seed=2)])
 def test_lerp_formula(t):
     a, b = unit(4, 6), unit(4, 6, seed=1)
-    y = sphere.lerp(*f32(a, b), t if isinstance(t, float) else f32(t))
+    y = jitted.lerp(*f32(a, b), t if isinstance(t, float) else f32(t))
     assert_close(norm(y), 1)
     assert_close(y, np_lerp(a, b, t), 2e-6)
 
@@ -203,7 +206,6 @@ def test_interpolation_of_bfloat16_is_float32_inside(interpolate):
     a, b = (jnp.asarray(unit(4, 64, seed=s), jnp.bfloat16) for s in (0, 1))
     expected = interpolate(*f32(a, b), 0.3).astype(jnp.bfloat16)
     assert_close(interpolate(a, b, 0.3), expected, 0)
-    assert_close(interpolate(a, b, jnp.float32(0.3)), expected, 0)
 
 
 # slerp
@@ -212,7 +214,7 @@ def test_interpolation_of_bfloat16_is_float32_inside(interpolate):
 @pytest.mark.parametrize("t", [0.0, 0.1, 0.5, 0.9, 1.0, normal(4, 1, seed=2)])
 def test_slerp_formula(t):
     a, b = unit(4, 6), unit(4, 6, seed=1)
-    y = sphere.slerp(*f32(a, b), t if isinstance(t, float) else f32(t))
+    y = jitted.slerp(*f32(a, b), t if isinstance(t, float) else f32(t))
     assert_close(norm(y), 1)
     assert_close(y, np_slerp(a, b, t), 3e-6)
 
@@ -227,24 +229,24 @@ def test_slerp_formula_float64():
 def test_slerp_angle_grows_linearly_in_t():
     a, b = f32(unit(4, 6), unit(4, 6, seed=1))
     for t in np.linspace(0, 1, 6):
-        y = sphere.slerp(a, b, t)
-        assert_close(sphere.angle(a, y), t * f64(sphere.angle(a, b)), 2e-6)
-        assert_close(sphere.angle(y, b), (1 - t) * f64(sphere.angle(a, b)), 2e-6)
+        y = jitted.slerp(a, b, t)
+        assert_close(jitted.angle(a, y), t * f64(jitted.angle(a, b)), 2e-6)
+        assert_close(jitted.angle(y, b), (1 - t) * f64(jitted.angle(a, b)), 2e-6)
 
 
 def test_lerp_angle_is_not_linear_in_t():
     """What tells the two apart: over a right angle, a quarter of the chord is 18.4 degrees."""
     a, b = f32([1, 0], [0, 1])
-    assert_close(sphere.angle(a, jitted.lerp(a, b, 0.25)), np.arctan(1 / 3))
-    assert_close(sphere.angle(a, jitted.slerp(a, b, 0.25)), np.pi / 8)
+    assert_close(jitted.angle(a, jitted.lerp(a, b, 0.25)), np.arctan(1 / 3))
+    assert_close(jitted.angle(a, jitted.slerp(a, b, 0.25)), np.pi / 8)
 
 
 def test_slerp_and_lerp_agree_for_small_angles():
     """They differ by O(theta^3)."""
     a, v = unit(4, 6), normal(4, 6, seed=1)
-    a32, b = f32(a, sphere.retract(*f32(a, 1e-3 * v)))
-    step = f64(sphere.slerp(a32, b, 0.3)) - f64(a32)
-    chord = f64(sphere.lerp(a32, b, 0.3)) - f64(a32)
+    a32, b = f32(a, jitted.retract(*f32(a, 1e-3 * v)))
+    step = f64(jitted.slerp(a32, b, 0.3)) - f64(a32)
+    chord = f64(jitted.lerp(a32, b, 0.3)) - f64(a32)
     assert norm(step).min() > 1e-4
     assert_close(step, chord, 2e-7)
 
@@ -265,7 +267,7 @@ def test_slerp_at_equal_points():
 def test_slerp_gradient_matches_differences_of_the_formula():
     """Along tangent directions: the two differ off the sphere."""
     a, b, c = unit(6), unit(6, seed=1), normal(6, seed=2)
-    u, v = (sphere.tangent(*f32(x, normal(6, seed=s))) for x, s in ((a, 3), (b, 4)))
+    u, v = (jitted.tangent(*f32(x, normal(6, seed=s))) for x, s in ((a, 3), (b, 4)))
 
     def expected(eps):
         moved = (x + eps * f64(y) for x, y in ((a, u), (b, v)))
@@ -278,7 +280,7 @@ def test_slerp_gradient_matches_differences_of_the_formula():
 
 def test_slerp_is_finite_at_antipodes():
     a = f32(unit(4, 6))
-    assert np.isfinite(sphere.slerp(a, -a, 0.3)).all()
+    assert np.isfinite(jitted.slerp(a, -a, 0.3)).all()
 
 
 # tangent, retract
@@ -287,16 +289,16 @@ def test_slerp_is_finite_at_antipodes():
 @pytest.mark.parametrize("axis", [-1, 0, (0, 1)])
 def test_tangent_is_the_orthogonal_projection(axis):
     x, v = f32(unit(3, 6, axis=axis), normal(3, 6, seed=1))
-    y = sphere.tangent(x, v, axis)
+    y = jitted.tangent(x, v, axis)
     assert_close(np.sum(f64(x) * f64(y), axis), 0)
-    assert_close(sphere.tangent(x, y, axis), y)
+    assert_close(jitted.tangent(x, y, axis), y)
     radial = np.sum(f64(x) * f64(v), axis, keepdims=True)
     assert_close(y, f64(v) - radial * f64(x))
 
 
 def test_tangent_of_x_is_zero():
     x = f32(unit(3, 6))
-    assert_close(sphere.tangent(x, 5 * x), 0, 2e-6)
+    assert_close(jitted.tangent(x, 5 * x), 0, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -339,7 +341,7 @@ def test_retract_is_first_order_the_tangent():
 )
 def test_angle_of_known_points(b, expected):
     a, b = f32([1, 0], b)
-    assert_close(sphere.angle(a, b), expected, 3e-7)
+    assert_close(jitted.angle(a, b), expected, 3e-7)
 
 
 @pytest.mark.parametrize("axis", AXES)
@@ -349,14 +351,14 @@ def test_angle_is_arccos_along_any_axis(axis):
     kept = jitted.angle(*f32(a, b), axis, True)
     assert kept.shape == expected.shape
     assert_close(kept, expected)
-    assert_close(sphere.angle(*f32(a, b), axis), np.squeeze(expected, axis))
+    assert_close(jitted.angle(*f32(a, b), axis), np.squeeze(expected, axis))
 
 
 @pytest.mark.parametrize("theta", [1e-2, 1e-4, 1e-6, 1e-9])
 def test_tiny_angles_keep_their_digits(theta):
     a, b = f32([1, 0], [np.cos(theta), np.sin(theta)])
-    assert float(sphere.angle(a, b)) == pytest.approx(theta, rel=1e-6)
-    assert np.pi - float(sphere.angle(a, -b)) == pytest.approx(theta, abs=5e-7)
+    assert float(jitted.angle(a, b)) == pytest.approx(theta, rel=1e-6)
+    assert np.pi - float(jitted.angle(a, -b)) == pytest.approx(theta, abs=5e-7)
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -371,17 +373,17 @@ def test_angle_gradient_is_finite_at_equal_and_opposite_points(sign):
 
 def test_deviation_is_the_distance_from_the_radius():
     x = jnp.array([[3.0, 4.0], [0.6, 0.8], [0.0, 0.0]])
-    assert_close(sphere.deviation(x), [4, 0, 1], 2e-7)
-    assert_close(sphere.deviation(x, radius=5), [0, 4, 5], 1e-6)
-    assert_close(sphere.deviation(x, 0, radius=2.0), np.abs(norm(x, 0) - 2))
-    assert_close(sphere.deviation(x, (0, 1)), np.sqrt(26) - 1, 2e-6)
+    assert_close(jitted.deviation(x), [4, 0, 1], 2e-7)
+    assert_close(jitted.deviation(x, radius=5), [0, 4, 5], 1e-6)
+    assert_close(jitted.deviation(x, 0, radius=2.0), np.abs(norm(x, 0) - 2))
+    assert_close(jitted.deviation(x, (0, 1)), np.sqrt(26) - 1, 2e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_deviation_is_in_at_least_float32(dtype):
     """257 is no bfloat16 number, and its square no float16 number."""
     with jax.enable_x64(True):
-        y = sphere.deviation(jnp.asarray([256, 16, 7, 1], dtype), radius=256)
+        y = jitted.deviation(jnp.asarray([256, 16, 7, 1], dtype), radius=256)
     assert y.dtype == ("float64" if dtype == "float64" else "float32")
     assert_close(y, np.sqrt(256**2 + 16**2 + 7**2 + 1) - 256, 3e-5)
 
@@ -392,17 +394,15 @@ def test_deviation_is_in_at_least_float32(dtype):
 @pytest.mark.parametrize(
     "function",
     [
-        sphere.normalize,
-        lambda a: sphere.lerp(a, a[::-1], 0.3),
-        lambda a: sphere.slerp(a, a[::-1], 0.3),
-        lambda a: sphere.tangent(a, a[::-1]),
-        lambda a: sphere.retract(a, a[::-1]),
-        lambda a: sphere.angle(a, a[::-1]),
-        sphere.deviation,
+        lambda a, b: sphere.normalize(a + b),
+        lambda a, b: sphere.lerp(a, b, 0.3),
+        lambda a, b: sphere.slerp(a, b, 0.3),
+        sphere.tangent,
+        sphere.retract,
+        sphere.angle,
+        lambda a, b: sphere.deviation(a + b),
     ],
 )
 def test_functions_agree_under_jit_and_vmap(function):
-    a = f32(unit(4, 6))
-    np.testing.assert_allclose(
-        jax.jit(jax.vmap(function))(a), np.stack([function(row) for row in a]), atol=1e-6
-    )
+    a, b = f32(unit(4, 6), unit(4, 6, seed=1))
+    assert_close(jax.jit(jax.vmap(function))(a, b), function(a, b))

@@ -54,7 +54,11 @@ def _scan_chunks(hidden, table, scale, targets, weights, vocab_size, chunk, with
     zero = jnp.zeros((), dtype)
     carry = zero
     if with_grads:
-        carry = (zero, jnp.zeros(table.shape, dtype), None if scale is None else jnp.zeros_like(scale))
+        carry = (
+            zero,
+            jnp.zeros(table.shape, dtype),
+            None if scale is None else jnp.zeros_like(scale),
+        )
     inputs = (split(hidden), split(targets), split(weights.astype(dtype)))
     if n == 1:  # no loop to pay for
         carry, d_hidden = body(carry, jax.tree.map(lambda x: x[0], inputs))

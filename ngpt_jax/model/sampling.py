@@ -14,8 +14,15 @@ from ngpt_jax.model.transformer import Transformer
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def _generate(config: ModelConfig, params: Any, window: jax.Array, length: jax.Array, count: int,
-              temperature: jax.Array, key: jax.Array) -> jax.Array:
+def _generate(
+    config: ModelConfig,
+    params: Any,
+    window: jax.Array,
+    length: jax.Array,
+    count: int,
+    temperature: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
     def next_token(carry, key):
         window, length = carry  # (context,) ids of which the first ``length`` are real
         logits = Transformer(config).apply({"params": params}, window[None])[0, length - 1]
@@ -30,8 +37,9 @@ def _generate(config: ModelConfig, params: Any, window: jax.Array, length: jax.A
     return tokens
 
 
-def sample(config: ModelConfig, params: Any, prompt: list[int], count: int, temperature: float,
-           seed: int) -> list[int]:
+def sample(
+    config: ModelConfig, params: Any, prompt: list[int], count: int, temperature: float, seed: int
+) -> list[int]:
     """Draws ``count`` token ids that go on from ``prompt``.
 
     Each token sees the last ``model.context`` ids before it.

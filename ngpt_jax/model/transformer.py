@@ -42,7 +42,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _declare(module: nn.Module, config: ModelConfig, name: str, axes: Axes, init) -> jax.Array:
+def _declare(module: nn.Module, config: ModelConfig, name: str, axes: Axes, init: Any) -> Any:
     sizes = axis_sizes(config)
     shape = tuple(sizes[axis] for axis in axes)
     boxed = nn.with_logical_partitioning(init, axes)
@@ -125,9 +125,15 @@ class Block(nn.Module):
     def _attention(self, h: jax.Array, tables) -> jax.Array:
         c = self.config
         assert c.head_dim is not None and c.kv_heads is not None
-        q = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim")))
-        k = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim")))
-        v = jnp.einsum("btd,dhk->bthk", h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim")))
+        q = jnp.einsum(
+            "btd,dhk->bthk", h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim"))
+        )
+        k = jnp.einsum(
+            "btd,dhk->bthk", h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim"))
+        )
+        v = jnp.einsum(
+            "btd,dhk->bthk", h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim"))
+        )
         if c.kind == "ngpt":
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             # One s_qk for q and k (equations 15, 16), a key head sharing it with its query heads.
@@ -196,6 +202,7 @@ class Transformer(nn.Module):
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """The last hidden states (B, T, embed), ready for the output table."""
         c = self.config
+        assert c.head_dim is not None
         h = jnp.take(self.input_table, tokens, axis=0)
         self.sow("intermediates", "embedded", h)
         dtype = jnp.promote_types(c.dtype, jnp.float32)
@@ -213,6 +220,7 @@ class Transformer(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
         h, table, s_z = self.hidden_and_head(tokens)
+        assert self.config.vocab_size is not None
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
         logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
         logits = logits if s_z is None else logits * s_z

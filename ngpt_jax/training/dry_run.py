@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -34,7 +34,8 @@ def format_bytes(count: float) -> str:
 def parameter_table(config: Config) -> str:
     """Name, shape, axes, axis of unit norm and optimizer group of every parameter."""
     sizes = axis_sizes(config.model)
-    axes, treedef = jax.tree_util.tree_flatten_with_path(param_axes(config.model), is_leaf=is_axes)
+    flat = jax.tree_util.tree_flatten_with_path(param_axes(config.model), is_leaf=is_axes)
+    axes, treedef = cast(Any, flat)
     units = treedef.flatten_up_to(unit_axes(config.model))
     groups = treedef.flatten_up_to(param_groups(config.model))
     rows = [("name", "shape", "axes", "unit norm along", "group")]
@@ -74,4 +75,3 @@ def report(config: Config) -> str:
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]
     return "\n".join([parameter_table(config), "", *lines])
-

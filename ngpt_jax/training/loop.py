@@ -30,8 +30,8 @@ from ngpt_jax.parallel.mesh import batch_putter, make_mesh, replicated
 from ngpt_jax.training import throughput
 from ngpt_jax.training.checkpoint import Checkpoints
 from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
-from ngpt_jax.training.metrics import MetricWriter, Terminal, format_duration, write_atomically
-from ngpt_jax.training.step import TrainState, init_state, make_train_step, summarize_params
+from ngpt_jax.training.metrics import MetricWriter, Terminal, write_atomically
+from ngpt_jax.training.step import init_state, make_train_step, summarize_params
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
@@ -85,8 +85,10 @@ def claim_workdir(workdir: Path, config: Config) -> None:
             raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
         diff = config_lib.differences(old, config)
         bound = ("model.", "optimizer.", "data.", "train.")
-        free = ("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk")
-        free += ("data.threads", "data.prefetch")
+        free = (
+            *("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk"),
+            *("data.threads", "data.prefetch"),
+        )
         if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
             raise ConfigError(
                 f"--workdir={workdir} holds another run ({'; '.join(bad)});"
@@ -102,7 +104,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
 
 def _versions() -> dict[str, Any]:
     packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy".split()
-    versions = {}
+    versions: dict[str, Any] = {}
     for name in packages:
         try:
             versions[name] = importlib.metadata.version(name)
@@ -236,19 +238,17 @@ def _train_loop(run: _Run) -> None:
         )  # fmt: skip
         first = next(batches)
         step_fn = make_train_step(config, run.tx, run.schedule)
-        compiled = (
-            jax.jit(step_fn, donate_argnums=0).lower(run.state, run.put(first)).compile()
-        )
+        compiled = jax.jit(step_fn, donate_argnums=0).lower(run.state, run.put(first)).compile()
         compile_seconds = time.perf_counter() - start
         run.terminal.say(f"compiled the step in {compile_seconds:.1f} s")
         batches = _chain(first, batches)
         interval = _Interval(run, compile_seconds)
     while True:
-        if (run.step % config.eval.every == 0 or run.step == run.steps) and run.step > 0:
-            if progress["evaluated"] != run.step and not run.stop():
-                run.evaluate()
-                if run.step < run.steps:
-                    interval.restart()
+        due = run.step > 0 and (run.step % config.eval.every == 0 or run.step == run.steps)
+        if due and progress["evaluated"] != run.step and not run.stop():
+            run.evaluate()
+            if run.step < run.steps:
+                interval.restart()
         last = run.step == run.steps or run.stop()
         if run.step > 0 and (last or run.step % config.checkpoint.every == 0):
             run.save()
@@ -297,6 +297,7 @@ class _Interval:
         tokens_per_step = config.train.batch_size * config.model.context
         rate = self.steps * tokens_per_step / seconds if self.steps else math.nan
         self.rates.append(rate)
+        usual_rate = statistics.median(self.rates[-5:])
         metrics["loss"] = statistics.fmean(run.progress["losses"])
         row = {
             **metrics,
@@ -306,7 +307,7 @@ class _Interval:
             "mfu": throughput.mfu(config.model, rate),
             "data_wait_seconds": self.waited / max(1, self.steps),
             "compile_seconds": self.compile_seconds,
-            "eta_seconds": (run.steps - run.step) * tokens_per_step / statistics.median(self.rates[-5:]),
+            "eta_seconds": (run.steps - run.step) * tokens_per_step / usual_rate,
             **{name: float(value) for name, value in run.summarize(run.state.params).items()},
         }
         row = {f"train/{name}": value for name, value in row.items()}

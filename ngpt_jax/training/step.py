@@ -15,8 +15,6 @@ from ngpt_jax.model.loss import cross_entropy
 from ngpt_jax.model.transformer import (
     Transformer,
     init_params,
-    is_axes,
-    param_axes,
     real_vocab,
     unit_axes,
 )
@@ -41,9 +39,10 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
 def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """Sum over the batch's (weighted) targets of -log p(target), in nats."""
     assert config.vocab_size is not None
-    h, table, s_z = Transformer(config).apply(
+    outputs: Any = Transformer(config).apply(
         {"params": params}, batch["inputs"], method="hidden_and_head"
     )
+    h, table, s_z = outputs
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
     return cross_entropy(h, table, s_z, targets, weights, config.vocab_size, config.loss_chunk)
@@ -67,7 +66,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         metrics = {
             "loss": loss,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": schedule(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), metrics
@@ -83,10 +82,7 @@ def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:
         return {}
     off = jax.tree.leaves(sphere_deviation(params, unit_axes(config)))
     out = {"sphere_deviation": jnp.max(jnp.stack(off))}
-    real = jax.tree.map(
-        lambda axes, leaf: real_vocab(leaf, axes, config), param_axes(config), params, is_leaf=is_axes
-    )
-    flat = real["layers"] | {"s_z": real["s_z"]}
+    flat = params["layers"] | {"s_z": real_vocab(params["s_z"], ("vocab",), config)}
     for name in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z"):
         spec = getattr(config, name)
         effective = sphere.promote(flat[name]) * (spec.init / spec.scale)

@@ -1,0 +1,59 @@
+"""A GPT-2-small-sized nGPT on one accelerator.
+
+    python -m ngpt_jax.main --config=experiments/124m.py \
+        --config.data.paths='corpus/*.jsonl.gz' --config.data.tokenizer=tokenizer.json
+
+12 layers, width 768, 12 heads, context 1024. With the 32,000 tokens of LLaMA-2's tokenizer: 162.5 M
+parameters, of which 113.2 M in the blocks. 2.5 B tokens in 4,800 steps of 524,288 (22 tokens a
+block parameter).
+Expected cost, not measured: 8.8e8 FLOPs a token, 2.2e18 in all; at 40 % MFU 1.6 hours of one H100.
+Variants: gpt (the baseline), debug (tiny, on bytes of the standard library).
+"""
+
+from ngpt_jax.config import default_config
+from ngpt_jax.config_file import apply_variants
+
+
+def get_config(variants: str = ""):
+    config = default_config()
+    config.model.layers = 12
+    config.model.width = 768
+    config.model.heads = 12
+    config.model.context = 1024
+    config.model.dtype = "bfloat16"
+    config.model.remat = True
+    config.model.loss_chunk = 8192
+    config.optimizer.learning_rate = 2e-3
+    config.train.steps = 4800
+    config.train.batch_size = 512
+    config.data.source = "text"
+    config.data.paths = ("corpus/*.jsonl.gz",)
+    config.data.tokenizer = "tokenizer.json"
+    config.eval.every = 500
+    config.eval.batches = 20
+    config.eval.batch_size = 64
+    config.checkpoint.every = 500
+    return apply_variants(config, variants, {"gpt": gpt, "debug": debug})
+
+
+def gpt(config):
+    config.model.kind = "gpt"
+    config.optimizer.learning_rate = 1e-3
+
+
+def debug(config):
+    config.model.layers = 2
+    config.model.width = 64
+    config.model.heads = 8
+    config.model.context = 64
+    config.model.dtype = "float32"
+    config.train.steps = 20
+    config.train.batch_size = 8
+    config.data.source = "stdlib"
+    config.data.paths = ()
+    config.data.tokenizer = "byte"
+    config.eval.every = 10
+    config.eval.batches = 2
+    config.eval.batch_size = 8
+    config.checkpoint.every = 10
+    config.log.every = 5

@@ -1,0 +1,166 @@
+"""Times training steps of nGPT, of our GPT baseline and of a plain-jax GPT, interleaved.
+
+Examples:
+  python -m ngpt_jax.tools.benchmark
+  python -m ngpt_jax.tools.benchmark --steps=30 --json=benchmark.json
+  python -m ngpt_jax.tools.benchmark --config=experiments/quickstart.py --models=ngpt,gpt
+
+Without --config: 4 layers, width 256, 4 heads, 8192 token ids, 8 windows of 256 tokens, float32,
+layers unrolled as the plain GPT's are. The plain GPT (ngpt_jax/tools/plain_gpt.py) has the same
+shapes and the same optimizer; it is float32, with 4 * width hidden units and no grouped queries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from absl import flags
+
+from ngpt_jax import config as config_lib
+from ngpt_jax import config_file
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.model.transformer import padded_vocab_size
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.optim.schedules import make_schedule
+from ngpt_jax.tools import plain_gpt
+from ngpt_jax.training import throughput
+from ngpt_jax.training.loop import with_tokenizer
+from ngpt_jax.training.metrics import write_atomically
+from ngpt_jax.training.step import init_state, make_train_step
+
+MODELS = ("ngpt", "gpt", "plain")
+_CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
+_MODELS = flags.DEFINE_list("models", list(MODELS), "Which of ngpt, gpt, plain to time.")
+_STEPS = flags.DEFINE_integer("steps", 20, "Timed steps of each model.", lower_bound=3)
+_WARMUP = flags.DEFINE_integer("warmup", 3, "Steps of each model before the clock.", lower_bound=1)
+_JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
+
+
+def default_shape() -> ml_collections.ConfigDict:
+    config = config_lib.default_config()
+    config.model.width = 256
+    config.model.context = 256
+    config.model.vocab_size = 8192
+    config.model.scan_layers = False
+    config.train.batch_size = 8
+    config.train.steps = 1000
+    return config
+
+
+def _plain_shapes(config: Config) -> None:
+    m = config.model
+    if (m.dtype, m.mlp_width, m.kv_heads) != ("float32", 4 * m.width, m.heads):
+        raise ConfigError(
+            "The plain GPT is float32, with mlp_width = 4 * width and kv_heads = heads;"
+            " leave it out with --models=ngpt,gpt."
+        )
+
+
+def make_stepper(model: str, config: Config) -> tuple[Any, Any]:
+    """(jitted step, its first state) of one of MODELS in the shapes of ``config``."""
+    assert config.train.steps is not None
+    if model == "plain":
+        _plain_shapes(config)
+        m = config.model
+        init, step = plain_gpt.make_train_step(make_schedule(config.optimizer, config.train.steps))
+        params = plain_gpt.init(jax.random.key(0), m.layers, m.width, m.heads, padded_vocab_size(m))
+        return jax.jit(step, donate_argnums=0), (params, init(params))
+    # The recipe and qk_norm are those of the kind: clear what was resolved for another one.
+    kind = dataclasses.replace(config.model, kind=model, qk_norm=None, init_std=None)
+    optimizer = dataclasses.replace(config.optimizer, weight_decay=None, warmup_steps=None)
+    config = config_lib.resolve(dataclasses.replace(config, model=kind, optimizer=optimizer))
+    tx, schedule = make_optimizer(config)
+    step = make_train_step(config, tx, schedule)
+    return jax.jit(step, donate_argnums=0), init_state(config, tx)
+
+
+def measure(config: Config, models: list[str], steps: int, warmup: int) -> dict[str, list[float]]:
+    """Seconds of each timed step, one step of each model in turn."""
+    rng = np.random.default_rng(0)
+    assert config.model.vocab_size is not None
+    tokens = rng.integers(
+        0, config.model.vocab_size, (config.train.batch_size, config.model.context + 1), np.int32
+    )
+    batch = jax.device_put({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
+    runs = {model: make_stepper(model, config) for model in models}
+    seconds: dict[str, list[float]] = {model: [] for model in models}
+    for i in range(warmup + steps):
+        for model, (step, state) in runs.items():
+            start = time.perf_counter()
+            state, _ = jax.block_until_ready(step(state, batch))
+            if i >= warmup:
+                seconds[model].append(time.perf_counter() - start)
+            runs[model] = (step, state)
+    return seconds
+
+
+def report(config: Config, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, tokens/s, MFU, and the median of the ratios of steps made side by side."""
+    tokens = config.train.batch_size * config.model.context
+
+    def ratio(a: str, b: str) -> float | None:
+        if a not in seconds or b not in seconds:
+            return None
+        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+
+    rows = {
+        model: {
+            "median_ms": 1e3 * statistics.median(times),
+            "min_ms": 1e3 * min(times),
+            "tokens_per_second": tokens / statistics.median(times),
+            "mfu": throughput.mfu(config.model, tokens / statistics.median(times)),
+        }
+        for model, times in seconds.items()
+    }
+    return {
+        "models": rows,
+        "ratios": {"ngpt/gpt": ratio("ngpt", "gpt"), "gpt/plain": ratio("gpt", "plain")},
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "jax": jax.__version__,
+        "steps": len(next(iter(seconds.values()))),
+        "model": dataclasses.asdict(config.model),
+        "batch_size": config.train.batch_size,
+    }
+
+
+def show(numbers: dict[str, Any]) -> str:
+    lines = [f"{'model':8} {'median ms':>10} {'least ms':>10} {'tokens/s':>10} {'MFU':>6}"]
+    for model, row in numbers["models"].items():
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        lines.append(
+            f"{model:8} {row['median_ms']:10.1f} {row['min_ms']:10.1f}"
+            f" {row['tokens_per_second']:10,.0f} {mfu:>6}"
+        )
+    for name, value in numbers["ratios"].items():
+        if value is not None:
+            lines.append(f"{name}: {value:.3f} (median of the ratios of steps side by side)")
+    lines.append(f"{numbers['steps']} steps each on {numbers['device']}, {numbers['machine']}")
+    return "\n".join(lines)
+
+
+def _main(argv: list[str], overrides: list[tuple[str, str]]) -> None:
+    if len(argv) > 1:
+        raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+    if bad := [m for m in _MODELS.value if m not in MODELS]:
+        raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
+    config = config_file.load_config(_CONFIG.value or default_shape(), overrides)
+    config, _ = with_tokenizer(config)
+    numbers = report(config, measure(config, _MODELS.value, _STEPS.value, _WARMUP.value))
+    print(show(numbers))
+    if _JSON.value:
+        write_atomically(Path(_JSON.value), json.dumps(numbers, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    config_file.run_command(_main)

@@ -1,0 +1,179 @@
+"""Fields, overrides, experiment files, and what bad input is told."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ngpt_jax import config as config_lib
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config_file import describe, load_config, split_overrides
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "experiments/quickstart.py")
+
+
+def load(*overrides, spec=QUICKSTART):
+    return load_config(spec, split_overrides(overrides)[1])
+
+
+def test_defaults_are_resolved():
+    config = load()
+    assert (config.model.head_dim, config.model.kv_heads, config.model.mlp_width) == (32, 4, 512)
+    assert config.model.qk_norm is True
+    assert config.model.alpha_a.scale == 128**-0.5
+    assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.0, 0)
+    gpt = load(spec=QUICKSTART + ":gpt")
+    assert gpt.model.qk_norm is False
+    assert gpt.optimizer.weight_decay == 0.1
+    assert gpt.optimizer.warmup_steps == gpt.train.steps // 10
+
+
+def test_resolving_twice_changes_nothing():
+    config = load()
+    assert config_lib.resolve(config) == config
+    import json
+
+    assert config_lib.from_config_dict(json.loads(config_lib.to_json(config))) == config
+
+
+def test_overrides_of_every_type():
+    config = load(
+        "--config.model.layers=3", "--config.optimizer.learning_rate=1", "--config.model.kv_heads",
+        "2", "--config.train.steps=None", "--config.train.tokens=1_000_000", "--config.model.remat=1",
+        "--config.data.source=text", "--config.data.paths=a.txt", "--config.data.paths=b.txt",
+        "--config.model.s_z.init=3.5", "--config.model.scan_layers=False",
+    )  # fmt: skip
+    assert config.model.layers == 3
+    assert config.optimizer.learning_rate == 1.0
+    assert config.model.remat is True
+    assert config.model.scan_layers is False
+    assert config.model.kv_heads == 2
+    assert config.train.steps == -(-1_000_000 // 2048)
+    assert config.data.paths == ("a.txt", "b.txt")
+    assert config.model.s_z.init == 3.5
+
+
+def test_variants_combine_in_order():
+    config = load(spec=QUICKSTART + ":gpt,debug")
+    assert config.model.kind == "gpt"
+    assert config.model.width == 32
+
+
+@pytest.mark.parametrize(
+    "spec", ["quickstart.py", "124m.py", "0_5b.py", "1b.py", "0_5b.py:gpt,ctx4k", "1b.py:ctx8k",
+             "1b.py:debug", "0_5b.py:gpt,debug", "124m.py:gpt", "124m.py:debug"]
+)  # fmt: skip
+def test_every_experiment_loads(spec):
+    config = load(spec=str(ROOT / "experiments" / spec))
+    if "debug" in spec and "quickstart" not in spec:
+        model = config.model
+        sizes = (model.heads, model.kv_heads, model.head_dim, model.width, model.mlp_width)
+        assert all(size % 8 == 0 for size in sizes)
+
+
+def test_the_papers_models():
+    for name, layers, width, heads, batch in (
+        ("0_5b", 24, 1024, 16, 512),
+        ("1b", 36, 1280, 20, 512),
+    ):
+        config = load(spec=str(ROOT / f"experiments/{name}.py"))
+        m = config.model
+        assert (m.layers, m.width, m.heads, m.head_dim) == (layers, width, heads, 64)
+        assert (m.mlp_width, m.context, config.train.batch_size) == (4 * width, 1024, batch)
+        assert (m.s_z.init, m.alpha_a.init, m.s_qk.scale) == (1.0, 0.05, width**-0.5)
+        for variant, context in (("ctx4k", 4096), ("ctx8k", 8192)):
+            other = load(spec=str(ROOT / f"experiments/{name}.py:{variant}"))
+            assert other.model.context == context
+
+
+def test_describe_lists_every_field_with_type_and_meaning():
+    text = describe(load())
+    assert "config.optimizer.learning_rate = 0.01" in text
+    assert len(text.splitlines()) == len(list(config_lib.fields(config_lib.Config())))
+    assert all("# " in line and line.split("# ")[1].strip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.widht=64", r"Unknown field --config.model.widht. Did you mean model.width\?"),
+        ("learning_rate=1", r"Unknown field.*Did you mean optimizer.learning_rate\?"),
+        ("model=3", r"Unknown field --config.model"),
+        ("model.width=wide", r"--config.model.width wants a value of type int, got 'wide'"),
+        ("model.width=1e3", r"--config.model.width wants a value of type int"),
+        ("model.remat=maybe", r"--config.model.remat wants a value of type bool"),
+        ("optimizer.learning_rate=fast", r"wants a value of type float"),
+        ("model.layers=None", r"--config.model.layers wants a value of type int"),
+        ("model.heads=3", r"model.width = 128 is not divisible by model.heads = 3"),
+        ("model.kv_heads=3", r"model.heads = 4 is not divisible by model.kv_heads = 3"),
+        ("model.head_dim=7", r"model.head_dim = 7 must be even"),
+        (
+            "model.kind=ngtp",
+            r"model.kind must be one of ngpt, gpt, got 'ngtp'. Did you mean ngpt\?",
+        ),
+        ("model.layers=0", r"model.layers must be positive"),
+        ("model.dtype=float16", r"model.dtype must be one of"),
+        ("data.source=openwebtext", r"data.source must be one of stdlib, text"),
+        ("data.source=text", r"data.source=text needs data.paths"),
+        ("data.paths=x.txt", r"data.paths and data.eval_paths are for data.source=text"),
+        ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
+        ("optimizer.schedule=linear", r"optimizer.schedule must be one of cosine, wsd, constant"),
+        ("optimizer.warmup_steps=1000", r"optimizer.warmup_steps = 1000 must be below"),
+        ("optimizer.b2=2", r"optimizer.b2 must lie in \[0, 1\]"),
+        ("train.steps=None", r"Give the length of the run: train.steps or train.tokens"),
+        ("train.tokens=5", r"train.steps = 1000 and train.tokens = 5"),
+        ("train.steps=0", r"train.steps must be positive"),
+        ("train.batch_size=-1", r"train.batch_size must be positive"),
+    ],
+)
+def test_bad_fields(override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load(f"--config.{override}")
+    assert "\n" not in str(error.value)
+
+
+def test_bad_command_lines_and_files(tmp_path):
+    with pytest.raises(ConfigError, match="needs a value"):
+        split_overrides(["--config.model.width"])
+    with pytest.raises(ConfigError, match=r"no file 'nowhere.py'"):
+        load(spec="nowhere.py")
+    with pytest.raises(ConfigError, match=r"Unknown variant 'gtp'.*Did you mean gpt\?"):
+        load(spec=QUICKSTART + ":gtp")
+    for text, message in [
+        ("x = 1", "get_config"),
+        ("def get_config(v): raise RuntimeError('boom\\nmore')", "boom"),
+        ("from ngpt_jax.config import default_config\n"
+         "def get_config(v):\n  c = default_config()\n  c.model.widht = 3\n  return c", "widht"),
+        ("def get_config(v):\n  return {'model': 3}", "model is a section"),
+        ("def get_config(v):\n  return {'model': {'layers': '2'}}", "model.layers must be of type"),
+        ("def get_config(v:", "never closed"),
+    ]:  # fmt: skip
+        path = tmp_path / "experiment.py"
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=message) as error:
+            load(spec=str(path))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "error: Give an experiment"),
+        (("--config=nowhere.py",), "error: --config: no file"),
+        (("--config=" + QUICKSTART, "--wokdir=x"), "error: Unknown command line flag 'wokdir'"),
+        (("--config=" + QUICKSTART, "extra"), "error: Unexpected argument 'extra'"),
+        (("--config=" + QUICKSTART, "--config.model.heads=3"), "error: model.width = 128"),
+    ],
+)
+def test_the_command_answers_bad_input_with_one_line(arguments, message):
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.main", *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert len(done.stderr.splitlines()) == 1

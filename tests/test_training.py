@@ -1,0 +1,342 @@
+"""Whole runs: exact resume, stopping, metrics, evaluation, and workdirs."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data import pipeline
+from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.model.transformer import Transformer, init_params, num_params
+from ngpt_jax.training import dry_run, loop, throughput
+from ngpt_jax.training.evaluate import evaluate, make_summed_nats
+from ngpt_jax.training.metrics import MetricWriter, format_duration
+
+ROOT = Path(__file__).parents[1]
+WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(" ".join(rng.choice(WORDS, 8)) for _ in range(300)))
+    return str(path)
+
+
+@pytest.fixture
+def small(tiny, book):
+    """A run of 12 steps on the book, with a row of metrics every 3."""
+
+    def make(**fields):
+        return tiny(**{
+            "data.source": "text", "data.paths": (book,), "model.vocab_size": None,
+            "train.steps": 12, "optimizer.learning_rate": 1e-2, "log.every": 3,
+            "eval.every": 4, "eval.batches": 1, "checkpoint.every": 5, "sample.tokens": 0, **fields,
+        })  # fmt: skip
+
+    return make
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(workdir):
+    """What a run computed, without what a clock showed."""
+    clocks = ("seconds", "tokens_per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(clocks)} for row in rows(workdir)]
+
+
+def final_state(workdir):
+    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "progress")) as m:
+        restored = m.restore(
+            m.latest_step(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(), progress=ocp.args.JsonRestore()
+            ),
+        )
+    return restored["state"], restored["progress"]
+
+
+def stop_at(monkeypatch, step):
+    """Sends this process SIGTERM in the middle of the step after ``step``."""
+    real = loop._Interval.step
+
+    def stopping(self, compiled, batches):
+        real(self, compiled, batches)
+        if self.run.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(loop._Interval, "step", stopping)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_a_stopped_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch, kind):
+    config = small(**{"model.kind": kind})
+    assert loop.train(config, tmp_path / "whole") == 0
+    with monkeypatch.context() as patch:
+        stop_at(patch, 7)
+        assert loop.train(config, tmp_path / "cut") == loop.EXIT_RESUME
+    assert rows(tmp_path / "cut")[-1]["step"] == 6
+    assert loop.train(config, tmp_path / "cut") == 0
+
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+    (a, pa), (b, pb) = final_state(tmp_path / "whole"), final_state(tmp_path / "cut")
+    assert pa["position"] == pb["position"] == 12 * config.train.batch_size
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert np.array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_a_run_killed_between_checkpoints_goes_on_from_the_last(small, tmp_path, monkeypatch):
+    config = small()
+    assert loop.train(config, tmp_path / "whole") == 0
+
+    def crash(self, metrics):
+        if self.run.step == 9:
+            raise OSError("power cut")
+        return real(self, metrics)
+
+    real = loop._Interval.log
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Interval, "log", crash)
+        with pytest.raises(OSError, match="power cut"):
+            loop.train(config, tmp_path / "cut")
+    with (tmp_path / "cut/metrics.jsonl").open("a") as f:
+        f.write('{"step": 9, "train/lo')  # the half line of a crash
+    assert loop.train(config, tmp_path / "cut") == 0
+    assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
+    config = small(**{"sample.tokens": 5, "sample.prompt": "the "})
+    loop.train(config, tmp_path)
+    train_rows = [r for r in rows(tmp_path) if "train/loss" in r]
+    assert [r["step"] for r in train_rows] == [3, 6, 9, 12]
+    names = """loss grad_norm learning_rate tokens tokens_per_second data_wait_seconds seconds
+        sphere_deviation mean_alpha_a mean_alpha_m mean_s_qk mean_s_u mean_s_v mean_s_z""".split()
+    for row in train_rows:
+        assert {f"train/{name}" for name in names} <= set(row)
+        assert row["train/sphere_deviation"] < 1e-6
+    assert "train/compile_seconds" in train_rows[0]
+    assert train_rows[-1]["train/loss"] < train_rows[0]["train/loss"]
+    evals = [r for r in rows(tmp_path) if "eval/held_out/loss" in r]
+    assert [r["step"] for r in evals] == [4, 8, 12]
+    assert "eval/held_out/bits_per_byte" in evals[-1]
+    assert "eval/held_out/bits_per_byte" not in evals[0]
+    assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
+    assert "jax" in json.loads((tmp_path / "versions.json").read_text())
+    assert list((tmp_path / "tensorboard").iterdir())
+    out = capsys.readouterr().out
+    assert "bits/byte" in out
+    assert "sample:\nthe " in out
+    # A finished run is shown again, not trained again.
+    loop.train(config, tmp_path)
+    again = capsys.readouterr().out
+    assert out[out.index("held-out held_out: ") :] == again[again.index("held-out held_out: ") :]
+    assert "the end" in again
+
+
+@pytest.mark.slow
+def test_workdirs_of_other_runs_are_refused(small, tmp_path):
+    config = small(**{"train.steps": 2, "eval.every": 10})
+    loop.train(config, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"another run \(model.width: 16 -> 32\)"):
+        loop.train(small(**{"train.steps": 2, "model.width": 32}), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; give a folder"):
+        loop.train(config, tmp_path / "file")
+    (tmp_path / "run/config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        loop.train(config, tmp_path / "run")
+
+
+def test_bad_data_is_refused_before_work_starts(small, tmp_path):
+    for fields, message in [
+        ({"model.vocab_size": 100}, "ids go up to 256, but model.vocab_size = 100"),
+        ({"model.context": 100_000}, "model.context"),
+        ({"data.paths": ("nowhere.txt",)}, "nowhere.txt"),
+        ({"data.tokenizer": "nowhere.json"}, "nowhere.json"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            loop.train(small(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
+    real = loop.make_train_step
+
+    def broken(*args):
+        step = real(*args)
+
+        def with_nan(state, batch):
+            state, metrics = step(state, batch)
+            return state, metrics | {
+                "loss": metrics["loss"] * jnp.where(state.step > 7, jnp.nan, 1)
+            }
+
+        return with_nan
+
+    monkeypatch.setattr(loop, "make_train_step", broken)
+    with pytest.raises(loop.RunError, match="loss is nan at step 9; the last checkpoint is step 5"):
+        loop.train(small(), tmp_path)
+
+
+@pytest.mark.slow
+def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
+    config = tiny(**{"model.vocab_size": 257, "eval.batch_size": 3})
+    documents = ["naïve café", "x" * 133]
+    eval_set = pipeline.make_eval_set("set", documents, ByteTokenizer())
+    params = init_params(config.model, jax.random.key(0))
+    result = evaluate(config, params, eval_set, make_summed_nats(config), lambda b: b)
+    tokens = eval_set.tokens.astype(int)
+    assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
+    nats = 0.0
+    forward = jax.jit(Transformer(config.model).apply)
+    for start in range(0, len(tokens) - 1, 16):
+        window = np.zeros(17, int)
+        real = tokens[start : start + 17]
+        window[: len(real)] = real
+        logits = forward({"params": params}, window[None, :-1])[0]
+        picked = jax.nn.log_softmax(logits)[np.arange(16), window[1:]]
+        nats -= float(np.sum(picked[: len(real) - 1]))
+    assert result["loss"] == pytest.approx(nats / (len(tokens) - 1), rel=1e-5)
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / (12 + 133), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_devices_share_a_batch(tmp_path):
+    """Four devices give what one gives; a batch that does not divide is refused."""
+    script = """
+import sys, json, numpy as np, jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
+jax.config.update("jax_enable_x64", True)
+from pathlib import Path
+from ngpt_jax import config as c
+from ngpt_jax.training import loop
+v = c.default_config()
+v.model.update(layers=2, width=16, heads=2, context=16, dtype="float64", param_dtype="float64")
+v.data.update(source="text", paths=(sys.argv[2],))
+v.train.update(steps=3, batch_size=int(sys.argv[3]))
+v.log.every = 1
+v.sample.tokens = 0
+loop.train(c.from_config_dict(v), Path(sys.argv[4]))
+"""
+    book = tmp_path / "book.txt"
+    book.write_text("\n".join(f"line {i} of a book" for i in range(200)))
+
+    def run(devices, batch_size, name):
+        return subprocess.run(
+            [sys.executable, "-c", script, devices, str(book), batch_size, str(tmp_path / name)],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+
+    for devices in ("1", "4"):
+        done = run(devices, "8", f"run{devices}")
+        assert done.returncode == 0, done.stderr
+    losses = [
+        [r["train/loss"] for r in rows(tmp_path / f"run{n}") if "train/loss" in r] for n in (1, 4)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)
+    done = run("4", "6", "bad")
+    assert (
+        "train.batch_size = 6 is not divisible by the 4 devices; the next that is: 8" in done.stderr
+    )
+
+
+@pytest.mark.slow
+def test_the_command_trains_stops_on_ctrl_c_and_goes_on(tmp_path, book):
+    command = [
+        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/quickstart.py:debug",
+        f"--workdir={tmp_path}/run", "--config.data.source=text", f"--config.data.paths={book}",
+        "--config.train.steps=4000", "--config.model.width=16", "--config.log.every=1",
+        "--config.eval.every=10000", "--config.checkpoint.every=10000", "--config.sample.tokens=8",
+    ]  # fmt: skip
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == loop.EXIT_RESUME, err
+    assert "SIGINT: saved step" in out
+    step = rows(tmp_path / "run")[-1]["step"]
+    assert f"saved step {step};" in out
+    assert err == ""
+
+    (tmp_path / "run/config.json").write_text(
+        (tmp_path / "run/config.json").read_text().replace('"steps": 4000', f'"steps": {step + 2}')
+    )
+    command = [a.replace("steps=4000", f"steps={step + 2}") for a in command]
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from step {step}" in done.stdout
+    assert "sample:" in done.stdout
+    assert [r["step"] for r in rows(tmp_path / "run") if "train/loss" in r] == [*range(1, step + 3)]
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
+    config = tiny(**{"model.kind": kind, "model.vocab_size": 300})
+    report = dry_run.report(config)
+    assert f"{num_params(config.model):,}" in report
+    assert "300 of byte, padded to 384" in report
+    line = next(row for row in report.splitlines() if row.startswith("layers/out_kernel"))
+    assert "2 x 2 x 8 x 16" in line
+    assert "layers, heads, head_dim, embed" in line
+    assert ("embed (axis 3)" in line) == (kind == "ngpt")
+    assert "memory a device" in report
+
+
+def test_flops_of_a_token(tiny):
+    c = tiny(**{"model.kv_heads": 1, "model.vocab_size": 60}).model
+    per_layer = 16 * 8 * (2 + 2 + 1 + 1) + 3 * 16 * 64
+    scores = 2 * 2 * 8 * 16 / 2
+    assert throughput.train_flops_per_token(c) == 6 * (2 * (per_layer + scores) + 60 * 16)
+    assert throughput.mfu(c, 1e3) is None
+
+
+def test_rows_past_the_restored_step_are_dropped(tiny, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "x": s}) + "\n" for s in (1, 2, 3, 4)))
+    writer = MetricWriter(tmp_path, 2, tiny())
+    writer.write(3, {"x": 30, "none": None})
+    writer.close()
+    assert rows(tmp_path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 30}]
+    MetricWriter(tmp_path, 0, tiny()).close()
+    assert rows(tmp_path) == []
+    assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
+
+
+def test_wandb_missing_is_told(tiny, tmp_path):
+    pytest.importorskip("jax")
+    if __import__("importlib").util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    with pytest.raises(ConfigError, match="log.wandb_project needs wandb: pip install"):
+        MetricWriter(tmp_path, 0, dataclasses.replace(
+            tiny(), log=dataclasses.replace(tiny().log, wandb_project="x")))  # fmt: skip
+
+
+def test_durations():
+    assert [format_duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
