@@ -20,11 +20,13 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: 
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    # Heads before positions: then both products are batched matmuls without further copies.
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    logits = jnp.einsum("btkgc,bskc->bkgts", grouped, key, preferred_element_type=dtype)
+    logits = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=dtype)
     visible = jnp.tril(jnp.ones((length, length), bool))
     # -inf, not a large number: every row sees at least itself, and exp(-inf) is exactly 0.
     probs = jax.nn.softmax(jnp.where(visible, scale * logits, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bskc->btkgc", probs.astype(value.dtype), value)
-    return out.reshape(batch, length, heads, head_dim)
+    out = jnp.einsum("bkgts,bksc->bkgtc", probs.astype(value.dtype), v)
+    return jnp.moveaxis(out.reshape(batch, heads, length, head_dim), 1, 2)

@@ -50,12 +50,24 @@ def _declare(module: nn.Module, config: ModelConfig, name: str, axes: Axes, init
 
 
 def matrix(
-    module: nn.Module, config: ModelConfig, name: str, axes: Axes, std_factor: float = 1.0
+    module: nn.Module,
+    config: ModelConfig,
+    name: str,
+    axes: Axes,
+    std_factor: float = 1.0,
+    factor: jax.Array | None = None,
 ) -> jax.Array:
     """A matrix in the compute dtype: in nGPT a set of unit vectors along its embed axis.
 
     The parameter transform: vectors are put on the sphere at init, and, with
     ``normalize_on_read``, again wherever they are read, so that gradients are tangent.
+
+    Args:
+      module, config: where the parameter lives.
+      name, axes: of the parameter.
+      std_factor: of the initial standard deviation.
+      factor: scales the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
+        there are fewer weights than activations to multiply.
     """
     assert config.init_std is not None
     axis = axes.index("embed")
@@ -68,6 +80,8 @@ def matrix(
     w = _declare(module, config, name, axes, init)
     if config.normalize_on_read:
         w = sphere.normalize(w, axis)
+    if factor is not None:
+        w = sphere.promote(w) * factor
     return w.astype(config.dtype)
 
 
@@ -90,6 +104,17 @@ def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
     return (x32 * jax.lax.rsqrt(mean_square + eps) * gain).astype(x.dtype)
 
 
+def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
+    """Contracts the last axes of x (B, T, ...) with the first ones of a kernel.
+
+    Written as one product of two matrices: XLA's CPU backend takes a third longer for the
+    same product over more axes, forward and backward.
+    """
+    size = math.prod(kernel.shape[:contracted])
+    flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
+    return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
+
+
 class Block(nn.Module):
     """Attention and MLP, each followed by a step of the hidden state h (B, T, embed).
 
@@ -102,7 +127,12 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, h: jax.Array, tables: tuple[jax.Array, jax.Array]):
         c = self.config
-        h = self._step(h, self._attention(self._norm(h, "attention_norm"), tables), "alpha_a")
+        proposal = self._attention(self._norm(h, "attention_norm"), tables)
+        if c.kind == "ngpt":
+            # h is a unit vector; in the first block this takes the radial part of this step
+            # out of the gradient of the token table, as the authors' code does.
+            h = sphere.normalize(h)
+        h = self._step(h, proposal, "alpha_a")
         h = self._step(h, self._mlp(self._norm(h, "mlp_norm")), "alpha_m")
         self.sow("intermediates", "hidden", h)
         return h.astype(c.dtype), None  # (carry, nothing to stack): the form nn.scan wants
@@ -116,30 +146,20 @@ class Block(nn.Module):
         if c.kind == "gpt":
             return h + proposal
         alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
-        # Norm(h) is h, but for a block's first input it takes the radial part out of the
-        # gradient of the token table, as the authors' code does.
-        here = sphere.normalize(sphere.promote(h))
-        there = sphere.normalize(sphere.promote(proposal))
-        return sphere.lerp(here, there, alpha).astype(h.dtype)
+        return sphere.lerp(h, sphere.normalize(sphere.promote(proposal)), alpha)
 
     def _attention(self, h: jax.Array, tables) -> jax.Array:
         c = self.config
         assert c.head_dim is not None and c.kv_heads is not None
-        q = jnp.einsum(
-            "btd,dhk->bthk", h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim"))
-        )
-        k = jnp.einsum(
-            "btd,dhk->bthk", h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim"))
-        )
-        v = jnp.einsum(
-            "btd,dhk->bthk", h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim"))
-        )
+        q = linear(h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim")))
+        k = linear(h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim")))
+        v = linear(h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim")))
         if c.kind == "ngpt":
             q, k = apply_rope(q, tables), apply_rope(k, tables)
-            # One s_qk for q and k (equations 15, 16), a key head sharing it with its query heads.
+            q, k = self._unit_heads(q), self._unit_heads(k)
+            # The same s_qk scales q and k (equations 15 and 16): (q s) . (k s) = q . (k s^2).
             s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
-            q = self._unit_heads(q, jnp.repeat(s_qk, c.heads // c.kv_heads, axis=0))
-            k = self._unit_heads(k, s_qk)
+            k = (sphere.promote(k) * jnp.square(s_qk)).astype(k.dtype)
             softmax_scale = math.sqrt(c.head_dim)
         else:
             if c.qk_norm:
@@ -149,23 +169,21 @@ class Block(nn.Module):
             softmax_scale = 1 / math.sqrt(c.head_dim)
         out = causal_attention(q, k, v, softmax_scale)  # (B, T, heads, head_dim)
         kernel = matrix(self, c, "out_kernel", ("heads", "head_dim", "embed"), self._out_std())
-        return jnp.einsum("bthk,hkd->btd", out, kernel)
+        return linear(out, kernel, contracted=2)
 
-    def _unit_heads(self, x: jax.Array, s: jax.Array) -> jax.Array:
-        x32 = sphere.promote(x)
-        unit = sphere.normalize(x32) if self.config.qk_norm else x32
-        return (unit * s).astype(x.dtype)
+    def _unit_heads(self, x: jax.Array) -> jax.Array:
+        return sphere.normalize(x) if self.config.qk_norm else x
 
     def _mlp(self, h: jax.Array) -> jax.Array:
         c = self.config
-        u = h @ matrix(self, c, "up_kernel", ("embed", "mlp"))
-        v = h @ matrix(self, c, "gate_kernel", ("embed", "mlp"))
+        s_u = s_v = None
         if c.kind == "ngpt":  # equations 20 and 21; sqrt(d) matters for v alone
-            u = u * scale(self, c, "s_u", ("mlp",), c.s_u).astype(u.dtype)
+            s_u = scale(self, c, "s_u", ("mlp",), c.s_u)
             s_v = scale(self, c, "s_v", ("mlp",), c.s_v) * math.sqrt(c.width)
-            v = v * s_v.astype(v.dtype)
+        u = linear(h, matrix(self, c, "up_kernel", ("embed", "mlp"), factor=s_u))
+        v = linear(h, matrix(self, c, "gate_kernel", ("embed", "mlp"), factor=s_v))
         kernel = matrix(self, c, "down_kernel", ("mlp", "embed"), self._out_std())
-        return (u * nn.silu(v)) @ kernel
+        return linear(u * nn.silu(v), kernel)
 
     def _out_std(self) -> float:
         return (2 * self.config.layers) ** -0.5
@@ -193,11 +211,12 @@ class Transformer(nn.Module):
             unroll=1 if c.scan_layers else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"))
+        s_z = None
         if c.kind == "ngpt":
-            self.output_scale = scale(self, c, "s_z", ("vocab",), c.s_z)
+            s_z = scale(self, c, "s_z", ("vocab",), c.s_z)[:, None]
         else:
             self.final_gain = gain(self, c, "final_norm", "embed")
+        self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"), factor=s_z)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """The last hidden states (B, T, embed), ready for the output table."""
@@ -210,20 +229,16 @@ class Transformer(nn.Module):
         h, _ = self.layers(h, tables)
         return rms_norm(h, self.final_gain, c.rms_eps) if c.kind == "gpt" else h
 
-    def head(self) -> tuple[jax.Array, jax.Array | None]:
-        """The output table (vocab, embed) and s_z (vocab,), which is None in GPT."""
-        return self.output_table, self.output_scale if self.config.kind == "ngpt" else None
-
-    def hidden_and_head(self, tokens: jax.Array):
-        return self.hidden(tokens), *self.head()
+    def hidden_and_table(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The last hidden states and the output table (vocab, embed), times s_z in nGPT."""
+        return self.hidden(tokens), self.output_table
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
-        h, table, s_z = self.hidden_and_head(tokens)
+        h, table = self.hidden_and_table(tokens)
         assert self.config.vocab_size is not None
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
         logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
-        logits = logits if s_z is None else logits * s_z
         real = jnp.arange(table.shape[0]) < self.config.vocab_size
         return jnp.where(real, logits, -jnp.inf)
 

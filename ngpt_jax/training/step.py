@@ -40,12 +40,12 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """Sum over the batch's (weighted) targets of -log p(target), in nats."""
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
-        {"params": params}, batch["inputs"], method="hidden_and_head"
+        {"params": params}, batch["inputs"], method="hidden_and_table"
     )
-    h, table, s_z = outputs
+    h, table = outputs
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
-    return cross_entropy(h, table, s_z, targets, weights, config.vocab_size, config.loss_chunk)
+    return cross_entropy(h, table, targets, weights, config.vocab_size, config.loss_chunk)
 
 
 def make_train_step(
