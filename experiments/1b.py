@@ -4,8 +4,9 @@
         --config.data.paths='openwebtext/*.jsonl.gz' --config.data.tokenizer=llama2.json
 
 36 layers, width 1280, 20 heads of 64, SwiGLU of 5120, LLaMA-2's 32,000 tokens, 512 windows a
-step: 0.52 M tokens at 1k (2.1 M at 4k, 4.2 M at 8k). 100,000 steps are 52 B tokens, a point of
-the paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the paper's.
+step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of the
+paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
+paper's.
 Expected cost, not measured: 6.19e9 FLOPs a token, 3.24e20 in all; at 40 % MFU about 230 hours
 of one H100, or 18 hours of a TPU v5e-64.
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standard library).

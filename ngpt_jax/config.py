@@ -220,7 +220,7 @@ def default_config() -> ml_collections.ConfigDict:
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """' Did you mean ...?' for a mistyped name, or the empty string."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:  # the right leaf in the wrong section
         close = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
     return f" Did you mean {close[0]}?" if close else ""

@@ -42,7 +42,8 @@ def test_resolving_twice_changes_nothing():
 def test_overrides_of_every_type():
     config = load(
         "--config.model.layers=3", "--config.optimizer.learning_rate=1", "--config.model.kv_heads",
-        "2", "--config.train.steps=None", "--config.train.tokens=1_000_000", "--config.model.remat=1",
+        "2", "--config.train.steps=None", "--config.train.tokens=1_000_000",
+        "--config.model.remat=1",
         "--config.data.source=text", "--config.data.paths=a.txt", "--config.data.paths=b.txt",
         "--config.model.s_z.init=3.5", "--config.model.scan_layers=False",
     )  # fmt: skip

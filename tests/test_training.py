@@ -148,7 +148,8 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
     # A finished run is shown again, not trained again.
     loop.train(config, tmp_path)
     again = capsys.readouterr().out
-    assert out[out.index("held-out held_out: ") :] == again[again.index("held-out held_out: ") :]
+    end = "\nheld-out held_out: "
+    assert out.split(end)[1] == again.split(end)[1]
     assert "the end" in again
 
 
@@ -156,7 +157,7 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
 def test_workdirs_of_other_runs_are_refused(small, tmp_path):
     config = small(**{"train.steps": 2, "eval.every": 10})
     loop.train(config, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"another run \(model.width: 16 -> 32\)"):
+    with pytest.raises(ConfigError, match=r"another run \(model.width: 16 -> 32;.* and 5 more\)"):
         loop.train(small(**{"train.steps": 2, "model.width": 32}), tmp_path / "run")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a folder"):
@@ -299,7 +300,8 @@ def test_the_command_trains_stops_on_ctrl_c_and_goes_on(tmp_path, book):
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
     config = tiny(**{"model.kind": kind, "model.vocab_size": 300})
-    report = dry_run.report(config)
+    report, problem = dry_run.report(config)
+    assert problem is None
     assert f"{num_params(config.model):,}" in report
     assert "300 of byte, padded to 384" in report
     line = next(row for row in report.splitlines() if row.startswith("layers/out_kernel"))
@@ -307,6 +309,18 @@ def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
     assert "layers, heads, head_dim, embed" in line
     assert ("embed (axis 3)" in line) == (kind == "ngpt")
     assert "memory a device" in report
+
+
+def test_dry_run_tells_of_missing_files_beside_the_table(tiny):
+    missing = {"data.tokenizer": "nowhere.json", "model.vocab_size": 300}
+    report, problem = dry_run.report(tiny(**missing))
+    assert "300 of nowhere.json" in report
+    assert "nowhere.json" in str(problem)
+    with pytest.raises(ConfigError, match="nowhere.json"):
+        dry_run.report(tiny(**missing | {"model.vocab_size": None}))
+    _, problem = dry_run.report(tiny(**{"data.source": "text", "data.paths": ("nowhere.txt",),
+                                        "model.vocab_size": 300}))  # fmt: skip
+    assert "nowhere.txt" in str(problem)
 
 
 def test_flops_of_a_token(tiny):

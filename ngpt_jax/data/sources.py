@@ -129,6 +129,23 @@ def text_corpus(config: DataConfig) -> Corpus:
 
     Raises ConfigError: no or unreadable files, no text, a file on both sides, bad names.
     """
+    files, eval_files = check_files(config)
+    documents = _read_all(files, "data.paths", config.text_key)
+    if not eval_files:
+        return split_documents(documents, config.held_out)
+    return Corpus(
+        train=documents,
+        held_out={
+            name: _read_all(held, "data.eval_paths", config.text_key)
+            for name, held in eval_files.items()
+        },
+    )
+
+
+def check_files(config: DataConfig) -> tuple[list[Path], dict[str, list[Path]]]:
+    """The files to train on, and those of each held-out set, unread; raises ConfigError."""
+    if config.source == "stdlib":
+        return stdlib_files(Path(sysconfig.get_paths()["stdlib"])), {}
     files = find_files(config.paths, "data.paths")
     eval_files = {
         name: find_files([pattern], "data.eval_paths")
@@ -140,16 +157,7 @@ def text_corpus(config: DataConfig) -> Corpus:
                 f"data.eval_paths: {min(both)!r} of {name!r} is in data.paths too; take it out of"
                 " one of them."
             )
-    documents = _read_all(files, "data.paths", config.text_key)
-    if not eval_files:
-        return split_documents(documents, config.held_out)
-    return Corpus(
-        train=documents,
-        held_out={
-            name: _read_all(held, "data.eval_paths", config.text_key)
-            for name, held in eval_files.items()
-        },
-    )
+    return files, eval_files
 
 
 def _named_paths(items: Iterable[str]) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ class Checkpoints:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()),
-                progress=ocp.args.JsonSave(progress),
+                # Written in the background, while the run goes on changing its own.
+                progress=ocp.args.JsonSave(copy.deepcopy(progress)),
             ),
             force=True,
         )

@@ -8,7 +8,8 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.data.sources import check_files
 from ngpt_jax.model.transformer import axis_sizes, is_axes, num_params, param_axes, unit_axes
 from ngpt_jax.optim.groups import param_groups
 from ngpt_jax.optim.recipes import make_optimizer
@@ -49,9 +50,23 @@ def parameter_table(config: Config) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def report(config: Config) -> str:
-    """Everything that can be said of a run before it starts; raises ConfigError."""
-    config, tokenizer = with_tokenizer(config)
+def report(config: Config) -> tuple[str, ConfigError | None]:
+    """Everything that can be said of a run before it starts.
+
+    Returns:
+      The text, and what is wrong with the data where the model can be told without them; raises
+      ConfigError for all other mistakes.
+    """
+    problem = None
+    name = config.data.tokenizer
+    try:
+        config, tokenizer = with_tokenizer(config)
+        name = tokenizer.name
+        check_files(config.data)
+    except ConfigError as e:
+        if config.model.vocab_size is None:
+            raise
+        problem = e
     mesh = make_mesh(config)
     tx, _ = make_optimizer(config)
     state = jax.eval_shape(lambda: init_state(config, tx))
@@ -62,7 +77,7 @@ def report(config: Config) -> str:
     logits = 4 * min(model.loss_chunk, tokens) * vocab
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
-        ("vocabulary", f"{model.vocab_size:,} of {tokenizer.name}, padded to {vocab:,}"),
+        ("vocabulary", f"{model.vocab_size:,} of {name}, padded to {vocab:,}"),
         ("run", f"{train.steps:,} steps of {tokens:,} tokens: {train.steps * tokens:,} tokens"),
         ("compute", f"{train_flops_per_token(model):.3g} FLOPs a token,"
          f" {train_flops_per_token(model) * train.steps * tokens:.3g} in all"),
@@ -74,4 +89,4 @@ def report(config: Config) -> str:
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]
-    return "\n".join([parameter_table(config), "", *lines])
+    return "\n".join([parameter_table(config), "", *lines]), problem

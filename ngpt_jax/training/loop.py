@@ -90,8 +90,9 @@ def claim_workdir(workdir: Path, config: Config) -> None:
             *("data.threads", "data.prefetch"),
         )
         if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
+            rest = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
             raise ConfigError(
-                f"--workdir={workdir} holds another run ({'; '.join(bad)});"
+                f"--workdir={workdir} holds another run ({'; '.join(bad[:3])}{rest});"
                 " choose another --workdir, or delete it."
             )
     try:
