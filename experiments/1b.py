@@ -7,8 +7,10 @@
 step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of the
 paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
 paper's.
-Expected cost, not measured: 6.19e9 FLOPs a token, 3.24e20 in all; at 40 % MFU about 230 hours
+Expected cost, not measured: 6.19e9 FLOPs a token at 1k, 3.25e20 in all; at 40 % MFU about 230 hours
 of one H100, or 18 hours of a TPU v5e-64.
+So far every device holds the whole model and whole attention scores, in one step: 512 windows ask
+for more memory than one host of accelerators has (--dry_run tells how much).
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standard library).
 """
 

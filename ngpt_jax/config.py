@@ -322,9 +322,12 @@ def resolve(config: Config) -> Config:
             _require(value > 0, f"{name} must be positive, got {value}.")
         if leaf in _NOT_NEGATIVE and value is not None:
             _require(value >= 0, f"{name} must not be negative, got {value}.")
-    for name in ("b1", "b2", "final_fraction", "decay_fraction"):
+    for name in ("final_fraction", "decay_fraction"):
         value = getattr(o, name)
         _require(0 <= value <= 1, f"optimizer.{name} must lie in [0, 1], got {value}.")
+    for name in ("b1", "b2"):
+        value = getattr(o, name)
+        _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}.")
     _require(0 < d.held_out < 1, f"data.held_out must lie between 0 and 1, got {d.held_out}.")
 
     kv_heads = m.kv_heads or m.heads
@@ -373,6 +376,7 @@ def resolve(config: Config) -> Config:
         " set one of them to None.",
     )
     steps = t.steps if t.steps is not None else typing.cast(int, from_tokens)
+    _require(steps > 0, f"train.tokens must be positive, got {t.tokens}.")
     train = dataclasses.replace(t, steps=steps)
 
     warmup = o.warmup_steps
@@ -408,9 +412,9 @@ def resolve(config: Config) -> Config:
 
 _POSITIVE = frozenset(
     "layers width heads kv_heads head_dim mlp_width context vocab_size vocab_multiple rope_base"
-    " init_std scale loss_chunk learning_rate eps threads prefetch steps tokens batch_size batches"
+    " init_std scale loss_chunk learning_rate eps threads prefetch steps batch_size batches"
     " every keep".split()
-) - {"tokens"}
+)
 _NOT_NEGATIVE = frozenset(
     "rms_eps warmup_steps weight_decay clip_norm clip_eps temperature tokens".split()
 )

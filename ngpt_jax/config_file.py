@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import sys
 import typing
@@ -41,13 +42,23 @@ def _load_file(spec: str) -> ml_collections.ConfigDict:
         get_config = runpy.run_path(path).get("get_config")
         if get_config is None:
             raise ConfigError("it defines no function get_config(variants)")
-        return get_config(variants)
-    except (
-        Exception
-    ) as e:  # whatever a user's file raises, the user wants the file's name and one line
-        raise ConfigError(
-            f"--config={spec}: {str(e).splitlines()[0] if str(e) else repr(e)}"
-        ) from e
+        values = get_config(variants)
+        if not isinstance(values, Mapping | ml_collections.ConfigDict):
+            raise ConfigError("get_config returns no config (is a return missing?)")
+        return values
+    except Exception as e:  # a user's file may raise anything; the user wants one line
+        raise ConfigError(f"--config={spec}: {_first_line(e)}") from e
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, in short; ml_collections tells of a wrong name in a page."""
+    text = str(error.args[0] if error.args else "")
+    unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)
+    if unknown:
+        names = [part for name, *_ in config_lib.fields(Config()) for part in name.split(".")]
+        name = unknown[1] or unknown[2]
+        return f"unknown field {name}.{config_lib.did_you_mean(name, names)} See --help_config."
+    return text.splitlines()[0] if text else repr(error)
 
 
 def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
@@ -112,22 +123,26 @@ def load_config(
         if isinstance(value, tuple):
             tuples[name] = value
         *path, leaf = name.split(".")
-        section = values
+        section: Any = values
         for part in path:
+            if part not in section:
+                section[part] = {}
             section = section[part]
         section[leaf] = value
     return config_lib.from_config_dict(values)
 
 
 def describe(config: Config) -> str:
-    """Every field of a config with its type, value and meaning, one a line."""
+    """Every field of a config with its value, type, meaning and default, one a line."""
     rows = list(config_lib.fields(config))
+    defaults = {name: value for name, _, value, _ in config_lib.fields(Config())}
     left = [f"config.{name} = {value!r}" for name, _, value, _ in rows]
     width = min(60, max(map(len, left)))
-    return "\n".join(
-        f"{text:{width}}  # {config_lib.type_name(hint)}: {meaning}"
-        for text, (_, hint, _, meaning) in zip(left, rows)
-    )
+    lines = []
+    for text, (name, hint, value, meaning) in zip(left, rows):
+        default = "" if value == defaults[name] else f" (default: {defaults[name]!r})"
+        lines.append(f"{text:{width}}  # {config_lib.type_name(hint)}: {meaning}{default}")
+    return "\n".join(lines)
 
 
 def _fail(message: str) -> NoReturn:

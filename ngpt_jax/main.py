@@ -53,12 +53,9 @@ def _main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
     # jax and the rest are slow to load: only once the input is known to be good.
-    import jax
-
     from ngpt_jax.training import dry_run, loop
 
-    if "float64" in (config.model.dtype, config.model.param_dtype):
-        jax.config.update("jax_enable_x64", True)
+    loop.enable_x64_if_used(config)
     if _DRY_RUN.value:
         text, problem = dry_run.report(config)
         print(text)

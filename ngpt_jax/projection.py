@@ -45,6 +45,8 @@ def _check_axis(axis, leaf, path):
             )
         if not -jnp.ndim(leaf) <= a < jnp.ndim(leaf):
             raise ValueError(f"{where} = {a} is out of range for shape {jnp.shape(leaf)}.")
+    if len({a % jnp.ndim(leaf) for a in axes}) < len(axes):
+        raise ValueError(f"{where} = {axis} names an axis twice for shape {jnp.shape(leaf)}.")
     if not axes:
         raise ValueError(f"{where} is an empty tuple; use None to leave a leaf alone.")
     return axes

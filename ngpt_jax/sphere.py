@@ -33,8 +33,8 @@ def safe_norm(x: jax.Array, axis: Axis = -1, keepdims: bool = False) -> jax.Arra
 def inverse_norm(x: jax.Array, axis: Axis = -1) -> jax.Array:
     """``1 / ||x||`` with kept dimensions, and 0 (gradient 0) for a zero vector.
 
-    A vector whose squared norm is below the smallest normal number of its dtype
-    (float32: a norm below about 1e-19) counts as zero.
+    A vector whose squared norm is below the smallest normal number of its dtype, or beyond
+    the largest (float32: a norm below about 1e-19, or above 1e19), counts as zero.
     """
     x = promote(x)
     square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)

@@ -1,6 +1,7 @@
 import os
 
 # Tests compile much and run little: skip the costly passes of XLA's CPU compiler.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax

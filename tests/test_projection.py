@@ -293,6 +293,7 @@ def update_without_init(params, axes):
         (lambda params: {"w": 0}, ValueError, "axes must have the structure of params"),
         ({"w": 2, "b": 0}, ValueError, r"axes\['w'\] = 2 is out of range for shape \(4, 3\)"),
         ({"w": -3, "b": 0}, ValueError, r"axes\['w'\] = -3 is out of range"),
+        ({"w": (0, -2), "b": 0}, ValueError, r"axes\['w'\] = \(0, -2\) names an axis twice"),
         ({"w": 0, "b": (0, 1)}, ValueError, r"axes\['b'\] = 1 is out of range for shape \(3,\)"),
         ({"w": (), "b": 0}, ValueError, r"axes\['w'\] is an empty tuple"),
         ({"w": True, "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* True of type bool"),

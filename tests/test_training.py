@@ -1,6 +1,7 @@
 """Whole runs: exact resume, stopping, metrics, evaluation, and workdirs."""
 
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -123,6 +124,24 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(small, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_stop_in_the_last_evaluation_is_made_up_for(small, tmp_path, monkeypatch, capsys):
+    config = small(**{"train.steps": 3, "checkpoint.every": 3})
+    real = loop.evaluate
+
+    def stopping(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "evaluate", stopping)
+        assert loop.train(config, tmp_path) == loop.EXIT_RESUME
+    for _ in range(2):
+        assert loop.train(config, tmp_path) == 0
+        assert "bits/byte" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path) if "eval/held_out/loss" in row] == [3]
+
+
+@pytest.mark.slow
 def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
     config = small(**{"sample.tokens": 5, "sample.prompt": "the "})
     loop.train(config, tmp_path)
@@ -154,7 +173,7 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_workdirs_of_other_runs_are_refused(small, tmp_path):
+def test_workdirs_of_other_runs_are_refused(small, tmp_path, monkeypatch):
     config = small(**{"train.steps": 2, "eval.every": 10})
     loop.train(config, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another run \(model.width: 16 -> 32;.* and 5 more\)"):
@@ -162,6 +181,12 @@ def test_workdirs_of_other_runs_are_refused(small, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a folder"):
         loop.train(config, tmp_path / "file")
+    monkeypatch.setattr(loop.zlib, "crc32", lambda text: 1)
+    with pytest.raises(ConfigError, match="not the one that this run began with"):
+        loop.train(config, tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds checkpoints but no config.json"):
+        loop.train(config, tmp_path / "run")
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         loop.train(config, tmp_path / "run")
@@ -189,13 +214,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
         def with_nan(state, batch):
             state, metrics = step(state, batch)
             return state, metrics | {
-                "loss": metrics["loss"] * jnp.where(state.step > 7, jnp.nan, 1)
+                "loss": metrics["loss"] * jnp.where(state.step == 8, jnp.nan, 1)
             }
 
         return with_nan
 
     monkeypatch.setattr(loop, "make_train_step", broken)
-    with pytest.raises(loop.RunError, match="loss is nan at step 9; the last checkpoint is step 5"):
+    with pytest.raises(loop.RunError, match="loss is nan at step 8; the last checkpoint is step 5"):
         loop.train(small(), tmp_path)
 
 
@@ -344,8 +369,7 @@ def test_rows_past_the_restored_step_are_dropped(tiny, tmp_path):
 
 
 def test_wandb_missing_is_told(tiny, tmp_path):
-    pytest.importorskip("jax")
-    if __import__("importlib").util.find_spec("wandb"):
+    if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     with pytest.raises(ConfigError, match="log.wandb_project needs wandb: pip install"):
         MetricWriter(tmp_path, 0, dataclasses.replace(

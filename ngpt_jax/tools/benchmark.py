@@ -34,7 +34,7 @@ from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import throughput
-from ngpt_jax.training.loop import with_tokenizer
+from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
 from ngpt_jax.training.metrics import write_atomically
 from ngpt_jax.training.step import init_state, make_train_step
 
@@ -156,6 +156,7 @@ def _main(argv: list[str], overrides: list[tuple[str, str]]) -> None:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
     config = config_file.load_config(_CONFIG.value or default_shape(), overrides)
     config, _ = with_tokenizer(config)
+    enable_x64_if_used(config)
     numbers = report(config, measure(config, _MODELS.value, _STEPS.value, _WARMUP.value))
     print(show(numbers))
     if _JSON.value:

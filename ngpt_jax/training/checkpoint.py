@@ -21,6 +21,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, enable_async_checkpointing=True, create=True
         )
+        self._progress: dict[str, Any] | None = None  # as last saved or restored
         self._manager = ocp.CheckpointManager(
             (workdir / "checkpoints").absolute(),
             options=options,
@@ -36,15 +37,20 @@ class Checkpoints:
         The arrays are copied to the host before this returns, so the next step may donate them.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
-            return
         self._manager.check_for_errors()
+        if step in self._manager.all_steps():
+            if progress == self._progress:
+                return
+            # The same state, evaluated since: it replaces the one that says that it was not.
+            self._manager.wait_until_finished()
+            self._manager.delete(step)
+        self._progress = copy.deepcopy(progress)
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state._asdict()),
-                # Written in the background, while the run goes on changing its own.
-                progress=ocp.args.JsonSave(copy.deepcopy(progress)),
+                # A copy: it is written while the run goes on changing its own.
+                progress=ocp.args.JsonSave(self._progress),
             ),
             force=True,
         )
@@ -66,6 +72,7 @@ class Checkpoints:
             ),
         )
         state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(restored["state"])
+        self._progress = copy.deepcopy(restored["progress"])
         return TrainState(**state), restored["progress"]
 
     def check_for_errors(self) -> None:

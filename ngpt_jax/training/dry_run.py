@@ -74,6 +74,8 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     assert train.steps is not None
     tokens = train.batch_size * model.context
     vocab = axis_sizes(model)["vocab"]
+    windows = -(-train.batch_size // mesh.size)
+    scores = 4 * windows * model.heads * model.context**2
     logits = 4 * min(model.loss_chunk, tokens) * vocab
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
@@ -85,7 +87,8 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         ("memory a device", f"parameters {format_bytes(_bytes(state.params))},"
          f" Adam {format_bytes(_bytes(state.opt_state))},"
          f" gradients {format_bytes(_bytes(state.params))},"
-         f" logits of a chunk {format_bytes(logits)}; activations come on top"),
+         f" logits of a chunk {format_bytes(logits)}, attention scores of a block"
+         f" {format_bytes(scores)} (several at a time); other activations come on top"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]

@@ -11,6 +11,7 @@ import signal
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ class StopSignal:
             signal.signal(number, handler)
 
 
+def enable_x64_if_used(config: Config) -> None:
+    """JAX makes float64 arrays only where it is told to."""
+    if "float64" in (config.model.dtype, config.model.param_dtype):
+        jax.config.update("jax_enable_x64", True)
+
+
 def with_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
     """The tokenizer, and the config with its vocabulary filled in."""
     tokenizer = load_tokenizer(config.data)
@@ -95,6 +102,10 @@ def claim_workdir(workdir: Path, config: Config) -> None:
                 f"--workdir={workdir} holds another run ({'; '.join(bad[:3])}{rest});"
                 " choose another --workdir, or delete it."
             )
+    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
+        raise ConfigError(
+            f"--workdir={workdir} holds checkpoints but no config.json; choose another --workdir."
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         write_atomically(saved, config_lib.to_json(config))
@@ -142,9 +153,17 @@ class _Run:
         self.progress: dict[str, Any] = {
             "position": 0, "evaluated": -1, "results": {}, "losses": [], "seconds": 0.0,
         }  # fmt: skip
+        # What the position counts in: the same place in another text would mean nothing.
+        text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.tobytes())}
+        self.progress["text"] = text
         self.resumed_from = self.checkpoints.latest_step()
         if self.resumed_from is not None:
             self.state, self.progress = self.checkpoints.restore(self.state)
+            if self.progress["text"] != text:
+                raise ConfigError(
+                    f"--workdir={workdir}: the training text is not the one that this run began"
+                    " with (another Python, or changed files); choose another --workdir."
+                )
         self.step = int(self.state.step)
         steps = config.train.steps
         assert steps is not None
@@ -172,13 +191,25 @@ class _Run:
         self.checkpoints.save(self.state, self.progress)
 
     def fetch_losses(self) -> None:
-        """Waits for the device; done only when a row or a checkpoint is due."""
-        self.progress["losses"] = [float(x) for x in jax.device_get(self.progress["losses"])]
+        """Waits for the device; done only when a row or a checkpoint is due.
+
+        Raises RunError for a loss that is not finite, so that no such state is ever saved.
+        """
+        losses = [float(x) for x in jax.device_get(self.progress["losses"])]
+        self.progress["losses"] = losses
+        bad = [i for i, loss in enumerate(losses) if not math.isfinite(loss)]
+        if bad:
+            saved = self.checkpoints.latest_step()
+            raise RunError(
+                f"The loss is {losses[bad[0]]} at step {self.step - len(losses) + bad[0] + 1}; the"
+                f" last checkpoint is {'none' if saved is None else f'step {saved}'}. Try a lower"
+                " optimizer.learning_rate."
+            )
 
     def evaluate(self) -> None:
         """Evaluates every held-out set once for this step; the last step reads all of it."""
         limit = self.config.eval.batches if self.step < self.steps else None
-        results = {}
+        results: dict[str, dict[str, float]] = {}
         for eval_set in self.eval_sets:
             start = time.perf_counter()
             result = evaluate(
@@ -194,10 +225,9 @@ class _Run:
                 f" {result['loss']:.4f} nats/token{bits}  ({result['tokens']:,.0f} tokens,"
                 f" {seconds:.1f} s)"
             )
-            self.writer.write(
-                self.step,
-                {f"eval/{eval_set.name}/{name}": value for name, value in result.items()},
-            )
+        for name, result in results.items():  # all or none: a stopped evaluation is made again
+            row = {f"eval/{name}/{key}": value for key, value in result.items()}
+            self.writer.write(self.step, row)
         self.progress["evaluated"], self.progress["results"] = self.step, results
 
 
@@ -216,10 +246,9 @@ def train(config: Config, workdir: Path) -> int:
         run = _Run(config, workdir, stop)
         try:
             _train_loop(run)
-            if run.step < run.steps:
-                run.terminal.say(
-                    f"{stop.name}: saved step {run.step}; the same command goes on from there"
-                )
+            if run.step < run.steps or run.progress["evaluated"] < run.steps:
+                saved = f"saved step {run.step}" if run.step else "stopped before the first step"
+                run.terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
                 return EXIT_RESUME
             _finish(run)
             return 0
@@ -245,16 +274,16 @@ def _train_loop(run: _Run) -> None:
         batches = _chain(first, batches)
         interval = _Interval(run, compile_seconds)
     while True:
+        pause = time.perf_counter()
         due = run.step > 0 and (run.step % config.eval.every == 0 or run.step == run.steps)
         if due and progress["evaluated"] != run.step and not run.stop():
             run.evaluate()
-            if run.step < run.steps:
-                interval.restart()
         last = run.step == run.steps or run.stop()
         if run.step > 0 and (last or run.step % config.checkpoint.every == 0):
             run.save()
         if last:
             return
+        interval.start += time.perf_counter() - pause
         interval.step(compiled, batches)
 
 
@@ -273,7 +302,7 @@ class _Interval:
         self.restart()
 
     def restart(self) -> None:
-        """Starts the clock anew, after time that was not training."""
+        """Starts the clock anew."""
         self.start, self.waited, self.steps = time.perf_counter(), 0.0, 0
 
     def step(self, compiled: Callable, batches: Iterator) -> None:
@@ -296,7 +325,7 @@ class _Interval:
         seconds = time.perf_counter() - self.start
         run.progress["seconds"] += seconds
         tokens_per_step = config.train.batch_size * config.model.context
-        rate = self.steps * tokens_per_step / seconds if self.steps else math.nan
+        rate = self.steps * tokens_per_step / seconds
         self.rates.append(rate)
         usual_rate = statistics.median(self.rates[-5:])
         metrics["loss"] = statistics.fmean(run.progress["losses"])
@@ -306,7 +335,7 @@ class _Interval:
             "seconds": run.progress["seconds"],
             "tokens_per_second": rate,
             "mfu": throughput.mfu(config.model, rate),
-            "data_wait_seconds": self.waited / max(1, self.steps),
+            "data_wait_seconds": self.waited / self.steps,
             "compile_seconds": self.compile_seconds,
             "eta_seconds": (run.steps - run.step) * tokens_per_step / usual_rate,
             **{name: float(value) for name, value in run.summarize(run.state.params).items()},
@@ -317,13 +346,6 @@ class _Interval:
         run.checkpoints.check_for_errors()
         run.progress["losses"] = []
         self.compile_seconds = None
-        if not math.isfinite(metrics["loss"]):
-            saved = run.checkpoints.latest_step()
-            raise RunError(
-                f"The loss is {metrics['loss']} at step {run.step}; the last checkpoint is"
-                f" {'none' if saved is None else f'step {saved}'}. Try a lower"
-                " optimizer.learning_rate."
-            )
         self.restart()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -37,7 +38,7 @@ class MetricWriter:
         self._drop_rows_past(start_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            str(workdir / "tensorboard"), purge_step=start_step + 1
         )
         self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
 
@@ -77,11 +78,15 @@ def _start_wandb(config: Config, workdir: Path) -> Any:
         raise ConfigError(
             "log.wandb_project needs wandb: pip install 'ngpt-jax[wandb]', or set it to None."
         ) from e
+    id_file = workdir / "wandb_id"
+    if not id_file.exists():
+        write_atomically(id_file, secrets.token_hex(8))
     return wandb.init(
         project=config.log.wandb_project,
+        config=dataclasses.asdict(config),
         dir=str(workdir),
         name=workdir.name,
-        id=workdir.name,
+        id=id_file.read_text(encoding="utf-8"),
         resume="allow",
     )
 
@@ -114,7 +119,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self._bar:
-            self._bar.console.print(text, markup=False)
+            self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
         else:
             print(text, flush=True)
 
@@ -126,7 +131,7 @@ class Terminal:
     def train_row(self, step: int, row: dict[str, Any]) -> None:
         """Shows an interval's loss, speed and time to go."""
         rate = row["train/tokens_per_second"]
-        eta = format_duration(row["train/eta_seconds"]) if math.isfinite(rate) else "-"
+        eta = format_duration(row["train/eta_seconds"])
         status = f"loss {row['train/loss']:.4f}  {rate:,.0f} tokens/s  eta {eta}"
         if self._bar:
             self._bar.update(self._task, completed=step, status=status, refresh=True)

@@ -6,21 +6,23 @@ import jax
 
 from ngpt_jax.config import ModelConfig
 
-# Published dense bf16 peaks in FLOP/s, by the start of jax's device_kind; first match wins.
+# Published dense bf16 peaks in FLOP/s, by jax's device_kind or its first words; first match wins.
 _PEAK_FLOPS = (
     ("TPU v4", 275e12),
     ("TPU v5 lite", 197e12),
     ("TPU v5e", 197e12),
     ("TPU v5", 459e12),
-    ("TPU v6", 918e12),
-    ("TPU7", 2307e12),
-    ("NVIDIA A100", 312e12),
+    ("TPU v6 lite", 918e12),
+    ("TPU7x", 2307e12),
+    ("NVIDIA A100-SXM4-40GB", 312e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100", 989e12),
     ("NVIDIA H200", 989e12),
     ("NVIDIA B200", 2250e12),
     ("NVIDIA L4", 121e12),
-    ("Tesla V100", 125e12),
+    ("Tesla V100-SXM2-16GB", 125e12),
+    ("Tesla V100-SXM2-32GB", 125e12),
 )
 
 
@@ -42,7 +44,10 @@ def train_flops_per_token(config: ModelConfig) -> float:
 def peak_flops(device: jax.Device) -> float | None:
     """The device's published bf16 peak in FLOP/s, None where it is not known (a CPU)."""
     kind = device.device_kind
-    return next((peak for start, peak in _PEAK_FLOPS if kind.startswith(start)), None)
+    for name, peak in _PEAK_FLOPS:
+        if kind == name or kind.startswith(name + " "):  # "NVIDIA L4" is not "NVIDIA L40S"
+            return peak
+    return None
 
 
 def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
