@@ -311,11 +311,6 @@ def test_wrong_axes(call, axes, error, match):
         call({"w": W, "b": B}, axes)
 
 
-def test_a_repeated_axis_is_refused():
-    with pytest.raises(ValueError, match="duplicate"):
-        update_without_init(W, (0, -2))
-
-
 # Transformations of jax and optax
 
 
