@@ -352,6 +352,7 @@ class _Interval:
 def _finish(run: _Run) -> None:
     """Held-out results and a sample of text."""
     config = run.config
+    run.terminal.close()  # the bar has done its work; what follows stays
     for name, result in run.progress["results"].items():
         run.terminal.say(
             f"held-out {name}: {result['loss']:.4f} nats/token,"

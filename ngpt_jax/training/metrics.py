@@ -108,7 +108,7 @@ class Terminal:
         if self._console.is_terminal:
             self._bar = rich_progress.Progress(
                 rich_progress.TextColumn("step {task.completed:>6}/{task.total}"),
-                rich_progress.BarColumn(bar_width=24),
+                rich_progress.BarColumn(bar_width=12),
                 rich_progress.TextColumn("{task.fields[status]}"),
                 console=self._console,
                 auto_refresh=False,
