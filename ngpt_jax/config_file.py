@@ -157,15 +157,21 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(str(e).splitlines()[0])
 
 
-def run_command(command: Callable[[list[str], list[tuple[str, str]]], int | None]) -> NoReturn:
-    """Runs ``command(arguments, overrides)`` and exits; bad input is told in one line.
+def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
+    """Parses flags, runs ``command(overrides)`` and exits; bad input is told in one line.
 
     Exit code 2 for a ConfigError or a wrong flag, else what the command returns.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
+
+    def checked(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+        return command(overrides)
+
     try:
         rest, overrides = split_overrides(sys.argv)
-        app.run(lambda argv: command(argv, overrides), argv=rest, flags_parser=_parse_flags)
+        app.run(checked, argv=rest, flags_parser=_parse_flags)
     except ConfigError as e:
         _fail(str(e))
     raise AssertionError("app.run exits")

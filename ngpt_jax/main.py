@@ -38,9 +38,7 @@ def _default_workdir(spec: str) -> Path:
     return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
 
 
-def _main(argv: list[str], overrides: list[tuple[str, str]]) -> int:
-    if len(argv) > 1:
-        raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+def _main(overrides: list[tuple[str, str]]) -> int:
     if _HELP_CONFIG.value and _CONFIG.value is None:
         print(config_file.describe(Config()))
         return 0

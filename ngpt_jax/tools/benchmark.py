@@ -149,9 +149,7 @@ def show(numbers: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _main(argv: list[str], overrides: list[tuple[str, str]]) -> None:
-    if len(argv) > 1:
-        raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+def _main(overrides: list[tuple[str, str]]) -> None:
     if bad := [m for m in _MODELS.value if m not in MODELS]:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
     config = config_file.load_config(_CONFIG.value or default_shape(), overrides)

@@ -154,10 +154,10 @@ class _Run:
             "position": 0, "evaluated": -1, "results": {}, "losses": [], "seconds": 0.0,
         }  # fmt: skip
         # What the position counts in: the same place in another text would mean nothing.
-        text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.tobytes())}
+        text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
         self.progress["text"] = text
-        self.resumed_from = self.checkpoints.latest_step()
-        if self.resumed_from is not None:
+        resumed = self.checkpoints.latest_step() is not None
+        if resumed:
             self.state, self.progress = self.checkpoints.restore(self.state)
             if self.progress["text"] != text:
                 raise ConfigError(
@@ -175,7 +175,7 @@ class _Run:
             f" {steps:,} steps of {config.train.batch_size * config.model.context:,} tokens,"
             f" {len(tokens):,} tokens of text ({config.data.source}) -> {workdir}"
         )
-        if self.resumed_from is not None:
+        if resumed:
             done = " (the end; delete the folder or choose --workdir to train anew)"
             self.terminal.say(f"resumed from step {self.step}{done if self.step == steps else ''}")
         self.nats_fn: SummedNats = make_summed_nats(config)
@@ -193,7 +193,7 @@ class _Run:
     def fetch_losses(self) -> None:
         """Waits for the device; done only when a row or a checkpoint is due.
 
-        Raises RunError for a loss that is not finite, so that no such state is ever saved.
+        Raises RunError for a loss that is not finite, before what followed from it is saved.
         """
         losses = [float(x) for x in jax.device_get(self.progress["losses"])]
         self.progress["losses"] = losses
