@@ -79,8 +79,15 @@ class ModelConfig:
     dtype: str = _field("float32", "of activations and matmuls: float32, bfloat16 or float64")
     param_dtype: str = _field("float32", "of the stored parameters")
     scan_layers: bool = _field(True, "compile one block and scan it over the layers")
-    remat: bool = _field(False, "recompute each block in the backward pass to save memory")
-    loss_chunk: int = _field(2048, "tokens whose logits exist at one time in the loss")
+    remat: str = _field(
+        "none",
+        "what of a block the backward pass computes again: none; attention (all but attention's"
+        " own result); dots (all but the products with weights); full (everything)",
+    )
+    attention: str = _field(
+        "auto", "kernel: auto (by the devices), splash (TPU), cudnn (NVIDIA GPU) or xla"
+    )
+    loss_chunk: int = _field(2048, "tokens a device whose logits exist at one time in the loss")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +136,35 @@ class TrainConfig:
     steps: int | None = _field(None, "length of the run in steps (give steps or tokens)")
     tokens: int | None = _field(None, "length of the run in tokens, rounded up to whole steps")
     batch_size: int = _field(16, "windows a step, over all devices")
+    accumulate: int = _field(1, "microbatches that a step's batch is cut into, to save memory")
     seed: int = _field(0, "of the parameters' init")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    data: int = _field(1, "replicas of the model; across TPU slices. -1 in one axis: the rest")
+    fsdp: int = _field(-1, "parameters are cut, and gathered where they are used")
+    tensor: int = _field(1, "heads and hidden units are cut")
+    context: int = _field(1, "positions are cut, for long contexts")
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+    xla_flags: str = _field(
+        "overlap", "overlap: let communication and computation overlap on TPU and GPU; none"
+    )
+    compilation_cache: str | None = _field(
+        "~/.cache/ngpt_jax", "folder of compiled programs, used on TPU and GPU; None: no cache"
+    )
+    hang_seconds: int = _field(
+        1800, "a step that takes longer dumps the stacks of all threads to stderr; 0: never"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ProfileConfig:
+    first_step: int = _field(10, "step of a run, or of its continuation, at which to start")
+    num_steps: int = _field(0, "steps to trace into WORKDIR/profile; 0: none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +204,9 @@ class Config:
     optimizer: OptimizerConfig = _section(OptimizerConfig, "Adam and its schedule")
     data: DataConfig = _section(DataConfig, "text and tokens")
     train: TrainConfig = _section(TrainConfig, "the run")
+    mesh: MeshConfig = _section(MeshConfig, "how devices share model and batch")
+    runtime: RuntimeConfig = _section(RuntimeConfig, "compiler and machine")
+    profile: ProfileConfig = _section(ProfileConfig, "a trace of some steps")
     eval: EvalConfig = _section(EvalConfig, "held-out loss")
     checkpoint: CheckpointConfig = _section(CheckpointConfig, "saves")
     log: LogConfig = _section(LogConfig, "metrics")
@@ -314,6 +352,9 @@ def resolve(config: Config) -> Config:
     _one_of("model.kind", m.kind, ("ngpt", "gpt"))
     _one_of("model.dtype", m.dtype, ("float32", "bfloat16", "float64"))
     _one_of("model.param_dtype", m.param_dtype, ("float32", "bfloat16", "float64"))
+    _one_of("model.remat", m.remat, ("none", "attention", "dots", "full"))
+    _one_of("model.attention", m.attention, ("auto", "splash", "cudnn", "xla"))
+    _one_of("runtime.xla_flags", config.runtime.xla_flags, ("overlap", "none"))
     _one_of("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
     _one_of("data.source", d.source, ("stdlib", "text"))
     for name, _, value, _ in fields(config):
@@ -329,6 +370,18 @@ def resolve(config: Config) -> Config:
         value = getattr(o, name)
         _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}.")
     _require(0 < d.held_out < 1, f"data.held_out must lie between 0 and 1, got {d.held_out}.")
+
+    mesh = dataclasses.asdict(config.mesh)
+    for name, size in mesh.items():
+        _require(size > 0 or size == -1, f"mesh.{name} must be positive or -1, got {size}.")
+    _require(
+        list(mesh.values()).count(-1) <= 1,
+        "Only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context can be -1 (the rest).",
+    )
+    _require(
+        t.batch_size % t.accumulate == 0,
+        f"train.batch_size = {t.batch_size} is not divisible by train.accumulate = {t.accumulate}.",
+    )
 
     kv_heads = m.kv_heads or m.heads
     _require(
@@ -413,8 +466,9 @@ def resolve(config: Config) -> Config:
 _POSITIVE = frozenset(
     "layers width heads kv_heads head_dim mlp_width context vocab_size vocab_multiple rope_base"
     " init_std scale loss_chunk learning_rate eps threads prefetch steps batch_size batches"
-    " every keep".split()
+    " every keep accumulate".split()
 )
 _NOT_NEGATIVE = frozenset(
-    "rms_eps warmup_steps weight_decay clip_norm clip_eps temperature tokens".split()
+    "rms_eps warmup_steps weight_decay clip_norm clip_eps temperature tokens"
+    " hang_seconds first_step num_steps".split()
 )

@@ -7,7 +7,9 @@ Examples:
   python -m ngpt_jax.main --config=experiments/1b.py --dry_run
   python -m ngpt_jax.main --help_config
 
-The same command goes on from the newest checkpoint in its workdir.
+The same command goes on from the newest checkpoint in its workdir. With several processes, run it
+on all of them: on TPU pods and under SLURM they find each other, elsewhere add
+--coordinator_address, --num_processes and --process_id.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from absl import flags, logging
 
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.parallel import xla_flags
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Experiment FILE[:variant,...]; set a field with --config.section.field=value."
@@ -30,6 +33,14 @@ _HELP_CONFIG = flags.DEFINE_bool(
 )
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, where several do not find each other."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_START_TIMEOUT = flags.DEFINE_integer(
+    "start_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1
 )
 
 
@@ -50,9 +61,14 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         return 0
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
+    xla_flags.set_flags(config.runtime.xla_flags)
     # jax and the rest are slow to load: only once the input is known to be good.
+    from ngpt_jax.parallel import distributed
     from ngpt_jax.training import dry_run, loop
 
+    distributed.initialize(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT.value
+    )
     loop.enable_x64_if_used(config)
     if _DRY_RUN.value:
         text, problem = dry_run.report(config)

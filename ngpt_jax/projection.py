@@ -126,7 +126,8 @@ def keep_params_on_sphere(
     """
 
     def init_fn(params):
-        _map_with_axes(lambda axis, p: p, axes, params)  # refuses wrong axes before training
+        if jax.tree.leaves(params):  # none in the placeholder of optax.tree.map_params
+            _map_with_axes(lambda axis, p: p, axes, params)  # refuses wrong axes before training
         return KeepParamsOnSphereState()
 
     def update_fn(updates, state, params=None):

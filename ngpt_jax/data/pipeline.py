@@ -85,14 +85,34 @@ def train_dataset(tokens: np.ndarray, context: int, seed: int) -> grain.MapDatas
     return grain.MapDataset.range(windows).shuffle(seed=hashed).map(window).repeat()
 
 
+class _Rows(grain.MapDataset):
+    """Chosen rows of every batch of a dataset: elements first + k * batch_size + rows[j]."""
+
+    def __init__(self, parent: grain.MapDataset, first: int, batch_size: int, rows: np.ndarray):
+        super().__init__(parent)
+        self._first, self._batch_size, self._rows = first, batch_size, rows
+
+    def __len__(self) -> int:
+        return (len(self._parent) - self._first) // self._batch_size * len(self._rows)
+
+    def __getitem__(self, index):
+        batch, row = divmod(index, len(self._rows))
+        return self._parent[self._first + batch * self._batch_size + int(self._rows[row])]
+
+
 def train_batches(
-    dataset: grain.MapDataset, batch_size: int, position: int, threads: int, prefetch: int
+    dataset: grain.MapDataset,
+    batch_size: int,
+    position: int,
+    threads: int,
+    prefetch: int,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Batches of consecutive elements of ``dataset``, read ahead in threads.
 
     Batch k holds elements ``position + k * batch_size`` and on, whatever ``threads`` and
-    ``prefetch`` are. The threads end with the iterator: when it is collected, or closed by
-    its method ``close``.
+    ``prefetch`` are; with ``rows``, those rows of it alone. The threads end with the
+    iterator: when it is collected, or closed by its method ``close``.
 
     Args:
       dataset: without end, from :func:`train_dataset`.
@@ -100,13 +120,15 @@ def train_batches(
       position: windows consumed before.
       threads: that read ahead; 0 reads in the caller's.
       prefetch: batches read ahead.
+      rows: of a batch, that this process needs; None: all.
 
     Returns:
-      An iterator over {"inputs", "targets"}, each (batch_size, context) int32.
+      An iterator over {"inputs", "targets"}, each (rows, context) int32.
     """
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
-    rest = dataset.slice(slice(position, None))
-    return iter(rest.batch(batch_size, drop_remainder=True).to_iter_dataset(options))
+    rows = np.arange(batch_size) if rows is None else rows
+    chosen = _Rows(dataset, position, batch_size, rows)
+    return iter(chosen.batch(len(rows), drop_remainder=True).to_iter_dataset(options))
 
 
 # ---------------------------------------------------------------------------------- evaluation

@@ -1,12 +1,102 @@
-"""Causal attention over all heads."""
+"""Causal attention: one function, three kernels.
+
+``xla`` runs everywhere and keeps the scores in memory. ``splash`` is the Pallas kernel for TPUs,
+``cudnn`` cuDNN's flash attention; neither ever has the scores as a whole.
+
+On a mesh the kernel runs inside ``shard_map``: each device has its rows, its heads (``tensor``)
+and its positions (``context``). Along ``context`` a device's queries meet the keys and values of
+all positions, gathered; for cuDNN, which knows no offset of positions, heads are exchanged
+for positions instead.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from ngpt_jax import sphere
+from ngpt_jax.config import ConfigError, ModelConfig
+from ngpt_jax.parallel import rules
+
+SAVED_NAME = "attention"  # of what remat=attention keeps
+_LANES = 128  # of a TPU's vector unit: splash's blocks are multiples of it
 
 
-def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+def choose_kernel(config: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> tuple[str, str]:
+    """The attention kernel for a model, and why.
+
+    Args:
+      config: resolved; ``config.attention`` names a kernel, or is "auto".
+      mesh: cuts heads and positions.
+      platform: of the mesh's devices (not of the process, which may compile for others).
+
+    Raises:
+      ConfigError: the kernel asked for does not run there.
+    """
+    obstacles = {
+        "splash": _splash_obstacle(config, mesh, platform),
+        "cudnn": _cudnn_obstacle(config, mesh, platform),
+        "xla": None,
+    }
+    if config.attention != "auto":
+        if (obstacle := obstacles[config.attention]) is not None:
+            raise ConfigError(
+                f"model.attention = {config.attention} cannot be used: {obstacle}; set it to auto"
+                " or xla."
+            )
+        return config.attention, "as configured"
+    best = {"tpu": "splash", "gpu": "cudnn", "cuda": "cudnn"}.get(platform, "xla")
+    if (obstacle := obstacles[best]) is not None:
+        return "xla", f"not {best}: {obstacle}"
+    return best, f"auto on {platform}"
+
+
+def _splash_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:
+    assert config.head_dim is not None
+    length = config.context // rules.axis_size(mesh, "context")
+    if platform != "tpu":
+        return f"it is for TPUs, and the devices are of type {platform}"
+    if config.dtype == "float64":
+        return "it knows no float64"
+    if config.head_dim % 64:
+        return f"it needs head_dim 64 or a multiple, not {config.head_dim}"
+    if length % _LANES:
+        return f"it needs a multiple of {_LANES} positions a device, not {length}"
+    return None
+
+
+def _cudnn_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:
+    assert config.head_dim is not None
+    if platform not in ("gpu", "cuda"):
+        return f"cuDNN is for NVIDIA GPUs, and the devices are of type {platform}"
+    if config.dtype != "bfloat16":
+        return f"it computes in bfloat16, and model.dtype is {config.dtype}"
+    if config.head_dim % 8 or config.head_dim > 128:
+        return f"it needs head_dim at most 128 and a multiple of 8, not {config.head_dim}"
+    heads = config.heads // rules.axis_size(mesh, "tensor")
+    if heads % rules.axis_size(mesh, "context"):
+        return (
+            f"mesh.context = {rules.axis_size(mesh, 'context')} does not divide the {heads} heads"
+            " of a device"
+        )
+    return None
+
+
+def causal_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    scale: float,
+    segment_ids: jax.Array | None = None,
+    kernel: str = "xla",
+    interpret: bool = False,
+) -> jax.Array:
     """softmax(scale * q k^T + causal mask) v, with the softmax in at least float32.
 
     Args:
@@ -14,19 +104,148 @@ def causal_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: 
       key, value: (B, T, kv_heads, head_dim); key head i serves the heads / kv_heads query
         heads from i * heads / kv_heads on.
       scale: sqrt(head_dim) in nGPT, 1 / sqrt(head_dim) in GPT.
+      segment_ids: (B, T) integers; a position sees those of its own segment alone. None: all.
+      kernel: xla, splash or cudnn, from :func:`choose_kernel`.
+      interpret: run splash's kernel without a TPU, slowly, for tests.
 
     Returns:
       (B, T, heads, head_dim) in the dtype of ``value``.
     """
-    batch, length, heads, head_dim = query.shape
-    kv_heads = key.shape[2]
+    mesh = rules.current_mesh()
+    length = query.shape[1]
+    if mesh is not None and key.shape[2] % rules.axis_size(mesh, "tensor"):
+        # Heads that cannot be cut: each query head gets its own copy, and these can be.
+        key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    if mesh is None:
+        positions = _Positions(length)
+        blocks = _splash_kernel(query.shape, positions, interpret) if kernel == "splash" else None
+        return _KERNELS[kernel](query, key, value, scale, segment_ids, positions, blocks)
+
+    q_spec = rules.activation_spec(("batch", "length", "heads", "head_dim"), query.shape, mesh)
+    kv_spec = rules.activation_spec(("batch", "length", "kv_heads", "head_dim"), key.shape, mesh)
+    positions = _Positions(length, rules.axis_size(mesh, "context") if q_spec[1] else 1)
+    blocks = blocks_spec = None
+    if kernel == "splash":
+        local_shape = jax.sharding.NamedSharding(mesh, q_spec).shard_shape(query.shape)
+        blocks = _splash_kernel(local_shape, positions, interpret)
+        blocks_spec = blocks.manual_sharding_spec(
+            jax.sharding.NamedSharding(mesh, P(None, q_spec[1]))
+        )
+
+    def on_device(q, k, v, segments, blocks):
+        if kernel == "cudnn" and positions.shards > 1:
+            return _exchange_heads(q, k, v, scale, segments, positions)
+        k, v = positions.gather(k), positions.gather(v)
+        return _KERNELS[kernel](q, k, v, scale, segments, positions, blocks)
+
+    return jax.shard_map(
+        on_device,
+        in_specs=(q_spec, kv_spec, kv_spec, P(q_spec[0], None), blocks_spec),
+        out_specs=q_spec,
+        check_vma=False,
+    )(query, key, value, segment_ids, blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Positions:
+    """Which of ``length`` positions this device's queries have: a shard along ``context``."""
+
+    length: int
+    shards: int = 1
+
+    def first(self) -> jax.Array | int:
+        if self.shards == 1:
+            return 0
+        return jax.lax.axis_index("context") * (self.length // self.shards)
+
+    def gather(self, x: jax.Array) -> jax.Array:
+        """All positions of this device's part of an array (B, T, ...)."""
+        if self.shards == 1:
+            return x
+        return jax.lax.all_gather(x, "context", axis=1, tiled=True)
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """This device's positions of an array (B, T)."""
+        size = self.length // self.shards
+        return jax.lax.dynamic_slice_in_dim(x, self.first(), size, axis=1)
+
+
+def _exchange_heads(q, k, v, scale, segments, positions: _Positions) -> jax.Array:
+    """cuDNN on all positions of a part of the heads."""
+    if k.shape[2] % positions.shards:
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    exchange = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
+    q, k, v = (exchange(x, split_axis=2, concat_axis=1) for x in (q, k, v))
+    out = _KERNELS["cudnn"](q, k, v, scale, segments, _Positions(positions.length), None)
+    return exchange(out, split_axis=1, concat_axis=2)
+
+
+# The kernels: queries of some positions (B, T/shards, ...), keys of all (B, T, ...) -------------
+
+
+def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.Array:
+    batch, num_queries, heads, head_dim = q.shape
+    length, kv_heads = k.shape[1:3]
     # Heads before positions: then both products are batched matmuls without further copies.
-    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (query, key, value))
-    q = q.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+    q = q.reshape(batch, kv_heads, heads // kv_heads, num_queries, head_dim)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
     logits = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=dtype)
-    visible = jnp.tril(jnp.ones((length, length), bool))
+    rows = positions.first() + jnp.arange(num_queries)
+    visible = jnp.arange(length) <= rows[:, None]
+    if segments is not None:
+        own = positions.cut(segments)[:, :, None] == segments[:, None, :]
+        visible = (visible & own)[:, None, None]
     # -inf, not a large number: every row sees at least itself, and exp(-inf) is exactly 0.
     probs = jax.nn.softmax(jnp.where(visible, scale * logits, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bksc->bkgtc", probs.astype(value.dtype), v)
-    return jnp.moveaxis(out.reshape(batch, heads, length, head_dim), 1, 2)
+    out = jnp.einsum("bkgts,bksc->bkgtc", probs.astype(v.dtype), v)
+    return jnp.moveaxis(out.reshape(batch, heads, num_queries, head_dim), 1, 2)
+
+
+def block_size(length: int) -> int:
+    """Positions of a block of splash attention: the largest of 512, 256, 128 that divides."""
+    return next(size for size in (512, 256, _LANES) if length % size == 0)
+
+
+def _splash_kernel(shape: tuple[int, ...], positions: _Positions, interpret: bool) -> Any:
+    """Splash's kernel for queries of a local shape, a pytree with the blocks of the mask."""
+    # Pallas takes a second to load: only where it is used.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    _, num_queries, heads, _ = shape
+    q, kv = block_size(num_queries), block_size(positions.length)
+    causal = splash_attention_mask.CausalMask((positions.length, positions.length))
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_q_dq=q, block_kv_dq=kv
+        ),
+        head_shards=1,  # the mask is the same for all heads
+        q_seq_shards=positions.shards,
+        residual_checkpoint_name=SAVED_NAME,
+        interpret=interpret,
+    )
+
+
+def _splash(q, k, v, scale, segments, positions: _Positions, blocks: Any) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+    q = (sphere.promote(q) * scale).astype(q.dtype)  # the kernel has no scale of its own
+    q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))  # (B, heads, T, head_dim)
+    ids = None
+    if segments is not None:
+        ids = splash_attention_kernel.SegmentIds(q=positions.cut(segments), kv=segments)
+    return jnp.moveaxis(jax.vmap(blocks)(q, k, v, ids), 1, 2).astype(v.dtype)
+
+
+def _cudnn(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.Array:
+    mask = None if segments is None else segments[:, None, :, None] == segments[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn"
+    )
+
+
+_KERNELS = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}

@@ -2,6 +2,10 @@
 
 The gradient is formed beside the loss, chunk by chunk, so that nothing is computed twice:
 a chunk's logits are made, used for loss and gradients, and dropped.
+
+On a mesh, chunks are cut from each device's own tokens. The table is gathered over ``fsdp`` once
+before the loop and its gradient reduced once after it; where ``tensor`` cuts the vocabulary, the
+loop exchanges a maximum and two sums a token, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +14,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from ngpt_jax.model.embedding import gather_rows, local_rows, scatter_rows, table_spec
+from ngpt_jax.parallel import rules
 
 
 def num_chunks(batch: int, length: int, chunk: int) -> int:
@@ -18,12 +26,22 @@ def num_chunks(batch: int, length: int, chunk: int) -> int:
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
-def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads):
+def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads, cut=False):
+    """Summed nats and, ``with_grads``, the gradients of hidden and table, on one device.
+
+    With ``cut`` the table is this device's part of the rows along ``tensor``, and the gradient
+    of hidden is what these rows contribute.
+    """
     batch, length, width = hidden.shape
     n = num_chunks(batch, length, chunk)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    whole = table.shape[0] == vocab_size
-    real = jnp.arange(table.shape[0]) < vocab_size
+    ids = jnp.arange(table.shape[0])
+    if cut:
+        ids = ids + jax.lax.axis_index("tensor") * table.shape[0]
+    padded = cut or table.shape[0] > vocab_size
+
+    def all_devices(reduce, x):
+        return reduce(x, "tensor") if cut else x
 
     def split(x):  # (B, T, ...) -> (n, B T/n, ...): every chunk has a part of every row
         parts = jnp.moveaxis(x.reshape(batch, n, length // n, *x.shape[2:]), 1, 0)
@@ -32,16 +50,22 @@ def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads)
     def body(carry, chunk_inputs):
         h, y, w = chunk_inputs  # (tokens, embed), (tokens,), (tokens,)
         logits = jnp.matmul(h, table.T, preferred_element_type=dtype)  # (tokens, vocab)
-        logits = logits if whole else jnp.where(real, logits, -jnp.inf)
-        top = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(ids < vocab_size, logits, -jnp.inf) if padded else logits
+        top = all_devices(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
         total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
+        if cut:
+            row, here = local_rows(y, table.shape[0])
+            picked = jnp.take_along_axis(logits, row[:, None], axis=-1)
+            picked = jnp.where(here[:, None], picked, 0)
+        else:
+            picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
+        total, picked = all_devices(jax.lax.psum, (total, picked))
         log_total = jnp.log(total) + top
-        picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
         nats = jnp.sum((log_total - picked)[:, 0] * w)
         if not with_grads:
             return carry + nats, None
         sum_nats, d_table = carry
-        hit = jnp.arange(table.shape[0]) == y[:, None]
+        hit = ids == y[:, None]
         d_logits = (jnp.exp(logits - log_total) - hit) * w[:, None]
         d_logits = d_logits.astype(hidden.dtype)
         d_table = d_table + jnp.matmul(d_logits.T, h, preferred_element_type=dtype)
@@ -63,6 +87,37 @@ def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads)
     return nats, (d_hidden, d_table.astype(table.dtype))
 
 
+def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
+    mesh = rules.current_mesh()
+    if mesh is None:
+        return _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads)
+    cut = rules.axis_size(mesh, "tensor") > 1
+    token_spec = rules.activation_spec(("batch", "length"), targets.shape, mesh)
+    rows_spec = table_spec(table.shape, mesh)
+    axes = rules.spec_axes(token_spec)
+
+    def on_device(hidden, table, targets, weights):
+        whole = gather_rows(table, mesh)
+        nats, grads = _scan_chunks(
+            hidden, whole, targets, weights, vocab_size, chunk, with_grads, cut
+        )
+        nats = jax.lax.psum(nats, axes) if axes else nats
+        if not with_grads:
+            return nats, None
+        d_hidden, d_table = grads
+        d_hidden = jax.lax.psum(d_hidden, "tensor") if cut else d_hidden
+        return nats, (d_hidden, scatter_rows(d_table, axes, mesh))
+
+    hidden_spec = P(*token_spec, None)
+    out_specs = (P(), (hidden_spec, rows_spec) if with_grads else None)
+    return jax.shard_map(
+        on_device,
+        in_specs=(hidden_spec, rows_spec, token_spec, token_spec),
+        out_specs=out_specs,
+        check_vma=False,
+    )(hidden, table, targets, weights)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     hidden: jax.Array,
@@ -80,17 +135,17 @@ def cross_entropy(
       targets: (B, T) token ids.
       weights: (B, T), 0 for a target that does not count. Not differentiated.
       vocab_size: rows of the table in use; the others get no probability and no gradient.
-      chunk: tokens whose logits exist at one time.
+      chunk: tokens whose logits exist at one time, on each device.
 
     Returns:
       A scalar in at least float32. Matmuls run in the dtype of ``hidden`` and accumulate
       in at least float32.
     """
-    return _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, False)[0]
+    return _on_mesh(hidden, table, targets, weights, vocab_size, chunk, False)[0]
 
 
 def _forward(hidden, table, targets, weights, vocab_size, chunk):
-    return _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, True)
+    return _on_mesh(hidden, table, targets, weights, vocab_size, chunk, True)
 
 
 def _backward(vocab_size, chunk, grads, cotangent):

@@ -11,6 +11,7 @@ import numpy as np
 
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.transformer import Transformer
+from ngpt_jax.parallel import rules
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -34,7 +35,7 @@ def _generate(
         return (window.at[length - 1].set(token), length), token
 
     _, tokens = jax.lax.scan(next_token, (window, length), jax.random.split(key, count))
-    return tokens
+    return rules.constrain(tokens, None)  # whole on every device of every process
 
 
 def sample(

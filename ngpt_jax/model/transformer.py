@@ -7,6 +7,7 @@ of https://arxiv.org/abs/2410.01131.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -14,13 +15,22 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig, Scale
-from ngpt_jax.model.attention import causal_attention
+from ngpt_jax.model.attention import SAVED_NAME, causal_attention
+from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import apply_rope, rope_tables
+from ngpt_jax.parallel import rules
 
 Axes = tuple[str, ...]
+
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def padded_vocab_size(config: ModelConfig) -> int:
@@ -82,7 +92,9 @@ def matrix(
         w = sphere.normalize(w, axis)
     if factor is not None:
         w = sphere.promote(w) * factor
-    return w.astype(config.dtype)
+    w = w.astype(config.dtype)
+    # Tables are gathered where they are used, see embedding and loss.
+    return w if "vocab" in axes else rules.gather(w, axes)
 
 
 def scale(module: nn.Module, config: ModelConfig, name: str, axes: Axes, spec: Scale) -> jax.Array:
@@ -108,8 +120,11 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """Contracts the last axes of x (B, T, ...) with the first ones of a kernel.
 
     Written as one product of two matrices: XLA's CPU backend takes a third longer for the
-    same product over more axes, forward and backward.
+    same product over more axes, forward and backward. Where the mesh cuts rows and positions
+    both, they cannot be made one axis without communication.
     """
+    if rules.axis_size(rules.current_mesh(), "context") > 1:
+        return jnp.tensordot(x, kernel, contracted)
     size = math.prod(kernel.shape[:contracted])
     flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
@@ -125,15 +140,18 @@ class Block(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, h: jax.Array, tables: tuple[jax.Array, jax.Array]):
+    def __call__(
+        self, h: jax.Array, tables: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+    ):
         c = self.config
-        proposal = self._attention(self._norm(h, "attention_norm"), tables)
+        proposal = self._attention(self._norm(h, "attention_norm"), tables, segment_ids)
         if c.kind == "ngpt":
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
             h = sphere.normalize(h)
         h = self._step(h, proposal, "alpha_a")
         h = self._step(h, self._mlp(self._norm(h, "mlp_norm")), "alpha_m")
+        h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
         return h.astype(c.dtype), None  # (carry, nothing to stack): the form nn.scan wants
 
@@ -148,7 +166,7 @@ class Block(nn.Module):
         alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
         return sphere.lerp(h, sphere.normalize(sphere.promote(proposal)), alpha)
 
-    def _attention(self, h: jax.Array, tables) -> jax.Array:
+    def _attention(self, h: jax.Array, tables, segment_ids) -> jax.Array:
         c = self.config
         assert c.head_dim is not None and c.kv_heads is not None
         q = linear(h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim")))
@@ -159,6 +177,7 @@ class Block(nn.Module):
             q, k = self._unit_heads(q), self._unit_heads(k)
             # The same s_qk scales q and k (equations 15 and 16): (q s) . (k s) = q . (k s^2).
             s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
+            s_qk = rules.gather(s_qk, ("kv_heads", "head_dim"))
             k = (sphere.promote(k) * jnp.square(s_qk)).astype(k.dtype)
             softmax_scale = math.sqrt(c.head_dim)
         else:
@@ -167,9 +186,11 @@ class Block(nn.Module):
                 k = self._norm(k, "key_norm", "head_dim")
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             softmax_scale = 1 / math.sqrt(c.head_dim)
-        out = causal_attention(q, k, v, softmax_scale)  # (B, T, heads, head_dim)
+        # (B, T, heads, head_dim)
+        out = causal_attention(q, k, v, softmax_scale, segment_ids, c.attention)
+        out = checkpoint_name(out, SAVED_NAME)
         kernel = matrix(self, c, "out_kernel", ("heads", "head_dim", "embed"), self._out_std())
-        return linear(out, kernel, contracted=2)
+        return rules.constrain(linear(out, kernel, contracted=2), "batch", "length", "embed")
 
     def _unit_heads(self, x: jax.Array) -> jax.Array:
         return sphere.normalize(x) if self.config.qk_norm else x
@@ -183,7 +204,8 @@ class Block(nn.Module):
         u = linear(h, matrix(self, c, "up_kernel", ("embed", "mlp"), factor=s_u))
         v = linear(h, matrix(self, c, "gate_kernel", ("embed", "mlp"), factor=s_v))
         kernel = matrix(self, c, "down_kernel", ("mlp", "embed"), self._out_std())
-        return linear(u * nn.silu(v), kernel)
+        hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
+        return rules.constrain(linear(hidden, kernel), "batch", "length", "embed")
 
     def _out_std(self) -> float:
         return (2 * self.config.layers) ** -0.5
@@ -201,12 +223,15 @@ class Transformer(nn.Module):
     def setup(self):
         c = self.config
         self.input_table = matrix(self, c, "input_embedding", ("vocab", "embed"))
-        block = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        block = Block
+        if c.remat != "none":
+            policy = REMAT_POLICIES[c.remat]
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
             unroll=1 if c.scan_layers else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -218,24 +243,31 @@ class Transformer(nn.Module):
             self.final_gain = gain(self, c, "final_norm", "embed")
         self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"), factor=s_z)
 
-    def hidden(self, tokens: jax.Array) -> jax.Array:
-        """The last hidden states (B, T, embed), ready for the output table."""
+    def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """The last hidden states (B, T, embed), ready for the output table.
+
+        Args:
+          tokens: (B, T) ids.
+          segment_ids: (B, T); attention stays within positions of the same id.
+        """
         c = self.config
         assert c.head_dim is not None
-        h = jnp.take(self.input_table, tokens, axis=0)
+        h = embed_tokens(self.input_table, tokens)
         self.sow("intermediates", "embedded", h)
         dtype = jnp.promote_types(c.dtype, jnp.float32)
         tables = rope_tables(jnp.arange(tokens.shape[1]), c.head_dim, c.rope_base, dtype)
-        h, _ = self.layers(h, tables)
+        h, _ = self.layers(h, tables, segment_ids)
         return rms_norm(h, self.final_gain, c.rms_eps) if c.kind == "gpt" else h
 
-    def hidden_and_table(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def hidden_and_table(
+        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """The last hidden states and the output table (vocab, embed), times s_z in nGPT."""
-        return self.hidden(tokens), self.output_table
+        return self.hidden(tokens, segment_ids), self.output_table
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
-        h, table = self.hidden_and_table(tokens)
+        h, table = self.hidden_and_table(tokens, segment_ids)
         assert self.config.vocab_size is not None
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
         logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
@@ -251,6 +283,7 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
 
 def _init_boxed(config: ModelConfig, key: jax.Array):
     tokens = jnp.zeros((1, 2), jnp.int32)
+    config = dataclasses.replace(config, attention="xla", remat="none")  # of no effect on init
     return Transformer(config).init(key, tokens)["params"]
 
 
@@ -282,6 +315,21 @@ def unit_axes(config: ModelConfig) -> dict[str, Any]:
         return axes.index("embed") if config.kind == "ngpt" and is_matrix(axes) else None
 
     return jax.tree.map(unit_axis, param_axes(config), is_leaf=is_axes)
+
+
+def compute_params(config: ModelConfig, params: Any) -> Any:
+    """Parameters as the network reads them: matrices rounded to the compute dtype.
+
+    Cast once for all passes of a step; gradients with respect to the result have the compute
+    dtype too. With ``normalize_on_read`` a matrix is normalized first and rounded where it is read.
+    """
+    if config.normalize_on_read:
+        return params
+
+    def cast(p, axes):
+        return p.astype(config.dtype) if is_matrix(axes) else p
+
+    return jax.tree.map(cast, params, param_axes(config))
 
 
 def real_vocab(leaf: Any, axes: Axes, config: ModelConfig) -> Any:

@@ -1,33 +1,125 @@
-"""The device mesh: every device holds the model, the batch is cut along its first axis."""
+"""The device mesh, and which rows of a batch belong where."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config import Config, ConfigError, MeshConfig
+from ngpt_jax.parallel.rules import MESH_AXES, activation_spec, axis_size
 
 
-def make_mesh(config: Config) -> Mesh:
-    """A mesh of all devices with one axis, ``data``; checks that the batches divide by it."""
-    devices = jax.device_count()
-    for name, size in (("train", config.train.batch_size), ("eval", config.eval.batch_size)):
-        if size is not None and size % devices:
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """Sizes of the mesh axes, -1 filled in so that all devices are used."""
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    known = math.prod(s for s in sizes if s != -1)
+    told = " x ".join(f"{axis} {s}" for axis, s in zip(MESH_AXES, sizes) if s not in (1, -1))
+    if -1 in sizes:
+        if devices % known:
             raise ConfigError(
-                f"{name}.batch_size = {size} is not divisible by the {devices} devices;"
-                f" the next that is: {-(-size // devices) * devices}."
+                f"The mesh ({told}) does not divide the {devices} devices; make the product of"
+                f" mesh.{', mesh.'.join(MESH_AXES)} a divisor of {devices}."
             )
-    return jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        return tuple(devices // known if s == -1 else s for s in sizes)
+    if known != devices:
+        raise ConfigError(
+            f"The mesh ({told or 'one device'}) needs {known} devices, but there are {devices};"
+            " set one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context to -1 (the rest)."
+        )
+    return tuple(sizes)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor, context, all Auto; checks the training batch.
+
+    Args:
+      config: resolved.
+      devices: all of them by default. Those of several TPU slices get a hybrid mesh, with
+        ``data`` across the slices, where the network is slow.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = mesh_shape(config.mesh, len(devices))
+    tpu = devices[0].platform == "tpu"
+    slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
+    if shape[0] % slices:
+        raise ConfigError(
+            f"mesh.data = {shape[0]} must be a multiple of the {slices} TPU slices: replicas"
+            f" are what lies across slices. Try mesh.data={slices}."
+        )
+    if slices > 1:
+        array = mesh_utils.create_hybrid_device_mesh(
+            (shape[0] // slices, *shape[1:]),
+            (slices, 1, 1, 1),
+            devices,
+            allow_split_physical_axes=True,
+        )
+    else:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=tpu)
+    mesh = Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    _check_batch(config, mesh)
+    return mesh
 
 
-def batch_putter(mesh: Mesh) -> Callable[[Any], Any]:
-    """A function that moves a batch of numpy arrays to the devices, rows cut over ``data``."""
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return lambda batch: jax.device_put(batch, sharding)
+def _check_batch(config: Config, mesh: Mesh) -> None:
+    ways, accumulate = axis_size(mesh, "data", "fsdp"), config.train.accumulate
+    if config.train.batch_size % (ways * accumulate):
+        wanted = ways * accumulate
+        parts = f" in {accumulate} microbatches" if accumulate > 1 else ""
+        raise ConfigError(
+            f"train.batch_size = {config.train.batch_size} is not divisible by the {ways} devices"
+            f" of mesh.data * mesh.fsdp{parts};"
+            f" the next that is: {-(-config.train.batch_size // wanted) * wanted}."
+        )
+    if config.model.context % axis_size(mesh, "context"):
+        raise ConfigError(
+            f"model.context = {config.model.context} is not divisible by mesh.context ="
+            f" {axis_size(mesh, 'context')}."
+        )
+
+
+def check_eval_batch(config: Config, mesh: Mesh) -> None:
+    """Refuses an evaluation batch whose rows the mesh cannot cut evenly."""
+    ways, batch_size = axis_size(mesh, "data", "fsdp"), config.eval.batch_size
+    if batch_size is not None and batch_size % ways:
+        raise ConfigError(
+            f"eval.batch_size = {batch_size} is not divisible by the {ways} devices of mesh.data *"
+            f" mesh.fsdp; the next that is: {-(-batch_size // ways) * ways}."
+        )
+
+
+class BatchPlacer:
+    """Moves batches of one shape to the devices of a mesh, each process its own rows.
+
+    Which rows a process needs follows from the batch's sharding, not from its index: where a
+    ``tensor`` or ``context`` axis lies across processes, several need the same rows.
+
+    Attributes:
+      sharding: of every array of a batch, (batch, length).
+      rows: the rows that this process has to supply, ascending.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int, context: int):
+        self.shape = (batch_size, context)
+        spec = activation_spec(("batch", "length"), self.shape, mesh)
+        self.sharding = NamedSharding(mesh, spec)
+        indices = self.sharding.addressable_devices_indices_map(self.shape).values()
+        needed = {tuple(index[0].indices(batch_size)) for index in indices if index is not None}
+        self.rows = np.unique(np.concatenate([np.arange(*piece) for piece in needed]))
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Global arrays from this process's rows of them, each (len(rows), length)."""
+        return {name: self._place(rows) for name, rows in batch.items()}
+
+    def _place(self, local: np.ndarray) -> jax.Array:
+        def piece(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self.shape[0])
+            first = int(np.searchsorted(self.rows, start))
+            return local[first : first + stop - start, index[1]]
+
+        return jax.make_array_from_callback(self.shape, self.sharding, piece)

@@ -59,19 +59,22 @@ class Checkpoints:
         """The newest checkpoint in the shapes, dtypes and shardings of ``like``.
 
         Args:
-          like: a TrainState of arrays or of ShapeDtypeStructs with shardings.
+          like: a TrainState of ShapeDtypeStructs with shardings: of this mesh, whichever one
+            the checkpoint was written on.
 
         Returns:
           The state, laid out by XLA itself so that its buffers can be donated, and progress.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
+        abstract = like._asdict()
         restored = self._manager.restore(
             self._manager.latest_step(),
             args=ocp.args.Composite(
                 state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore()
             ),
         )
-        state = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))(restored["state"])
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        copy_all = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=shardings)
+        state = copy_all(restored["state"])
         self._progress = copy.deepcopy(restored["progress"])
         return TrainState(**state), restored["progress"]
 

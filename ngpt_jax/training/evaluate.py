@@ -10,6 +10,8 @@ import jax
 
 from ngpt_jax.config import Config
 from ngpt_jax.data import pipeline
+from ngpt_jax.model.transformer import compute_params
+from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.training.step import Batch, summed_nats
 
 SummedNats = Callable[[Any, Batch], jax.Array]
@@ -17,7 +19,8 @@ SummedNats = Callable[[Any, Batch], jax.Array]
 
 def make_summed_nats(config: Config) -> SummedNats:
     """Jitted (params, batch) -> summed nats over the batch's weighted targets."""
-    return jax.jit(lambda params, batch: summed_nats(config.model, params, batch))
+    model = config.model
+    return jax.jit(lambda params, batch: summed_nats(model, compute_params(model, params), batch))
 
 
 def evaluate(
@@ -25,7 +28,7 @@ def evaluate(
     params: Any,
     eval_set: pipeline.EvalSet,
     nats_fn: SummedNats,
-    put: Callable[[Any], Batch],
+    placer: BatchPlacer,
     limit: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
@@ -36,7 +39,7 @@ def evaluate(
       params: the parameters.
       eval_set: tokens and the bytes that they stand for.
       nats_fn: from :func:`make_summed_nats`.
-      put: moves a batch of numpy arrays to the devices.
+      placer: moves batches of ``config.eval.batch_size`` windows to the devices.
       limit: batches to read; None reads the whole set, each target once.
       stopped: polled at each batch.
 
@@ -53,7 +56,10 @@ def evaluate(
         if stopped():
             return None
         tokens += float(batch["weights"].sum())
-        sums.append(nats_fn(params, put(batch)))
+        placed = placer({k: v[placer.rows] for k, v in batch.items()})
+        # One at a time: collectives of two programs in flight can wait for each other on CPUs.
+        jax.block_until_ready(sums[-1:])
+        sums.append(nats_fn(params, placed))
     nats = math.fsum(float(s) for s in jax.device_get(sums))
     out = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
     if limit is None:

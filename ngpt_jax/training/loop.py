@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import faulthandler
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import signal
 import statistics
@@ -18,21 +20,23 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.sources import load_corpus
+from ngpt_jax.data.sources import Corpus, load_corpus
 from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ngpt_jax.model.sampling import sample
 from ngpt_jax.model.transformer import num_params
 from ngpt_jax.optim.recipes import make_optimizer
-from ngpt_jax.parallel.mesh import batch_putter, make_mesh, replicated
-from ngpt_jax.training import throughput
+from ngpt_jax.parallel import distributed
+from ngpt_jax.parallel.mesh import BatchPlacer, check_eval_batch, make_mesh
+from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.checkpoint import Checkpoints
 from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
-from ngpt_jax.training.metrics import MetricWriter, Terminal, write_atomically
-from ngpt_jax.training.step import init_state, make_train_step, summarize_params
+from ngpt_jax.training.metrics import MetricWriter, NoWriter, Terminal, write_atomically
+from ngpt_jax.training.step import init_state, summarize_params
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
@@ -42,18 +46,34 @@ class RunError(RuntimeError):
 
 
 class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once."""
+    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
+
+    With several processes, a signal to one of them stops all at the same poll: jax's runtime
+    has the handler of SIGTERM then, and Ctrl-C is passed on to it.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._old = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._polls, self._several = 0, jax.process_count() > 1
+        signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        self._old = {s: signal.signal(s, self._on) for s in signals}
+        self._interrupted = False
 
     def _on(self, number: int, frame: Any) -> None:
-        if self.name is not None and number == signal.SIGINT:
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
+        self._interrupted = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.name = signal.Signals(number).name
 
     def __call__(self) -> bool:
+        """Whether to stop. With several processes all have to ask equally often."""
+        if self._several and self.name is None:
+            self._polls += 1
+            if distributed.stop_agreed(self._polls):
+                self.name = "SIGTERM"
         return self.name is not None
 
     def restore(self) -> None:
@@ -94,7 +114,7 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         bound = ("model.", "optimizer.", "data.", "train.")
         free = (
             *("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk"),
-            *("data.threads", "data.prefetch"),
+            *("model.attention", "train.accumulate", "data.threads", "data.prefetch"),
         )
         if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
             rest = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
@@ -125,7 +145,8 @@ def _versions() -> dict[str, Any]:
     return {
         "command": sys.argv,
         "python": platform.python_version(),
-        "devices": [d.device_kind for d in jax.devices()],
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
         **versions,
     }
 
@@ -133,58 +154,92 @@ def _versions() -> dict[str, Any]:
 class _Run:
     """What the loop holds on to between steps; see :func:`train`."""
 
-    def __init__(self, config: Config, workdir: Path, stop: StopSignal):
-        config, self.tokenizer = with_tokenizer(config)
-        self.config, self.stop = config, stop
-        mesh = make_mesh(config)
-        self.put = batch_putter(mesh)
-        corpus = load_corpus(config.data)
-        tokens = pipeline.join_documents(corpus.train, self.tokenizer)
+    def __init__(self, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path, stop):
+        self.config, self.tokenizer, self.stop = config, tokenizer, stop
+        self.mesh, self.workdir = mesh, workdir
+        self.config, kernel = layout.for_mesh(config, mesh)
+        self.terminal = Terminal(0, config.train.steps or 0, quiet=not distributed.is_first())
+        corpus, tokens = distributed.together(self._read, ConfigError)
+        # What the position counts in: the same place in another text would mean nothing.
+        text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
+        distributed.check_same(
+            config=zlib.crc32(config_lib.to_json(config).encode()), text=json.dumps(text)
+        )
         self.dataset = pipeline.train_dataset(tokens, config.model.context, config.data.seed)
         self.eval_sets = [
-            pipeline.make_eval_set(name, documents, self.tokenizer)
+            pipeline.make_eval_set(name, documents, tokenizer)
             for name, documents in corpus.held_out.items()
         ]
-        claim_workdir(workdir, config)
+        self._on_first(lambda: claim_workdir(workdir, config))
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
-        self.tx, self.schedule = make_optimizer(config)
-        self.state = jax.jit(lambda: init_state(config, self.tx), out_shardings=replicated(mesh))()
         # position counts windows consumed; evaluated is the last step evaluated, with results.
         self.progress: dict[str, Any] = {
             "position": 0, "evaluated": -1, "results": {}, "losses": [], "seconds": 0.0,
+            "text": text,
         }  # fmt: skip
-        # What the position counts in: the same place in another text would mean nothing.
-        text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
-        self.progress["text"] = text
+        tx, _ = make_optimizer(config)
+        like = layout.abstract_state(config, tx, mesh)
         resumed = self.checkpoints.latest_step() is not None
         if resumed:
-            self.state, self.progress = self.checkpoints.restore(self.state)
+            self.state, self.progress = self.checkpoints.restore(like)
             if self.progress["text"] != text:
                 raise ConfigError(
                     f"--workdir={workdir}: the training text is not the one that this run began"
                     " with (another Python, or changed files); choose another --workdir."
                 )
+        else:
+            init = jax.jit(lambda: init_state(config, tx), out_shardings=layout.shardings(like))
+            self.state = init()
         self.step = int(self.state.step)
         steps = config.train.steps
-        assert steps is not None
+        assert steps is not None and config.eval.batch_size is not None
         self.steps = steps
-        self.terminal = Terminal(self.step, steps)
-        self.writer = MetricWriter(workdir, self.step, config)
-        self.terminal.say(
-            f"{config.model.kind}, {num_params(config.model):,} parameters,"
-            f" {steps:,} steps of {config.train.batch_size * config.model.context:,} tokens,"
-            f" {len(tokens):,} tokens of text ({config.data.source}) -> {workdir}"
-        )
-        if resumed:
-            done = " (the end; delete the folder or choose --workdir to train anew)"
-            self.terminal.say(f"resumed from step {self.step}{done if self.step == steps else ''}")
-        self.nats_fn: SummedNats = make_summed_nats(config)
+        self.terminal = Terminal(self.step, steps, quiet=not distributed.is_first())
+        self.writer: MetricWriter | NoWriter = NoWriter()
+        if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
+            self.writer = writer
+        self._greet(len(tokens), resumed, kernel)
+        self.placer = BatchPlacer(mesh, config.train.batch_size, config.model.context)
+        self.eval_placer = BatchPlacer(mesh, config.eval.batch_size, config.model.context)
+        self.nats_fn: SummedNats = make_summed_nats(self.config)
         self.summarize = jax.jit(lambda params: summarize_params(config.model, params))
 
+    def _read(self) -> tuple[Corpus, np.ndarray]:
+        corpus = load_corpus(self.config.data)
+        return corpus, pipeline.join_documents(corpus.train, self.tokenizer)
+
+    @staticmethod
+    def _on_first(fn: Callable[[], Any]) -> Any:
+        """Runs fn on process 0; its ConfigError ends all."""
+        return distributed.together(lambda: fn() if distributed.is_first() else None, ConfigError)
+
+    def _greet(self, tokens: int, resumed: bool, kernel: str) -> None:
+        config, say = self.config, self.terminal.say
+        say(
+            f"{config.model.kind}, {num_params(config.model):,} parameters,"
+            f" {self.steps:,} steps of {config.train.batch_size * config.model.context:,} tokens,"
+            f" {tokens:,} tokens of text ({config.data.source}) -> {self.workdir}"
+        )
+        if self.mesh.size > 1:
+            say(f"{layout.describe_mesh(self.mesh)}; {kernel}")
+            say(layout.parameter_table(config, self.mesh))
+        elif jax.default_backend() != "cpu":
+            say(kernel)
+        if resumed:
+            done = " (the end; delete the folder or choose --workdir to train anew)"
+            say(f"resumed from step {self.step}{done if self.step == self.steps else ''}")
+
     def close(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
         self.terminal.close()
         self.writer.close()
         self.checkpoints.close()
+
+    def poll(self) -> bool:
+        """Whether to stop; says that this process is alive."""
+        if seconds := self.config.runtime.hang_seconds:
+            faulthandler.dump_traceback_later(seconds, repeat=True, file=2)
+        return self.stop()
 
     def save(self) -> None:
         self.fetch_losses()
@@ -213,8 +268,9 @@ class _Run:
         for eval_set in self.eval_sets:
             start = time.perf_counter()
             result = evaluate(
-                self.config, self.state.params, eval_set, self.nats_fn, self.put, limit, self.stop
-            )
+                self.config, self.state.params, eval_set, self.nats_fn, self.eval_placer, limit,
+                self.poll,
+            )  # fmt: skip
             if result is None:
                 return
             results[eval_set.name] = result
@@ -241,55 +297,62 @@ def train(config: Config, workdir: Path) -> int:
     Returns:
       The exit code: 0 at the end, EXIT_RESUME when stopped by a signal after saving.
     """
+    config, tokenizer = distributed.together(lambda: with_tokenizer(config), ConfigError)
+    mesh = make_mesh(config)
+    check_eval_batch(config, mesh)
+    if jax.default_backend() != "cpu" and config.runtime.compilation_cache:
+        cache = Path(config.runtime.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
     stop = StopSignal()
     try:
-        run = _Run(config, workdir, stop)
-        try:
-            _train_loop(run)
-            if run.step < run.steps or run.progress["evaluated"] < run.steps:
-                saved = f"saved step {run.step}" if run.step else "stopped before the first step"
-                run.terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
-                return EXIT_RESUME
-            _finish(run)
-            return 0
-        finally:
-            run.close()
+        with jax.set_mesh(mesh):
+            run = _Run(config, tokenizer, mesh, workdir, stop)
+            try:
+                return _train(run)
+            finally:
+                run.close()
     finally:
         stop.restore()
 
 
+def _train(run: _Run) -> int:
+    _train_loop(run)
+    if run.step < run.steps or run.progress["evaluated"] < run.steps:
+        saved = f"saved step {run.step}" if run.step else "stopped before the first step"
+        run.terminal.say(f"{run.stop.name}: {saved}; the same command goes on from there")
+        return EXIT_RESUME
+    _finish(run)
+    return 0
+
+
 def _train_loop(run: _Run) -> None:
     config, progress = run.config, run.progress
+    interval: _Interval | None = None
     if run.step < run.steps:
         start = time.perf_counter()
         batches: Iterator[dict[str, np.ndarray]] = pipeline.train_batches(
             run.dataset, config.train.batch_size, progress["position"],
-            config.data.threads, config.data.prefetch,
+            config.data.threads, config.data.prefetch, run.placer.rows,
         )  # fmt: skip
-        first = next(batches)
-        step_fn = make_train_step(config, run.tx, run.schedule)
-        compiled = jax.jit(step_fn, donate_argnums=0).lower(run.state, run.put(first)).compile()
+        compiled = layout.lower_train_step(config, run.mesh).compile()
         compile_seconds = time.perf_counter() - start
         run.terminal.say(f"compiled the step in {compile_seconds:.1f} s")
-        batches = _chain(first, batches)
         interval = _Interval(run, compile_seconds)
     while True:
         pause = time.perf_counter()
         due = run.step > 0 and (run.step % config.eval.every == 0 or run.step == run.steps)
-        if due and progress["evaluated"] != run.step and not run.stop():
+        if due and progress["evaluated"] != run.step and not run.poll():
             run.evaluate()
-        last = run.step == run.steps or run.stop()
+        last = run.step == run.steps or run.poll()
+        if last and interval is not None:
+            interval.end_trace()
         if run.step > 0 and (last or run.step % config.checkpoint.every == 0):
             run.save()
         if last:
             return
+        assert interval is not None
         interval.start += time.perf_counter() - pause
         interval.step(compiled, batches)
-
-
-def _chain(first, rest):
-    yield first
-    yield from rest
 
 
 class _Interval:
@@ -299,6 +362,8 @@ class _Interval:
         self.run = run
         self.compile_seconds: float | None = compile_seconds
         self.rates: list[float] = []
+        self.tracing = False
+        self.first_step = run.step
         self.restart()
 
     def restart(self) -> None:
@@ -310,7 +375,8 @@ class _Interval:
         before = time.perf_counter()
         batch = next(batches)
         self.waited += time.perf_counter() - before
-        run.state, metrics = compiled(run.state, run.put(batch))
+        self._profile()
+        run.state, metrics = compiled(run.state, run.placer(batch))
         run.step += 1
         self.steps += 1
         run.progress["position"] += config.train.batch_size
@@ -319,6 +385,24 @@ class _Interval:
             run.fetch_losses()
             self.log({name: float(value) for name, value in metrics.items()})
         run.terminal.advance(run.step)
+
+    def _profile(self) -> None:
+        """Starts and ends the trace of the steps that ``config.profile`` names."""
+        profile, done = self.run.config.profile, self.run.step - self.first_step
+        if profile.num_steps and done == profile.first_step:
+            jax.profiler.start_trace(str(self.run.workdir / "profile"))
+            self.tracing = True
+        if self.tracing and done == profile.first_step + profile.num_steps:
+            self.end_trace()
+
+    def end_trace(self) -> None:
+        if self.tracing:
+            jax.block_until_ready(self.run.state)
+            jax.profiler.stop_trace()
+            self.tracing = False
+            self.run.terminal.say(
+                f"trace of {self.run.config.profile.num_steps} steps -> {self.run.workdir}/profile"
+            )
 
     def log(self, metrics: dict[str, float]) -> None:
         run, config = self.run, self.run.config

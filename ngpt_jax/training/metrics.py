@@ -71,6 +71,16 @@ class MetricWriter:
             self._wandb.finish()
 
 
+class NoWriter:
+    """What the processes write that are not the first: nothing."""
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def _start_wandb(config: Config, workdir: Path) -> Any:
     try:
         import wandb
@@ -98,14 +108,14 @@ def format_duration(seconds: float) -> str:
 
 
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere."""
+    """A progress bar on a terminal, plain lines elsewhere, nothing where ``quiet``."""
 
-    def __init__(self, start_step: int, steps: int):
-        self._steps = steps
+    def __init__(self, start_step: int, steps: int, quiet: bool = False):
+        self._steps, self._quiet = steps, quiet
         self._console = rich_console.Console(file=sys.stdout, highlight=False)
         self._bar: rich_progress.Progress | None = None
         self._last_update = 0.0
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._bar = rich_progress.Progress(
                 rich_progress.TextColumn("step {task.completed:>6}/{task.total}"),
                 rich_progress.BarColumn(bar_width=12),
@@ -120,7 +130,7 @@ class Terminal:
         """A line that stays."""
         if self._bar:
             self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
-        else:
+        elif not self._quiet:
             print(text, flush=True)
 
     def advance(self, step: int) -> None:

@@ -14,13 +14,18 @@ from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.loss import cross_entropy
 from ngpt_jax.model.transformer import (
     Transformer,
+    compute_params,
     init_params,
+    param_axes,
     real_vocab,
     unit_axes,
 )
+from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
 
-Batch = dict[str, jax.Array]  # inputs, targets (B, T) int32; weights (B, T) where some don't count
+# inputs, targets (B, T) int32; weights (B, T) where some targets don't count; segment_ids (B, T)
+# where attention stays within documents
+Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
@@ -40,7 +45,7 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """Sum over the batch's (weighted) targets of -log p(target), in nats."""
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
-        {"params": params}, batch["inputs"], method="hidden_and_table"
+        {"params": params}, batch["inputs"], batch.get("segment_ids"), method="hidden_and_table"
     )
     h, table = outputs
     targets = batch["targets"]
@@ -58,10 +63,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch):
-        def mean_nats(params):
-            return summed_nats(config.model, params, batch) / batch["targets"].size
-
-        loss, grads = jax.value_and_grad(mean_nats)(state.params)
+        loss, grads = _loss_and_grads(config, state.params, batch)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = {
@@ -72,6 +74,40 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
+
+
+def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    """Mean nats a token of a batch and the gradients, in the parameters' dtypes.
+
+    With ``train.accumulate`` the batch is cut into microbatches, one in memory at a time.
+    """
+    model, microbatches = config.model, config.train.accumulate
+    tokens = batch["targets"].size
+
+    def mean_nats(compute, batch):
+        return summed_nats(model, compute, batch) / tokens
+
+    compute = compute_params(model, params)
+    value_and_grad = jax.value_and_grad(mean_nats)
+    if microbatches == 1:
+        loss, grads = value_and_grad(compute, batch)
+        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+    def cut(x):  # (B, T) -> (microbatches, B / microbatches, T): of each device's rows a part
+        parts = jnp.moveaxis(x.reshape(-1, microbatches, x.shape[1]), 1, 0)
+        return rules.constrain(parts, None, "batch", "length")
+
+    def add(total, microbatch):
+        out = value_and_grad(compute, microbatch)
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
+
+    def zero(p, axes):
+        return rules.lay_out(jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), axes)
+
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    zeros = jnp.zeros((), dtype), jax.tree.map(zero, params, param_axes(model))
+    (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:

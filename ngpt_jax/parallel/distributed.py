@@ -1,0 +1,159 @@
+"""Several processes as one program: start-up, and what they have to agree on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ngpt_jax.config import ConfigError
+
+T = TypeVar("T")
+
+_ADVICE = (
+    "start the same program on all workers (TPU pods: gcloud compute tpus tpu-vm ssh NAME"
+    " --worker=all --command=...)"
+)
+_MESSAGE_BYTES = 2048
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout: int = 300,
+) -> None:
+    """Joins this process with the others, before jax's first use of a device.
+
+    On TPU VMs and under SLURM or Open MPI everything is found out; elsewhere all three facts are
+    given. Without either this is a program of one process, and nothing happens.
+
+    Args:
+      coordinator_address: host:port of process 0.
+      num_processes, process_id: how many, and which this is.
+      timeout: seconds to wait for the others; then the program ends with a message.
+
+    Raises:
+      ConfigError: facts that are missing or wrong.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(x is not None for x in given):
+        _check_flags(*given)
+    elif not _on_cluster():
+        return
+    where = f"the coordinator at {coordinator_address}" if coordinator_address else "the others"
+
+    def give_up() -> None:
+        # The runtime itself would abort with a stack trace, and does not let anyone catch it.
+        print(
+            f"error: {where} and all processes were not there within {timeout} s; {_ADVICE}, and"
+            " see that the port is open.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(*given, initialization_timeout=timeout + 60)
+    except (RuntimeError, ValueError) as e:
+        raise ConfigError(f"jax.distributed.initialize failed ({e}); {_ADVICE}.") from e
+    finally:
+        timer.cancel()
+
+
+def _check_flags(address: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if address is None or num_processes is None or process_id is None:
+        raise ConfigError(
+            "Give all of --coordinator_address=HOST:PORT, --num_processes and --process_id, or"
+            " none of them."
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ConfigError(f"--coordinator_address must be HOST:PORT, got {address!r}.")
+    if not 0 <= process_id < num_processes:
+        raise ConfigError(
+            f"--process_id = {process_id} must be at least 0 and below --num_processes ="
+            f" {num_processes}."
+        )
+
+
+def _on_cluster() -> bool:
+    """Whether jax will find the other processes by itself."""
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in os.environ:
+        return True
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        return True
+    tpu = any(Path("/dev").glob("accel*")) or Path("/dev/vfio/0").exists()
+    cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
+    return tpu and not cpu and os.environ.get("TPU_SKIP_MDS_QUERY") is None
+
+
+def is_first() -> bool:
+    """Whether this process writes logs and talks to the user."""
+    return jax.process_index() == 0
+
+
+def together(fn: Callable[[], T], *errors: type[Exception]) -> T:
+    """Runs ``fn`` on every process; where it fails on one, all end with its message.
+
+    Without this the others would wait for the failed one.
+
+    Args:
+      fn: local work, without collectives.
+      errors: types to share; the others raise the first of them.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    failed: Exception | None = None
+    try:
+        result = fn()
+    except errors as e:
+        failed = e
+    messages = _all_messages("" if failed is None else str(failed) or type(failed).__name__)
+    if failed is not None:
+        raise failed
+    for process, message in enumerate(messages):
+        if message:
+            raise errors[0](f"process {process}: {message}")
+    return result
+
+
+def _all_messages(message: str) -> list[str]:
+    data = message.encode()[:_MESSAGE_BYTES]
+    buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
+    buffer[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(buffer))
+    return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def check_same(**facts: object) -> None:
+    """Refuses, on all processes, to go on where they were started with different facts."""
+    if jax.process_count() == 1:
+        return
+    values = _all_messages("\n".join(str(x) for x in facts.values()))
+    for name, *of_processes in zip(facts, *(v.split("\n") for v in values)):
+        for process, value in enumerate(of_processes):
+            if value != of_processes[0]:
+                raise ConfigError(
+                    f"{name} of process {process} is not that of process 0; start all processes"
+                    " with the same command, versions and files."
+                )
+
+
+def stop_agreed(poll: int) -> bool:
+    """Whether a process was sent SIGTERM, told to all at the same poll.
+
+    Args:
+      poll: 1, 2, ...: every process asks equally often.
+    """
+    return multihost_utils.reached_preemption_sync_point(poll)

@@ -1,0 +1,193 @@
+"""Which mesh axes cut which named axis: one table for parameters, one for activations.
+
+The mesh has four axes: ``data`` (replicas of the model), ``fsdp`` (parameters are cut, and
+gathered where they are used), ``tensor`` (heads and hidden units are cut) and ``context``
+(positions are cut). ``embed`` of a parameter is never cut: every unit vector lies whole on
+one device, and the projection onto the sphere needs no communication.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from ngpt_jax.config import ConfigError
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+Rules = Mapping[str, tuple[str, ...]]
+
+PARAMETERS: Rules = {
+    "layers": (),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),  # where it divides; else every device holds all of them
+    "head_dim": ("fsdp",),
+    "mlp": ("tensor", "fsdp"),
+    "vocab": ("tensor", "fsdp"),
+}
+
+ACTIVATIONS: Rules = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "embed": (),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+# A parameter with a larger share of the model must not lie whole on every device.
+UNSHARDED_SHARE = 0.02
+
+
+def _entry(names: Sequence[str]) -> Any:
+    """An entry of a PartitionSpec: None, a name, or a tuple of names."""
+    return None if not names else names[0] if len(names) == 1 else tuple(names)
+
+
+def current_mesh() -> AbstractMesh | None:
+    """The mesh set with ``jax.set_mesh``; None where there is none, or only one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def axis_size(mesh: Mesh | AbstractMesh | None, *names: str) -> int:
+    """Devices along mesh axes; 1 for axes that the mesh does not have."""
+    return math.prod(mesh.shape.get(name, 1) for name in names) if mesh is not None else 1
+
+
+def param_spec(
+    axes: Sequence[str],
+    sizes: Mapping[str, int],
+    mesh: Mesh | AbstractMesh,
+    rules: Rules = PARAMETERS,
+    name: str = "a parameter",
+) -> PartitionSpec:
+    """How a parameter with the named ``axes`` lies on the mesh.
+
+    Raises:
+      ConfigError: a mesh axis would cut two axes of the parameter, or does not divide one.
+    """
+    entries: list[Any] = []
+    used: dict[str, str] = {}
+    for axis in axes:
+        cut = [m for m in rules[axis] if axis_size(mesh, m) > 1]
+        if axis == "kv_heads" and sizes[axis] % axis_size(mesh, *cut):
+            cut = []
+        for m in cut:
+            if m in used:
+                raise ConfigError(
+                    f"Mesh axis {m} would cut both {used[m]} and {axis} of {name}; change the"
+                    " rules so that each mesh axis is used once."
+                )
+            used[m] = axis
+        if sizes[axis] % axis_size(mesh, *cut):
+            product = " * ".join(f"mesh.{m}" for m in cut)
+            raise ConfigError(
+                f"{product} = {axis_size(mesh, *cut)} does not divide {axis} = {sizes[axis]} of"
+                f" {name}; {_mend(axis, sizes[axis], cut, mesh)}."
+            )
+        entries.append(_entry(cut))
+    return PartitionSpec(*entries)
+
+
+def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -> str:
+    if axis == "vocab":
+        wanted = axis_size(mesh, *cut)
+        return f"set model.vocab_multiple to a multiple of {wanted}"
+    last = cut[-1]
+    divisor = math.gcd(size // math.gcd(size, axis_size(mesh, *cut[:-1])), axis_size(mesh, last))
+    return f"try mesh.{last}={divisor} and mesh.data=-1"
+
+
+def check_sharded_enough(
+    specs: Mapping[str, PartitionSpec], elements: Mapping[str, int], mesh: Mesh | AbstractMesh
+) -> None:
+    """Refuses a mesh with fsdp or tensor axes that leaves a large parameter on every device."""
+    if axis_size(mesh, "fsdp", "tensor") == 1:
+        return
+    total = sum(elements.values())
+    for name, spec in specs.items():
+        share = elements[name] / total
+        if share > UNSHARDED_SHARE and all(entry is None for entry in spec):
+            raise ConfigError(
+                f"{name} ({share:.0%} of the parameters) would lie whole on each of the"
+                f" {mesh.size} devices: mesh.tensor = {axis_size(mesh, 'tensor')} divides none of"
+                " its axes; use mesh.fsdp, or change model.kv_heads."
+            )
+
+
+def activation_spec(
+    axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """How an activation lies on the mesh; an axis that does not divide stays whole.
+
+    (Training batches are checked at the start; a sample's batch of one is not cut.)
+    """
+    entries: list[Any] = []
+    for axis, size in zip(axes, shape, strict=True):
+        cut: list[str] = []
+        for m in ACTIVATIONS[axis] if axis is not None else ():
+            n = axis_size(mesh, m)
+            if n > 1 and size % (axis_size(mesh, *cut) * n) == 0:
+                cut.append(m)
+        entries.append(_entry(cut))
+    return PartitionSpec(*entries)
+
+
+def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
+    """The mesh axes that a spec uses."""
+    names: list[str] = []
+    for entry in spec:
+        names += [] if entry is None else [entry] if isinstance(entry, str) else list(entry)
+    return tuple(names)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Fixes how an activation with the named axes lies on the current mesh."""
+    mesh = current_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(axes, x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A parameter as it is used: gathered over ``fsdp``, still cut over ``tensor``.
+
+    Its gradient is reduced straight into the parameter's own layout: summed and scattered, not
+    summed on every device.
+    """
+    return lay_out(w, axes, without="fsdp")
+
+
+def lay_out(w: jax.Array, axes: tuple[str, ...], without: str | None = None) -> jax.Array:
+    """Fixes that an array lies on the current mesh as a parameter with the named axes does."""
+    mesh = current_mesh()
+    if mesh is None:
+        return w
+    rules = {axis: tuple(m for m in cut if m != without) for axis, cut in PARAMETERS.items()}
+    spec = param_spec(axes, dict(zip(axes, w.shape)), mesh, rules)
+    return jax.lax.with_sharding_constraint(w, spec)
+
+
+def _gather_fwd(w, axes):
+    return gather(w, axes), None
+
+
+def _gather_bwd(axes, _, grad):
+    return (lay_out(grad, axes),)
+
+
+gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())

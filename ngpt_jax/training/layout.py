@@ -1,0 +1,147 @@
+"""How a run's state and batches lie on the mesh, and the step lowered for it.
+
+Training and the ahead-of-time tool get their program from the same function here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model.attention import choose_kernel
+from ngpt_jax.model.transformer import axis_sizes, is_axes, param_axes, unit_axes
+from ngpt_jax.optim.groups import param_groups
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.parallel import rules
+from ngpt_jax.training.step import TrainState, init_state, make_train_step
+
+
+def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
+    """The config with attention's kernel decided for the mesh's devices, and a line that says why.
+
+    Raises ConfigError where a parameter cannot be cut by the mesh, or the kernel does not run.
+    """
+    param_shardings(config.model, mesh)
+    kernel, reason = choose_kernel(config.model, mesh, mesh.devices.flat[0].platform)
+    model = dataclasses.replace(config.model, attention=kernel)
+    return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
+
+
+def named_params(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Axis names of every parameter by its path, "layers/query_kernel" say."""
+    flat = jax.tree_util.tree_flatten_with_path(param_axes(config), is_leaf=is_axes)[0]
+    return {"/".join(key.key for key in cast(Any, path)): axes for path, axes in flat}
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
+    """A tree like the parameters of how each lies on the mesh; checked (ConfigError)."""
+    sizes = axis_sizes(config)
+    named = named_params(config)
+    specs = {n: rules.param_spec(axes, sizes, mesh, name=n) for n, axes in named.items()}
+    elements = {n: math.prod(sizes[a] for a in axes) for n, axes in named.items()}
+    rules.check_sharded_enough(specs, elements, mesh)
+    tree = jax.tree.structure(param_axes(config), is_leaf=is_axes)
+    return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs.values()])
+
+
+def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; moments lie as their parameters do."""
+    shapes = jax.eval_shape(lambda: init_state(config, tx))
+    params, whole = param_shardings(config.model, mesh), rules.replicated(mesh)
+    opt_state = optax.tree.map_params(
+        tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
+    )
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        shapes._replace(step=whole, params=params, opt_state=opt_state),
+    )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of a training batch."""
+    shape = (config.train.batch_size, config.model.context)
+    spec = rules.activation_spec(("batch", "length"), shape, mesh)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
+    return {"inputs": tokens, "targets": tokens}
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """ "mesh: data 2 x fsdp 4 over 8 x TPU v5 lite, 2 processes", say."""
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    processes = len({d.process_index for d in mesh.devices.flat})
+    several = f", {processes} processes" if processes > 1 else ""
+    return f"mesh: {sizes or 'one device'} over {mesh.size} x {device}{several}"
+
+
+def parameter_table(config: Config, mesh: Mesh) -> str:
+    """Name, shape, axes, axis of unit norm, group, spec and bytes a device of every parameter."""
+    sizes, model = axis_sizes(config.model), config.model
+    placed = param_shardings(model, mesh)
+    tree = cast(Any, jax.tree.structure(placed))
+    units, groups = (tree.flatten_up_to(t) for t in (unit_axes(model), param_groups(model)))
+    rows = [("name", "shape", "axes", "unit norm along", "group", "cut over", "bytes a device")]
+    named = named_params(model).items()
+    for (name, axes), unit, group, sharding in zip(
+        named, units, groups, tree.flatten_up_to(placed)
+    ):
+        shape = tuple(sizes[a] for a in axes)
+        along = "-" if unit is None else f"{axes[unit]} (axis {unit})"
+        count = math.prod(sharding.shard_shape(shape)) * np.dtype(model.param_dtype).itemsize
+        rows.append(
+            (name, " x ".join(map(str, shape)), ", ".join(axes), along, group,
+             spec_text(sharding.spec), format_bytes(count))
+        )  # fmt: skip
+    return format_table(rows)
+
+
+def spec_text(spec: PartitionSpec) -> str:
+    """ "-, tensor, fsdp" for PartitionSpec(None, "tensor", "fsdp")."""
+    return ", ".join("-" if e is None else e if isinstance(e, str) else "*".join(e) for e in spec)
+
+
+def format_bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Columns side by side, the first row underlined."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
+def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
+    """The training step for a mesh, from shapes alone: the program that a run compiles.
+
+    Args:
+      config: resolved, with its vocabulary and kernel decided (:func:`for_mesh`).
+      mesh: of devices that need not be there.
+    """
+    tx, schedule = make_optimizer(config)
+    state = abstract_state(config, tx, mesh)
+    step = jax.jit(
+        make_train_step(config, tx, schedule),
+        donate_argnums=0,
+        out_shardings=(shardings(state), rules.replicated(mesh)),
+    )
+    with jax.set_mesh(mesh):
+        return step.lower(state, abstract_batch(config, mesh))

@@ -1,0 +1,210 @@
+"""Real processes with simulated CPU devices: one program, one result, on any of them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STEPS = 20
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over the lazy dog and runs away".split()
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)))
+    return str(path)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(processes, devices, workdir, book, *arguments):
+    """The debug model in float64 on ``processes`` of ``devices`` each."""
+    command = [
+        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+        f"--workdir={workdir}", "--config.data.source=text", f"--config.data.paths={book}",
+        "--config.model.dtype=float64", "--config.model.param_dtype=float64",
+        f"--config.train.steps={STEPS}", "--config.log.every=1", "--config.eval.every=10",
+        "--config.checkpoint.every=10", "--config.sample.tokens=4", *arguments,
+    ]  # fmt: skip
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0"
+        f" --xla_force_host_platform_device_count={devices}",
+    }
+    address = f"127.0.0.1:{free_port()}"
+    running = []
+    for i in range(processes):
+        several = [
+            f"--coordinator_address={address}", f"--num_processes={processes}", f"--process_id={i}"
+        ]  # fmt: skip
+        running.append(
+            subprocess.Popen(
+                command + (several if processes > 1 else []),
+                cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )  # fmt: skip
+        )
+    return running
+
+
+def finish(running, code=0):
+    outputs = []
+    for process in running:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for p in running:
+                p.kill()
+            raise
+        outputs.append(out)
+        assert process.returncode == code, err + out
+    return outputs
+
+
+def losses(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
+
+
+def final_state(workdir):
+    """Parameters and moments, read by one device whoever wrote them."""
+    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "progress")) as m:
+        assert m.latest_step() == STEPS
+        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), m.item_metadata(STEPS)["state"])
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        return m.restore(STEPS, args=args)["state"]
+
+
+def assert_same_run(a, b):
+    """Losses, parameters and moments agree to 1e-9."""
+    la, lb = losses(a), losses(b)
+    assert sorted(la) == list(range(1, STEPS + 1)) == sorted(lb)
+    assert max(abs(la[i] - lb[i]) for i in la) < 1e-9
+    for x, y in zip(*(jax.tree.leaves(final_state(w)) for w in (a, b)), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, atol=1e-9, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def runs(book, tmp_path_factory):
+    """Workdirs of one device, of 2 processes x 4 devices, and of a tensor axis across 4."""
+    base = tmp_path_factory.mktemp("runs")
+    finish(start(1, 1, base / "one", book))
+    out = finish(start(2, 4, base / "two", book))
+    assert "mesh: fsdp 8 over 8 x cpu, 2 processes" in out[0]
+    assert "step" not in out[1]  # only the first process tells
+    finish(start(4, 2, base / "tensor", book, "--config.mesh.fsdp=2", "--config.mesh.tensor=4"))
+    return base
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two", "tensor"])
+def test_processes_train_what_one_device_trains(runs, name):
+    assert_same_run(runs / "one", runs / name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
+def test_a_run_goes_on_with_other_processes(runs, book, tmp_path, processes, devices):
+    shutil.copytree(runs / "two", tmp_path / "run")
+    shutil.rmtree(tmp_path / f"run/checkpoints/{STEPS}")
+    mesh = ["--config.mesh.data=2", "--config.mesh.tensor=2"] if processes == 4 else []
+    out = finish(start(processes, devices, tmp_path / "run", book, *mesh))
+    assert "resumed from step 10" in out[0]
+    assert_same_run(runs / "one", tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
+    long = ["--config.train.steps=5000", "--config.checkpoint.every=5000", "--config.eval.every=5000"]
+    running = start(2, 1, tmp_path / "run", book, *long)
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    out = finish(running, code=75)
+    step = int(out[0].split("saved step ")[1].split(";")[0])
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == [str(step)]
+    assert max(losses(tmp_path / "run")) == step
+
+
+@pytest.mark.slow
+def test_what_is_wrong_with_one_process_ends_all(book, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("some other text\n" * 300)
+    address = f"127.0.0.1:{free_port()}"
+    common = [
+        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+        f"--workdir={tmp_path}/run", "--config.data.source=text", "--config.mesh.fsdp=1",
+        "--config.mesh.data=-1", f"--coordinator_address={address}", "--num_processes=2",
+    ]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [*common, f"--process_id={i}", f"--config.data.paths={path}"],
+            cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i, path in enumerate((book, tmp_path / "missing.txt"))
+    ]  # fmt: skip
+    errors = [p.communicate(timeout=120)[1] for p in running]
+    assert [p.returncode for p in running] == [2, 2]
+    for text in errors:
+        assert "missing.txt" in text.splitlines()[-1]
+
+
+def test_a_coordinator_that_is_not_there_is_told_in_time():
+    start_time = time.time()
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+            f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
+            "--process_id=1", "--start_timeout=3",
+        ],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert "error: the coordinator at 127.0.0.1" in done.stderr
+    assert "within 3 s; start the same program on all workers" in done.stderr
+    assert time.time() - start_time < 40
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_processes=2"], "Give all of --coordinator_address=HOST:PORT"),
+        (
+            ["--coordinator_address=here", "--num_processes=2", "--process_id=0"],
+            "--coordinator_address must be HOST:PORT, got 'here'",
+        ),
+        (
+            ["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"],
+            "--process_id = 2 must be at least 0 and below --num_processes = 2",
+        ),
+    ],
+)
+def test_wrong_facts_of_processes_are_refused(flags, message):
+    from ngpt_jax.config import ConfigError
+    from ngpt_jax.parallel import distributed
+
+    given = dict(f.removeprefix("--").split("=") for f in flags)
+    numbers = {k: int(v) for k, v in given.items() if k != "coordinator_address"}
+    with pytest.raises(ConfigError, match=message):
+        distributed.initialize(given.get("coordinator_address"), **numbers)
