@@ -1,4 +1,4 @@
-"""Every field a run has: type, default and meaning, in one place.
+"""The configuration of a run: from a ConfigDict to checked dataclasses, and back.
 
 Experiment files build an ``ml_collections.ConfigDict`` with :func:`default_config`, the
 command line overrides single fields, and :func:`from_config_dict` turns the result into
@@ -18,200 +18,27 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from ngpt_jax.config_fields import (
+    CheckpointConfig,
+    Config,
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Scale,
+)
 
-class ConfigError(ValueError):
-    """Bad input of the user's: one line that names the field and the mend."""
-
-
-def _field(default: Any, meaning: str) -> Any:
-    return dataclasses.field(default=default, metadata={"help": meaning})
-
-
-def _section(factory: Any, meaning: str) -> Any:
-    return dataclasses.field(default_factory=factory, metadata={"help": meaning})
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """A learned scale (paper, section 2.5): effective = raw * init / scale, raw starts at scale.
-
-    Adam moves raw by about one learning rate a step, so the effective value moves by
-    learning_rate * init / scale.
-    """
-
-    init: float = _field(1.0, "effective value at the start")
-    scale: float | None = _field(None, "raw value at the start; None: 1/sqrt(width)")
-
-
-def _scale(init: float, scale: float | None, meaning: str) -> Any:
-    return _section(lambda: Scale(init, scale), meaning)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    kind: str = _field("ngpt", "ngpt, or gpt (the baseline: pre-norm, RMSNorm)")
-    layers: int = _field(4, "transformer blocks")
-    width: int = _field(128, "size of the residual stream (d_model, the embed axis)")
-    heads: int = _field(4, "query heads")
-    kv_heads: int | None = _field(None, "key and value heads; None: as many as query heads")
-    head_dim: int | None = _field(None, "channels of a head, even; None: width / heads")
-    mlp_width: int | None = _field(None, "hidden units of the SwiGLU; None: 4 * width")
-    context: int = _field(128, "tokens of a training window")
-    vocab_size: int | None = _field(None, "token ids in use; None: the tokenizer's")
-    vocab_multiple: int = _field(
-        128, "tables are padded to a multiple of this; logits of padding are masked"
-    )
-    rope_base: float = _field(10000.0, "base of the rotary position embedding")
-    qk_norm: bool | None = _field(None, "normalize q and k per head; None: yes in nGPT, no in GPT")
-    rms_eps: float = _field(1e-6, "epsilon of the baseline's RMSNorm")
-    init_std: float | None = _field(
-        None, "of the matrices; None: 1/sqrt(width) in nGPT (of no effect), 0.02 in GPT"
-    )
-    normalize_on_read: bool = _field(
-        False, "nGPT: also normalize each matrix where it is read (gradients become tangent)"
-    )
-    alpha_a: Scale = _scale(0.05, None, "eigen learning rates of the attention step")
-    alpha_m: Scale = _scale(0.05, None, "eigen learning rates of the MLP step")
-    s_qk: Scale = _scale(1.0, None, "scale of the normalized q and k")
-    s_u: Scale = _scale(1.0, 1.0, "scale of the SwiGLU's linear branch")
-    s_v: Scale = _scale(1.0, 1.0, "scale of the SwiGLU's gate, times sqrt(width)")
-    s_z: Scale = _scale(1.0, None, "scale of the logits, one per token id")
-    dtype: str = _field("float32", "of activations and matmuls: float32, bfloat16 or float64")
-    param_dtype: str = _field("float32", "of the stored parameters")
-    scan_layers: bool = _field(True, "compile one block and scan it over the layers")
-    remat: str = _field(
-        "none",
-        "what of a block the backward pass computes again: none; attention (all but attention's"
-        " own result); dots (all but the products with weights); full (everything)",
-    )
-    attention: str = _field(
-        "auto", "kernel: auto (by the devices), splash (TPU), cudnn (NVIDIA GPU) or xla"
-    )
-    loss_chunk: int = _field(2048, "tokens a device whose logits exist at one time in the loss")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    learning_rate: float = _field(1e-3, "peak")
-    schedule: str = _field("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
-    warmup_steps: int | None = _field(
-        None, "None: 0 for nGPT; for GPT 2000 or a tenth of the run, the smaller"
-    )
-    final_fraction: float = _field(0.0, "learning rate at the end over the peak (cosine, wsd)")
-    decay_fraction: float = _field(0.2, "share of the steps that wsd decays in")
-    b1: float = _field(0.9, "Adam's decay of the first moment")
-    b2: float = _field(0.95, "Adam's decay of the second moment")
-    eps: float = _field(1e-8, "Adam's epsilon, outside the root")
-    weight_decay: float | None = _field(None, "on matrices; None: 0 for nGPT, 0.1 for GPT")
-    clip_norm: float = _field(1.0, "global norm above which gradients are scaled down; 0: never")
-    clip_eps: float = _field(0.0, "added to the norm: 0 is optax's form, 1e-6 PyTorch's")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    source: str = _field(
-        "stdlib", "stdlib (the running Python's own source code) or text (local files)"
-    )
-    paths: tuple[str, ...] = _field(
-        (), "text: files, folders or globs of .txt, .jsonl, also .gz; repeat the flag for more"
-    )
-    eval_paths: tuple[str, ...] = _field(
-        (), "text: held-out sets as name=path; none: held_out of the documents"
-    )
-    text_key: str = _field("text", "text: field of a .jsonl line that holds the document")
-    held_out: float = _field(
-        0.05, "share of the text kept for evaluation where no eval_paths are given"
-    )
-    tokenizer: str = _field("byte", "byte, or the path of a tokenizers JSON file")
-    end_of_document: str | None = _field(
-        None, "token put after each document; None: </s>, <|endoftext|>, ... as found"
-    )
-    seed: int = _field(0, "of the shuffle")
-    threads: int = _field(2, "that read ahead")
-    prefetch: int = _field(8, "batches read ahead")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    steps: int | None = _field(None, "length of the run in steps (give steps or tokens)")
-    tokens: int | None = _field(None, "length of the run in tokens, rounded up to whole steps")
-    batch_size: int = _field(16, "windows a step, over all devices")
-    accumulate: int = _field(1, "microbatches that a step's batch is cut into, to save memory")
-    seed: int = _field(0, "of the parameters' init")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    data: int = _field(1, "replicas of the model; across TPU slices. -1 in one axis: the rest")
-    fsdp: int = _field(-1, "parameters are cut, and gathered where they are used")
-    tensor: int = _field(1, "heads and hidden units are cut")
-    context: int = _field(1, "positions are cut, for long contexts")
-
-
-@dataclasses.dataclass(frozen=True)
-class RuntimeConfig:
-    xla_flags: str = _field(
-        "overlap", "overlap: let communication and computation overlap on TPU and GPU; none"
-    )
-    compilation_cache: str | None = _field(
-        "~/.cache/ngpt_jax", "folder of compiled programs, used on TPU and GPU; None: no cache"
-    )
-    hang_seconds: int = _field(
-        1800, "a step that takes longer dumps the stacks of all threads to stderr; 0: never"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class ProfileConfig:
-    first_step: int = _field(10, "step of a run, or of its continuation, at which to start")
-    num_steps: int = _field(0, "steps to trace into WORKDIR/profile; 0: none")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    every: int = _field(500, "steps between evaluations; the last one is always made")
-    batch_size: int | None = _field(None, "windows a batch; None: the training batch")
-    batches: int | None = _field(
-        None, "batches of an evaluation on the way; None: all. The last one reads all"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    every: int = _field(1000, "steps between checkpoints; the last step is always saved")
-    keep: int = _field(2, "newest checkpoints that stay on disk")
-
-
-@dataclasses.dataclass(frozen=True)
-class LogConfig:
-    every: int = _field(50, "steps between lines of metrics")
-    wandb_project: str | None = _field(
-        None, "also log to this Weights & Biases project (extra wandb)"
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    prompt: str = _field("\n", "text to go on from at the end of a run")
-    tokens: int = _field(256, "tokens to generate at the end of a run; 0: none")
-    temperature: float = _field(0.8, "of the softmax; 0: always the likeliest token")
-    seed: int = _field(0, "of the sample")
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    model: ModelConfig = _section(ModelConfig, "the network")
-    optimizer: OptimizerConfig = _section(OptimizerConfig, "Adam and its schedule")
-    data: DataConfig = _section(DataConfig, "text and tokens")
-    train: TrainConfig = _section(TrainConfig, "the run")
-    mesh: MeshConfig = _section(MeshConfig, "how devices share model and batch")
-    runtime: RuntimeConfig = _section(RuntimeConfig, "compiler and machine")
-    profile: ProfileConfig = _section(ProfileConfig, "a trace of some steps")
-    eval: EvalConfig = _section(EvalConfig, "held-out loss")
-    checkpoint: CheckpointConfig = _section(CheckpointConfig, "saves")
-    log: LogConfig = _section(LogConfig, "metrics")
-    sample: SampleConfig = _section(SampleConfig, "text at the end")
-
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "Scale",
+]
 
 # --------------------------------------------------------------------- ConfigDict and back
 

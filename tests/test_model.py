@@ -197,7 +197,11 @@ def test_normalize_on_read_gives_the_same_logits_and_tangent_gradients(tiny):
     assert max(radials) < 1e-7
 
 
-@pytest.mark.parametrize("change", [{"remat": True}, {"scan_layers": False}], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [{"remat": "full"}, {"remat": "dots"}, {"remat": "attention"}, {"scan_layers": False}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_how_blocks_are_compiled_changes_nothing(x64, tiny, kind, change):
     config = tiny(**{"model.kind": kind, "model.dtype": "float64", "model.param_dtype": "float64"})

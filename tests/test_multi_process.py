@@ -12,8 +12,14 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+
+from ngpt_jax.config import ConfigError, from_config_dict
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.parallel import distributed
+from ngpt_jax.parallel.mesh import make_mesh
+from ngpt_jax.training import layout
+from ngpt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
@@ -57,8 +63,12 @@ def start(processes, devices, workdir, book, *arguments):
         running.append(
             subprocess.Popen(
                 command + (several if processes > 1 else []),
-                cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+                cwd=ROOT,
+                env=env,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         )
     return running
 
@@ -82,13 +92,15 @@ def losses(workdir):
     return {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
 
 
-def final_state(workdir):
-    """Parameters and moments, read by one device whoever wrote them."""
-    with ocp.CheckpointManager(workdir / "checkpoints", item_names=("state", "progress")) as m:
-        assert m.latest_step() == STEPS
-        like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), m.item_metadata(STEPS)["state"])
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
-        return m.restore(STEPS, args=args)["state"]
+def final_state(workdir, config):
+    """Parameters and moments on one device, whoever wrote them."""
+    mesh = make_mesh(config)
+    like = layout.abstract_state(config, make_optimizer(config)[0], mesh)
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    assert checkpoints.latest_step() == STEPS
+    state, _ = checkpoints.restore(like)
+    checkpoints.close()
+    return state
 
 
 def assert_same_run(a, b):
@@ -96,7 +108,8 @@ def assert_same_run(a, b):
     la, lb = losses(a), losses(b)
     assert sorted(la) == list(range(1, STEPS + 1)) == sorted(lb)
     assert max(abs(la[i] - lb[i]) for i in la) < 1e-9
-    for x, y in zip(*(jax.tree.leaves(final_state(w)) for w in (a, b)), strict=True):
+    config = from_config_dict(json.loads((a / "config.json").read_text()))
+    for x, y in zip(*(jax.tree.leaves(final_state(w, config)) for w in (a, b)), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_allclose(x, y, atol=1e-9, rtol=0)
 
@@ -115,13 +128,13 @@ def runs(book, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["two", "tensor"])
-def test_processes_train_what_one_device_trains(runs, name):
+def test_processes_train_what_one_device_trains(x64, runs, name):
     assert_same_run(runs / "one", runs / name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "devices"), [(1, 8), (4, 2)])
-def test_a_run_goes_on_with_other_processes(runs, book, tmp_path, processes, devices):
+def test_a_run_goes_on_with_other_processes(x64, runs, book, tmp_path, processes, devices):
     shutil.copytree(runs / "two", tmp_path / "run")
     shutil.rmtree(tmp_path / f"run/checkpoints/{STEPS}")
     mesh = ["--config.mesh.data=2", "--config.mesh.tensor=2"] if processes == 4 else []
@@ -132,7 +145,11 @@ def test_a_run_goes_on_with_other_processes(runs, book, tmp_path, processes, dev
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
-    long = ["--config.train.steps=5000", "--config.checkpoint.every=5000", "--config.eval.every=5000"]
+    long = [
+        "--config.train.steps=5000",
+        "--config.checkpoint.every=5000",
+        "--config.eval.every=5000",
+    ]
     running = start(2, 1, tmp_path / "run", book, *long)
     metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
     while not (metrics.exists() and metrics.read_text()):
@@ -201,9 +218,6 @@ def test_a_coordinator_that_is_not_there_is_told_in_time():
     ],
 )
 def test_wrong_facts_of_processes_are_refused(flags, message):
-    from ngpt_jax.config import ConfigError
-    from ngpt_jax.parallel import distributed
-
     given = dict(f.removeprefix("--").split("=") for f in flags)
     numbers = {k: int(v) for k, v in given.items() if k != "coordinator_address"}
     with pytest.raises(ConfigError, match=message):

@@ -21,7 +21,8 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.tokenizers import ByteTokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
-from ngpt_jax.training import dry_run, loop, throughput
+from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
+from ngpt_jax.training import dry_run, layout, loop, throughput
 from ngpt_jax.training.evaluate import evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter, format_duration
 
@@ -206,7 +207,7 @@ def test_bad_data_is_refused_before_work_starts(small, tmp_path):
 
 @pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
-    real = loop.make_train_step
+    real = layout.make_train_step
 
     def broken(*args):
         step = real(*args)
@@ -219,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
 
         return with_nan
 
-    monkeypatch.setattr(loop, "make_train_step", broken)
+    monkeypatch.setattr(layout, "make_train_step", broken)
     with pytest.raises(loop.RunError, match="loss is nan at step 8; the last checkpoint is step 5"):
         loop.train(small(), tmp_path)
 
@@ -230,7 +231,8 @@ def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
     documents = ["naïve café", "x" * 133]
     eval_set = pipeline.make_eval_set("set", documents, ByteTokenizer())
     params = init_params(config.model, jax.random.key(0))
-    result = evaluate(config, params, eval_set, make_summed_nats(config), lambda b: b)
+    placer = BatchPlacer(make_mesh(config), 3, 16)
+    result = evaluate(config, params, eval_set, make_summed_nats(config), placer)
     tokens = eval_set.tokens.astype(int)
     assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
     nats = 0.0
@@ -282,7 +284,8 @@ loop.train(c.from_config_dict(v), Path(sys.argv[4]))
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-12)
     done = run("4", "6", "bad")
     assert (
-        "train.batch_size = 6 is not divisible by the 4 devices; the next that is: 8" in done.stderr
+        "train.batch_size = 6 is not divisible by the 4 devices of mesh.data * mesh.fsdp;"
+        " the next that is: 8." in done.stderr
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -55,6 +56,20 @@ def choose_kernel(config: ModelConfig, mesh: Mesh | AbstractMesh, platform: str)
     if (obstacle := obstacles[best]) is not None:
         return "xla", f"not {best}: {obstacle}"
     return best, f"auto on {platform}"
+
+
+def kernel_of(config: ModelConfig, length: int) -> str:
+    """The kernel for ``length`` positions where none was chosen before: on the current mesh's
+    devices, or the process's own without a mesh.
+    """
+    if config.attention != "auto":
+        return config.attention
+    mesh = jax.sharding.get_abstract_mesh()
+    device = getattr(mesh, "abstract_device", None)
+    platform = device.platform if device is not None else jax.default_backend()
+    kernel, why = choose_kernel(dataclasses.replace(config, context=length), mesh, platform)
+    logging.info("attention kernel: %s (%s)", kernel, why)
+    return kernel
 
 
 def _splash_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:

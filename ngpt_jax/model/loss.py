@@ -106,7 +106,9 @@ def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
             return nats, None
         d_hidden, d_table = grads
         d_hidden = jax.lax.psum(d_hidden, "tensor") if cut else d_hidden
-        return nats, (d_hidden, scatter_rows(d_table, axes, mesh))
+        # Together: else XLA keeps the whole d_table through the backward pass of the blocks and
+        # reduces it at the end.
+        return nats, jax.lax.optimization_barrier((d_hidden, scatter_rows(d_table, axes, mesh)))
 
     hidden_spec = P(*token_spec, None)
     out_specs = (P(), (hidden_spec, rows_spec) if with_grads else None)

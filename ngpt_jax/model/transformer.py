@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig, Scale
-from ngpt_jax.model.attention import SAVED_NAME, causal_attention
+from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
@@ -187,7 +187,8 @@ class Block(nn.Module):
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             softmax_scale = 1 / math.sqrt(c.head_dim)
         # (B, T, heads, head_dim)
-        out = causal_attention(q, k, v, softmax_scale, segment_ids, c.attention)
+        kernel_name = kernel_of(c, h.shape[1])
+        out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
         out = checkpoint_name(out, SAVED_NAME)
         kernel = matrix(self, c, "out_kernel", ("heads", "head_dim", "embed"), self._out_std())
         return rules.constrain(linear(out, kernel, contracted=2), "batch", "length", "embed")

@@ -51,7 +51,8 @@ def evaluate(
     batches: Iterator[dict[str, Any]] = pipeline.eval_batches(
         eval_set, config.model.context, config.eval.batch_size, limit
     )
-    sums, tokens = [], 0.0
+    sums: list[jax.Array] = []
+    tokens = 0.0
     for batch in batches:
         if stopped():
             return None

@@ -1,28 +1,41 @@
-"""FLOPs of the model and peaks of the devices, for MFU."""
+"""FLOPs of the model and figures of the chips, for MFU and for estimates."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax
 
 from ngpt_jax.config import ModelConfig
 
-# Published dense bf16 peaks in FLOP/s, by jax's device_kind or its first words; first match wins.
-_PEAK_FLOPS = (
-    ("TPU v4", 275e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),
-    ("TPU v6 lite", 918e12),
-    ("TPU7x", 2307e12),
-    ("NVIDIA A100-SXM4-40GB", 312e12),
-    ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA B200", 2250e12),
-    ("NVIDIA L4", 121e12),
-    ("Tesla V100-SXM2-16GB", 125e12),
-    ("Tesla V100-SXM2-32GB", 125e12),
+
+class Chip(NamedTuple):
+    """Published figures of an accelerator, per jax device."""
+
+    kind: str  # jax's device_kind, or its first words
+    flops: float  # dense bf16 peak, FLOP/s
+    memory: float  # GiB
+    bandwidth: float  # of the memory, bytes/s
+    network: float  # to the other chips of its slice or host, bytes/s, both directions together
+
+
+# The first match wins.
+_CHIPS = (
+    Chip("TPU v4", 275e12, 32, 1228e9, 300e9),
+    Chip("TPU v5 lite", 197e12, 16, 819e9, 200e9),
+    Chip("TPU v5e", 197e12, 16, 819e9, 200e9),
+    Chip("TPU v5", 459e12, 95, 2765e9, 600e9),
+    Chip("TPU v6 lite", 918e12, 32, 1640e9, 448e9),
+    Chip("TPU7x", 2307e12, 192, 7380e9, 1200e9),
+    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9, 600e9),
+    Chip("NVIDIA A100-SXM4-80GB", 312e12, 80, 2039e9, 600e9),
+    Chip("NVIDIA H100 PCIe", 756e12, 80, 2000e9, 600e9),
+    Chip("NVIDIA H100", 989e12, 80, 3350e9, 900e9),
+    Chip("NVIDIA H200", 989e12, 141, 4800e9, 900e9),
+    Chip("NVIDIA B200", 2250e12, 180, 8000e9, 1800e9),
+    Chip("NVIDIA L4", 121e12, 24, 300e9, 64e9),
+    Chip("Tesla V100-SXM2-16GB", 125e12, 16, 900e9, 300e9),
+    Chip("Tesla V100-SXM2-32GB", 125e12, 32, 900e9, 300e9),
 )
 
 
@@ -33,26 +46,38 @@ def train_flops_per_token(config: ModelConfig) -> float:
     products of attention over the half of the context that is visible on average; the
     backward pass costs twice the forward pass. Recomputation does not count.
     """
+    layers, scores, table = _forward_flops(config)
+    return 3 * (layers + scores + table)
+
+
+def recomputed_flops_per_token(config: ModelConfig) -> float:
+    """FLOPs a token that ``model.remat`` adds: work, but not the model's."""
+    layers, scores, _ = _forward_flops(config)
+    return {"none": 0, "attention": layers, "dots": scores, "full": layers + scores}[config.remat]
+
+
+def _forward_flops(config: ModelConfig) -> tuple[float, float, float]:
+    """Of one token: the blocks' products with weights, attention's own, the output table's."""
     c = config
     assert c.kv_heads and c.head_dim and c.mlp_width and c.vocab_size
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    matrices = c.layers * (attention + 3 * c.width * c.mlp_width) + c.vocab_size * c.width
+    matrices = c.layers * (attention + 3 * c.width * c.mlp_width)
     scores = c.layers * 2 * c.heads * c.head_dim * c.context / 2
-    return 3 * 2 * (matrices + scores)
+    return 2 * matrices, 2 * scores, 2 * c.vocab_size * c.width
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's published bf16 peak in FLOP/s, None where it is not known (a CPU)."""
+def chip_of(device: jax.Device) -> Chip | None:
+    """The figures of a device, None where they are not known (a CPU)."""
     kind = device.device_kind
-    for name, peak in _PEAK_FLOPS:
-        if kind == name or kind.startswith(name + " "):  # "NVIDIA L4" is not "NVIDIA L40S"
-            return peak
+    for chip in _CHIPS:
+        if kind == chip.kind or kind.startswith(chip.kind + " "):  # "NVIDIA L4" is not an "L40S"
+            return chip
     return None
 
 
 def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
     """Model FLOPs utilization over all devices, None where their peak is not known."""
-    peak = peak_flops(jax.devices()[0])
-    if peak is None:
+    chip = chip_of(jax.devices()[0])
+    if chip is None:
         return None
-    return tokens_per_second * train_flops_per_token(config) / (peak * jax.device_count())
+    return tokens_per_second * train_flops_per_token(config) / (chip.flops * jax.device_count())

@@ -1,0 +1,332 @@
+"""What needs eight devices; test_sharding.py runs this file with eight simulated ones."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ngpt_jax import config as config_lib
+from ngpt_jax.config import ConfigError
+from ngpt_jax.model.attention import causal_attention
+from ngpt_jax.model.loss import cross_entropy
+from ngpt_jax.model.sampling import sample
+from ngpt_jax.model.transformer import init_params, unit_axes
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
+from ngpt_jax.projection import keep_params_on_sphere, project_params
+from ngpt_jax.training import layout
+from ngpt_jax.training.step import init_state
+
+MESHES = {
+    "fsdp 8": {"fsdp": 8},
+    "data 2, fsdp 4": {"data": 2, "fsdp": 4},
+    "fsdp 4, tensor 2": {"fsdp": 4, "tensor": 2},
+    "fsdp 2, tensor 2, context 2": {"fsdp": 2, "tensor": 2, "context": 2},
+    "tensor 8": {"fsdp": 1, "tensor": 8},
+}
+STEPS, BATCH, CONTEXT, VOCAB = 20, 8, 64, 257
+
+
+def make(kind, mesh, **fields):
+    values = config_lib.default_config()
+    values.model.update(
+        kind=kind, layers=2, width=64, heads=8, context=CONTEXT, vocab_size=VOCAB, loss_chunk=64,
+        dtype="float64", param_dtype="float64",
+    )  # fmt: skip
+    values.train.update(steps=STEPS, batch_size=BATCH)
+    values.optimizer.learning_rate = 1e-2
+    values.mesh.update(**mesh)
+    for name, value in fields.items():
+        section, leaf = name.split("__")
+        values[section][leaf] = value
+    return config_lib.from_config_dict(values)
+
+
+def on(config, devices):
+    mesh = make_mesh(config, devices)
+    return layout.for_mesh(config, mesh)[0], mesh
+
+
+def collectives(compiled):
+    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+    return Counter(re.findall(rf"= \S+ ({kinds})\(", compiled.as_text()))
+
+
+def train(config, devices):
+    """Losses, final parameters, and the compiled step."""
+    config, mesh = on(config, devices)
+    step = layout.lower_train_step(config, mesh).compile()
+    placer = BatchPlacer(mesh, BATCH, CONTEXT)
+    tx, _ = make_optimizer(config)
+    like = layout.abstract_state(config, tx, mesh)
+    rng = np.random.default_rng(0)
+    losses = []
+    with jax.set_mesh(mesh):
+        state = jax.jit(lambda: init_state(config, tx), out_shardings=layout.shardings(like))()
+        for _ in range(STEPS):
+            tokens = rng.integers(0, VOCAB, (BATCH, CONTEXT + 1), np.int32)
+            state, metrics = step(
+                state, placer({"inputs": tokens[:, :-1], "targets": tokens[:, 1:]})
+            )
+            losses.append(float(metrics["loss"]))
+    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(layout.shardings(like))):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+    return losses, jax.device_get(state.params), step
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    results = {}
+
+    def get(kind):
+        if kind not in results:
+            results[kind] = train(make(kind, {"fsdp": 1}), jax.devices()[:1])
+        return results[kind]
+
+    return get
+
+
+def assert_same(a, b, atol=1e-9):
+    np.testing.assert_allclose(a[0], b[0], atol=atol, rtol=0)
+    for x, y in zip(jax.tree.leaves(a[1]), jax.tree.leaves(b[1]), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+@pytest.mark.parametrize("name", MESHES)
+def test_every_mesh_trains_what_one_device_trains(x64, one_device, name, kind):
+    result = train(make(kind, MESHES[name]), jax.devices())
+    assert_same(result, one_device(kind))
+
+
+def test_microbatches_grouped_heads_and_an_uncut_kv_head_change_nothing(x64):
+    fields = {"model__kv_heads": 1, "model__remat": "full", "train__accumulate": 2}
+    mesh = {"fsdp": 2, "tensor": 2, "context": 2}
+    one = dict(fields, train__accumulate=1)
+    a = train(make("ngpt", {"fsdp": 1}, **one), jax.devices()[:1])
+    b = train(make("ngpt", mesh, **fields), jax.devices())
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_projection_needs_no_communication(name):
+    config, mesh = on(make("ngpt", MESHES[name]), jax.devices())
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, dtype="float32", param_dtype="float32")
+    )
+    axes = unit_axes(config.model)
+    tx = keep_params_on_sphere(axes)
+    shapes = layout.abstract_state(config, tx, mesh).params
+    for fn in (
+        lambda p, u: optax.apply_updates(p, tx.update(u, tx.init(p), p)[0]),
+        lambda p, u: project_params(p, axes),
+    ):
+        out = layout.shardings(shapes)
+        assert not collectives(jax.jit(fn, out_shardings=out).lower(shapes, shapes).compile())
+
+
+def test_the_projection_keeps_types_and_shardings_on_an_explicit_mesh():
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Explicit,) * 2)
+    axes = {"a": 0, "b": (1,), "c": None}
+    specs = {"a": P(None, ("tensor", "fsdp")), "b": P("tensor", None, "fsdp"), "c": P("fsdp")}
+    shapes = {"a": (16, 8), "b": (2, 16, 8), "c": (8,)}
+    with jax.set_mesh(mesh):
+        params = {
+            n: jax.device_put(
+                jax.random.normal(jax.random.key(0), shapes[n]), NamedSharding(mesh, specs[n])
+            )
+            for n in axes
+        }
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params) | {"a": params["a"]}
+        updates = jax.tree.map(jnp.ones_like, params)
+        tx = keep_params_on_sphere(axes)
+
+        @jax.jit
+        def step(params, updates):
+            params = project_params(params, axes)
+            updates, _ = tx.update(updates, tx.init(params), params)
+            for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates)):
+                assert jax.typeof(p) == jax.typeof(u)  # shape, dtype and sharding
+            return optax.apply_updates(params, updates)
+
+        moved = step(params, updates)
+        for name in axes:
+            assert moved[name].dtype == params[name].dtype
+            assert moved[name].sharding == params[name].sharding
+            assert jax.typeof(moved[name]) == jax.typeof(params[name])
+        np.testing.assert_allclose(jnp.linalg.norm(moved["a"], axis=0), 1, atol=1e-6)
+
+
+def loss_bytes(mesh, chunk):
+    """Collectives of a value-and-grad of the loss on a mesh, by kind: (count, bytes)."""
+    from ngpt_jax.tools import hlo
+
+    width, vocab = 16, 1024
+    hidden = P(("data", "fsdp"), "context", None)
+    shapes = [
+        jax.ShapeDtypeStruct((8, 256, width), jnp.float32, sharding=NamedSharding(mesh, hidden)),
+        jax.ShapeDtypeStruct(
+            (vocab, width), jnp.float32, sharding=NamedSharding(mesh, P(("tensor", "fsdp"), None))
+        ),
+        *(
+            jax.ShapeDtypeStruct((8, 256), t, sharding=NamedSharding(mesh, P(*hidden[:2])))
+            for t in (jnp.int32, jnp.float32)
+        ),
+    ]
+
+    def fn(*args):
+        return jax.value_and_grad(lambda *a: cross_entropy(*a, vocab, chunk), (0, 1))(*args)
+
+    with jax.set_mesh(mesh):
+        program = hlo.analyze(jax.jit(fn).lower(*shapes).compile().as_text())
+    return {k: (c.count, c.bytes) for k, c in program.collectives.items()}
+
+
+def test_collectives_of_the_loss_do_not_grow_with_its_chunks():
+    _, mesh = on(make("ngpt", MESHES["fsdp 8"]), jax.devices())
+    tokens = 256  # of a device
+    four, sixteen = (loss_bytes(mesh, tokens // n) for n in (4, 16))
+    assert four == sixteen
+    assert four["all-gather"] == (1, 1024 * 16 * 4)  # the table, once
+
+    _, mesh = on(make("ngpt", MESHES["fsdp 2, tensor 2, context 2"]), jax.devices())
+    tokens = 512
+    four, sixteen = (loss_bytes(mesh, tokens // n) for n in (4, 16))
+    assert {k: b for k, (_, b) in four.items()} == {k: b for k, (_, b) in sixteen.items()}
+    assert four["all-gather"] == sixteen["all-gather"]
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (2, 2, 128)])
+def test_splash_with_positions_cut_equals_xla_on_one_device(documents, heads, kv_heads, head_dim):
+    mesh = jax.make_mesh(
+        (1, 2, 2, 2), ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4
+    )
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (2, 512, heads, head_dim)
+    q, k, v = (jax.random.normal(key, shape) for key in keys[:3])
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
+    k, v = k[:, :, :kv_heads], v[:, :, :kv_heads]
+    ids = jnp.cumsum(jax.random.bernoulli(keys[3], 0.01, (2, 512)), axis=1) if documents else None
+
+    def grads(kernel, **kwargs):
+        def weighted(q, k, v):
+            out = causal_attention(q, k, v, head_dim**0.5, ids, kernel, **kwargs)
+            return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
+
+        (_, out), grads = jax.jit(jax.value_and_grad(weighted, (0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    plain = grads("xla")
+    with jax.set_mesh(mesh):
+        cut = grads("splash", interpret=True), grads("xla")
+    for result in cut:
+        for a, b in zip(plain, result):
+            np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(a)))
+
+
+def test_heads_exchanged_for_positions_give_the_same(monkeypatch):
+    """cuDNN's way along context, with another kernel in its place."""
+    from ngpt_jax.model import attention
+
+    monkeypatch.setitem(attention._KERNELS, "cudnn", attention._xla)
+    mesh = jax.make_mesh(
+        (1, 2, 1, 4), ("data", "fsdp", "tensor", "context"), axis_types=(AxisType.Auto,) * 4
+    )
+    q, k, v = (
+        jax.random.normal(key, (2, 32, 4, 8)) for key in jax.random.split(jax.random.key(0), 3)
+    )
+    ids = jnp.arange(32)[None].repeat(2, axis=0) // 10
+    for kv in (4, 2):
+        args = (q, k[:, :, :kv], v[:, :, :kv], 3.0, ids)
+        plain = causal_attention(*args)
+        with jax.set_mesh(mesh):
+            cut = jax.jit(lambda *a: causal_attention(*a, "cudnn"), static_argnums=3)(*args)
+        np.testing.assert_allclose(plain, cut, atol=1e-6)
+
+
+def test_sampling_on_a_mesh_gives_what_one_device_gives(x64):
+    texts = []
+    for mesh, devices in (
+        ({"fsdp": 1}, jax.devices()[:1]),
+        (MESHES["fsdp 2, tensor 2, context 2"], jax.devices()),
+    ):
+        config, placed = on(make("ngpt", mesh), devices)
+        with jax.set_mesh(placed):
+            shardings = layout.param_shardings(config.model, placed)
+            init = jax.jit(
+                lambda c=config: init_params(c.model, jax.random.key(0)), out_shardings=shardings
+            )
+            texts.append(sample(config.model, init(), [1, 2, 3], 8, 1.0, seed=0))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"fsdp": 16}, r"The mesh \(fsdp 16\) needs 16 devices, but there are 8"),
+        ({"tensor": 3}, "does not divide the 8 devices"),
+        ({"fsdp": 2}, r"The mesh \(fsdp 2\) needs 2 devices, but there are 8; set one of"),
+        ({"fsdp": -1, "tensor": -1}, "Only one of mesh.data, mesh.fsdp"),
+        ({"fsdp": 0}, "mesh.fsdp must be positive or -1, got 0"),
+    ],
+)
+def test_meshes_that_do_not_fit_the_devices_are_refused(mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(make("ngpt", mesh))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "fields", "message"),
+    [
+        (
+            {"fsdp": 8}, {"model__heads": 16, "train__batch_size": 8},
+            "mesh.fsdp = 8 does not divide head_dim = 4 of layers/key_kernel; try mesh.fsdp=4 and"
+            " mesh.data=-1",
+        ),
+        (
+            {"fsdp": 1, "tensor": 8}, {"model__heads": 4},
+            "mesh.tensor = 8 does not divide heads = 4 of layers/out_kernel; try mesh.tensor=4",
+        ),
+        (
+            {"fsdp": 1, "tensor": 8}, {"model__vocab_multiple": 1},
+            "mesh.tensor = 8 does not divide vocab = 257 of input_embedding; set"
+            " model.vocab_multiple to a multiple of 8",
+        ),
+        (
+            {"fsdp": 1, "tensor": 8}, {"model__kv_heads": 4},
+            r"layers/key_kernel .* would lie whole on each of the 8 devices",
+        ),
+        ({"fsdp": 8}, {"train__batch_size": 12}, "train.batch_size = 12 is not divisible by the 8"),
+        (
+            {"fsdp": 4, "tensor": 2}, {"train__accumulate": 4},
+            "not divisible by the 4 devices of mesh.data . mesh.fsdp in 4 microbatches; the next"
+            " that is: 16",
+        ),
+        (
+            {"fsdp": 1, "context": 8}, {"model__context": 60},
+            "model.context = 60 is not divisible by mesh.context = 8",
+        ),
+    ],
+)  # fmt: skip
+def test_models_that_a_mesh_cannot_cut_are_refused(mesh, fields, message):
+    with pytest.raises(ConfigError, match=message):
+        on(make("ngpt", mesh, **fields), jax.devices())
+
+
+def test_kv_heads_that_do_not_divide_stay_whole():
+    config, mesh = on(make("ngpt", {"fsdp": 2, "tensor": 4}, model__kv_heads=2), jax.devices())
+    specs = layout.param_shardings(config.model, mesh)["layers"]
+    assert specs["key_kernel"].spec == P(None, None, None, "fsdp")
+    assert specs["query_kernel"].spec == P(None, None, "tensor", "fsdp")
+    table = layout.parameter_table(config, mesh)
+    row = next(line for line in table.splitlines() if line.startswith("layers/up_kernel"))
+    assert "-, -, tensor*fsdp" in row
+    assert row.endswith(f"{2 * 64 * 256 * 8 / 8 / 1024:.1f} KiB")
