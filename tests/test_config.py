@@ -43,13 +43,13 @@ def test_overrides_of_every_type():
     config = load(
         "--config.model.layers=3", "--config.optimizer.learning_rate=1", "--config.model.kv_heads",
         "2", "--config.train.steps=None", "--config.train.tokens=1_000_000",
-        "--config.model.remat=1",
+        "--config.model.normalize_on_read=1",
         "--config.data.source=text", "--config.data.paths=a.txt", "--config.data.paths=b.txt",
         "--config.model.s_z.init=3.5", "--config.model.scan_layers=False",
     )  # fmt: skip
     assert config.model.layers == 3
     assert config.optimizer.learning_rate == 1.0
-    assert config.model.remat is True
+    assert config.model.normalize_on_read is True
     assert config.model.scan_layers is False
     assert config.model.kv_heads == 2
     assert config.train.steps == -(-1_000_000 // 2048)
@@ -107,7 +107,7 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("model=3", r"Unknown field --config.model"),
         ("model.width=wide", r"--config.model.width wants a value of type int, got 'wide'"),
         ("model.width=1e3", r"--config.model.width wants a value of type int"),
-        ("model.remat=maybe", r"--config.model.remat wants a value of type bool"),
+        ("model.scan_layers=maybe", r"--config.model.scan_layers wants a value of type bool"),
         ("optimizer.learning_rate=fast", r"wants a value of type float"),
         ("model.layers=None", r"--config.model.layers wants a value of type int"),
         ("model.heads=3", r"model.width = 128 is not divisible by model.heads = 3"),

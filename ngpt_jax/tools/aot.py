@@ -265,37 +265,59 @@ def report_of(config: Config, devices: list[Any], lowered_to: str | None = None)
     return analyze(config, mesh, compiled, seconds)
 
 
+USABLE = 0.97  # of a chip's memory; the rest is the runtime's
+
+
 def search(config: Config, devices: list[Any]) -> dict[str, Any]:
     """The report of the largest number of windows that fits; says what it tries.
 
-    Peak memory is close to a line in the number of windows: the next try is where the line through
-    the last ones meets the chip's memory.
+    Peak memory is close to a line in the number of windows. The first try comes from an estimate
+    of the line, the next from the line through what was measured; the search ends where one more
+    window was seen, or is calculated, not to fit.
     """
+    from ngpt_jax.training import throughput
+
+    chip = throughput.chip_of(devices[0])
+    if chip is None:
+        raise ConfigError(f"The memory of {devices[0].device_kind} is not known: no --search.")
+    limit = USABLE * chip.memory * GIB
+    state, of_a_window = _estimate(config, len(devices))
     fitting, failing = 0, math.inf
     best: dict[str, Any] | None = None
-    peaks: dict[int, float] = {}
-    windows = max(1, 8192 // config.model.context)
+    peaks = {0: state}
+    windows = max(1, int((limit - state) / of_a_window))
     while True:
         report = report_of(with_windows(config, len(devices), windows), devices)
         peak = report["peak_bytes"]
-        told = "" if peak is None else f"{peak / GIB:.2f} GiB of {report['chip_bytes'] / GIB:g}, "
-        verdict = "fits" if report["fits"] else "does not fit"
-        print(f"{windows} windows: {told}{verdict}", flush=True)
-        if peak is not None:
-            peaks[windows] = peak
+        told = "" if peak is None else f"{peak / GIB:.2f} GiB of {chip.memory:g}, "
+        print(f"{windows} windows: {told}{'fits' if report['fits'] else 'no'}", flush=True)
         if report["fits"]:
             fitting, best = windows, report
         else:
             failing = windows
-        if failing - fitting == 1:
-            break
-        windows = 2 * windows if report["fits"] else windows // 2
-        if len(peaks) > 1:
-            (a, low), *_, (b, high) = sorted(peaks.items())
-            slope = (high - low) / (b - a)
-            windows = int(a + (report["chip_bytes"] - low) / slope) if slope > 0 else windows
-        windows = int(min(max(windows, fitting + 1), failing - 1))
-    return best or report
+        if peak is not None:
+            peaks[windows] = peak
+        (a, low), (b, high) = sorted(peaks.items())[-2:]
+        guess = int(b + (limit - high) * (b - a) / (high - low)) if high > low else 0
+        windows = int(min(max(guess, fitting), failing - 1))
+        if windows <= fitting:
+            return best or report
+
+
+def _estimate(config: Config, devices: int) -> tuple[float, float]:
+    """Bytes of a chip that do not depend on the batch, and those of a window; roughly."""
+    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.parallel.mesh import mesh_shape
+
+    m = config.model
+    assert m.mlp_width is not None
+    _, fsdp, tensor, context = mesh_shape(config.mesh, devices)
+    # Master weights and moments in float32, weights and gradients in bfloat16; 5 activations of
+    # the MLP and some 14 of the width in the block at work, and one a block that waits for it.
+    state = 16 * num_params(m) / (fsdp * tensor) + 0.1 * GIB
+    token = 2 * (5 * m.mlp_width / tensor + 14 * m.width)
+    kept = {"full": 1, "attention": 2, "dots": 6 + 2 * m.mlp_width / m.width, "none": 30}[m.remat]
+    return state, m.context / context * (token + 2 * kept * m.layers * m.width)
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:
