@@ -138,7 +138,8 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
     xla_flags: str = _field(
-        "overlap", "overlap: let communication and computation overlap on TPU and GPU; none"
+        "overlap",
+        "overlap: let communication and computation overlap on GPUs (TPUs do anyway); none",
     )
     compilation_cache: str | None = _field(
         "~/.cache/ngpt_jax", "folder of compiled programs, used on TPU and GPU; None: no cache"

@@ -599,3 +599,14 @@ def test_imports_are_light(module, unwanted):
     loaded = run_python(f"import json, sys, {module}; print(json.dumps(list(sys.modules)))")
     assert module in loaded
     assert not set(unwanted) & set(loaded)
+
+
+def test_optax_maps_over_the_parameters_of_its_state():
+    """optax.tree.map_params calls init with a placeholder instead of parameters."""
+    tx = optax.chain(optax.adam(1e-3), keep_params_on_sphere({"w": 0, "b": None}))
+    params = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    names = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init(params), {"w": "w", "b": "b"},
+        transform_non_params=lambda _: None,
+    )  # fmt: skip
+    assert names[0][0].mu == {"w": "w", "b": "b"}

@@ -295,8 +295,12 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
             fitting, best = windows, report
         else:
             failing = windows
-        if peak is not None:
-            peaks[windows] = peak
+        if peak is None:  # the compiler did not say by how much: halve what is left
+            windows = (fitting + int(failing)) // 2
+            if windows == fitting:
+                return best or report
+            continue
+        peaks[windows] = peak
         (a, low), (b, high) = sorted(peaks.items())[-2:]
         guess = int(b + (limit - high) * (b - a) / (high - low)) if high > low else 0
         windows = int(min(max(guess, fitting), failing - 1))

@@ -1,0 +1,79 @@
+"""The ahead-of-time tool: training's own program, TPUs that are not there, and its mistakes."""
+
+import importlib.util
+
+import jax
+import pytest
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.tools import aot
+from ngpt_jax.training import layout, loop
+
+libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu (Linux on x86-64)"
+)
+
+
+@pytest.mark.slow
+def test_the_step_is_the_one_that_training_runs(tiny, tmp_path, monkeypatch):
+    config = tiny(**{
+        "model.vocab_size": 257, "sample.tokens": 0, "train.steps": 1, "eval.batches": 1,
+        "data.source": "text", "data.paths": ("x.txt",),
+    })  # fmt: skip
+    (tmp_path / "x.txt").write_text("some text of a book\n" * 100)
+    monkeypatch.chdir(tmp_path)
+    texts, real = [], layout.lower_train_step
+
+    def spy(*args):
+        lowered = real(*args)
+        texts.append(lowered.as_text())
+        return lowered
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.layout, "lower_train_step", spy)
+        assert loop.train(config, tmp_path / "run") == 0
+    report = aot.report_of(config, jax.devices(), str(tmp_path / "lowered.txt"))
+    assert report["fits"]
+    assert [(tmp_path / "lowered.txt").read_text()] == texts
+    assert "attention" in aot.show(report)
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_small_model_compiles_for_a_tpu_with_splash(tiny):
+    devices = aot.topology_devices("v5e:2x2")
+    config = tiny(**{
+        "model.width": 128, "model.context": 256, "model.dtype": "bfloat16", "model.remat": "full",
+        "model.vocab_size": 512, "model.loss_chunk": 128, "train.batch_size": 4,
+    })  # fmt: skip
+    report = aot.report_of(config, devices)
+    assert report["attention"] == "splash"
+    assert sum(report["attention_kernels"].values()) == 4  # forward twice, dq, dkv
+    assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
+    assert 0 < report["peak_bytes"] < 2**28
+    assert report["collectives"]["all-gather"]["bytes"] > 2 * 2 * 512 * 128  # two bf16 tables
+    assert "of 16 GiB" in aot.show(report)
+
+
+@libtpu
+def test_auto_that_finds_no_kernel_on_a_tpu_is_an_error(tiny):
+    with pytest.raises(ConfigError, match="not splash: it needs head_dim 64"):
+        aot.report_of(tiny(), aot.topology_devices("v5e:2x2"))
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4by4", "h100:8"])
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(ConfigError, match="is not known; it is GENERATION:SHAPE with one of v4"):
+        aot.topology_devices(name)
+
+
+@libtpu
+def test_a_topology_that_libtpu_does_not_know_is_refused():
+    with pytest.raises(ConfigError, match="v5e:3x5.: libtpu does not know it"):
+        aot.topology_devices("v5e:3x5")
+
+
+def test_missing_libtpu_is_told(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="libtpu is not installed: pip install"):
+        aot.topology_devices("v5e:4x4")
