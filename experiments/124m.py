@@ -5,7 +5,7 @@
 
 12 layers, width 768, 12 heads, context 1024. With the 32,000 tokens of LLaMA-2's tokenizer: 162.5 M
 parameters, of which 113.2 M in the blocks. 2.5 B tokens in 19,200 steps of 131,072 (22 tokens a
-block parameter). Attention scores of a block take 6.4 GB, a few at a time: for 40 GB and more.
+block parameter). Where memory is short: --config.train.accumulate=4, say.
 Expected cost, not measured: 8.8e8 FLOPs a token, 2.2e18 in all; at 40 % MFU 1.6 hours of one H100.
 Variants: gpt (the baseline), debug (tiny, on bytes of the standard library).
 """

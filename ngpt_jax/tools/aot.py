@@ -117,7 +117,7 @@ def compile_step(config: Config, mesh: Any, lowered_to: str | None = None) -> tu
     except Exception as e:  # XlaRuntimeError has no public home
         if "RESOURCE_EXHAUSTED" not in str(e) and "Ran out of memory" not in str(e):
             raise
-        used = re.search(r"Used ([\d.]+)([MG]) of", str(e))
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", str(e))
         scale = {"M": 2**20, "G": 2**30}
         raise DoesNotFit(float(used[1]) * scale[used[2]] if used else None) from e
 
