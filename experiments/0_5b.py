@@ -9,7 +9,7 @@ paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale c
 paper's.
 Expected cost, not measured: 2.76e9 FLOPs a token at 1k, 1.45e20 in all; at 40 % MFU about 100 hours
 of one H100, or 8 hours of a TPU v5e-64.
-Fits a TPU v5e-16 and larger (README, "TPU and GPU"); on fewer devices cut the step into microbatches
+Fits a TPU v5e-16 and larger (README, "TPU and GPU"); on fewer devices cut a step into microbatches
 with --config.train.accumulate=8, say.
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standard library).
 """
