@@ -5,6 +5,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
+import numpy as np
 import pytest
 
 from ngpt_jax import config as config_lib
@@ -35,3 +36,13 @@ def tiny():
         return config_lib.from_config_dict(values)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    """Path of a small text."""
+    rng = np.random.default_rng(0)
+    words = "the quick brown fox jumps over the lazy dog and runs away".split()
+    path = tmp_path_factory.mktemp("text") / "book.txt"
+    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)))
+    return str(path)

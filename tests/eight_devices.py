@@ -22,7 +22,6 @@ from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.projection import keep_params_on_sphere, project_params
 from ngpt_jax.training import layout
-from ngpt_jax.training.step import init_state
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
@@ -68,8 +67,8 @@ def train(config, devices):
     like = layout.abstract_state(config, tx, mesh)
     rng = np.random.default_rng(0)
     losses = []
+    state = layout.first_state(config, tx, mesh)
     with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(config, tx), out_shardings=layout.shardings(like))()
         for _ in range(STEPS):
             tokens = rng.integers(0, VOCAB, (BATCH, CONTEXT + 1), np.int32)
             state, metrics = step(

@@ -25,15 +25,6 @@ ROOT = Path(__file__).parents[1]
 STEPS = 20
 
 
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    words = "the quick brown fox jumps over the lazy dog and runs away".split()
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)))
-    return str(path)
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

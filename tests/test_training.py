@@ -27,15 +27,6 @@ from ngpt_jax.training.evaluate import evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter, format_duration
 
 ROOT = Path(__file__).parents[1]
-WORDS = "the quick brown fox jumps over the lazy dog and runs away".split()
-
-
-@pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("text") / "book.txt"
-    path.write_text("\n".join(" ".join(rng.choice(WORDS, 8)) for _ in range(300)))
-    return str(path)
 
 
 @pytest.fixture

@@ -42,7 +42,6 @@ from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
 from ngpt_jax.training.metrics import write_atomically
-from ngpt_jax.training.step import init_state
 
 MODELS = ("ngpt", "gpt", "plain")
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
@@ -92,7 +91,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
         m = config.model
         init, step = plain_gpt.make_train_step(make_schedule(config.optimizer, config.train.steps))
         params = plain_gpt.init(jax.random.key(0), m.layers, m.width, m.heads, padded_vocab_size(m))
-        state = (params, init(params))
+        state: Any = (params, init(params))
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         return Stepper(compiled, state, jax.device_put(batch), _peak_bytes(compiled))
     # The recipe and qk_norm are those of the kind: clear what was resolved for another one.
@@ -103,9 +102,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()
     tx, _ = make_optimizer(config)
-    shardings = layout.shardings(layout.abstract_state(config, tx, mesh))
-    with jax.set_mesh(mesh):
-        state = jax.jit(lambda: init_state(config, tx), out_shardings=shardings)()
+    state = layout.first_state(config, tx, mesh)
     placer = BatchPlacer(mesh, config.train.batch_size, config.model.context)
     placed = placer({name: x[placer.rows] for name, x in batch.items()})
     return Stepper(compiled, state, placed, _peak_bytes(compiled))

@@ -67,6 +67,13 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
     )
 
 
+def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state at step 0, made where it will lie."""
+    out = shardings(abstract_state(config, tx, mesh))
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda: init_state(config, tx), out_shardings=out)()
+
+
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, dtypes and shardings of a training batch."""
     shape = (config.train.batch_size, config.model.context)

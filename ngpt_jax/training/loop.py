@@ -7,9 +7,7 @@ import faulthandler
 import importlib.metadata
 import json
 import math
-import os
 import platform
-import signal
 import statistics
 import sys
 import time
@@ -36,49 +34,14 @@ from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.checkpoint import Checkpoints
 from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter, NoWriter, Terminal, write_atomically
-from ngpt_jax.training.step import init_state, summarize_params
+from ngpt_jax.training.step import summarize_params
+from ngpt_jax.training.stop_signal import StopSignal
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
 
 class RunError(RuntimeError):
     """The run cannot go on; one line says why and what to do."""
-
-
-class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
-
-    With several processes, a signal to one of them stops all at the same poll: jax's runtime
-    has the handler of SIGTERM then, and Ctrl-C is passed on to it.
-    """
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-        self._polls, self._several = 0, jax.process_count() > 1
-        signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-        self._old = {s: signal.signal(s, self._on) for s in signals}
-        self._interrupted = False
-
-    def _on(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        if self._several:
-            os.kill(os.getpid(), signal.SIGTERM)
-        else:
-            self.name = signal.Signals(number).name
-
-    def __call__(self) -> bool:
-        """Whether to stop. With several processes all have to ask equally often."""
-        if self._several and self.name is None:
-            self._polls += 1
-            if distributed.stop_agreed(self._polls):
-                self.name = "SIGTERM"
-        return self.name is not None
-
-    def restore(self) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 def enable_x64_if_used(config: Config) -> None:
@@ -154,11 +117,11 @@ def _versions() -> dict[str, Any]:
 class _Run:
     """What the loop holds on to between steps; see :func:`train`."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path, stop):
-        self.config, self.tokenizer, self.stop = config, tokenizer, stop
-        self.mesh, self.workdir = mesh, workdir
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, mesh: Mesh, workdir: Path, stop: StopSignal
+    ):
+        self.tokenizer, self.stop, self.mesh, self.workdir = tokenizer, stop, mesh, workdir
         self.config, kernel = layout.for_mesh(config, mesh)
-        self.terminal = Terminal(0, config.train.steps or 0, quiet=not distributed.is_first())
         corpus, tokens = distributed.together(self._read, ConfigError)
         # What the position counts in: the same place in another text would mean nothing.
         text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
@@ -178,9 +141,9 @@ class _Run:
             "text": text,
         }  # fmt: skip
         tx, _ = make_optimizer(config)
-        like = layout.abstract_state(config, tx, mesh)
         resumed = self.checkpoints.latest_step() is not None
         if resumed:
+            like = layout.abstract_state(config, tx, mesh)
             self.state, self.progress = self.checkpoints.restore(like)
             if self.progress["text"] != text:
                 raise ConfigError(
@@ -188,8 +151,7 @@ class _Run:
                     " with (another Python, or changed files); choose another --workdir."
                 )
         else:
-            init = jax.jit(lambda: init_state(config, tx), out_shardings=layout.shardings(like))
-            self.state = init()
+            self.state = layout.first_state(config, tx, mesh)
         self.step = int(self.state.step)
         steps = config.train.steps
         assert steps is not None and config.eval.batch_size is not None

@@ -1,0 +1,47 @@
+"""SIGTERM and Ctrl-C as a question that the loop asks, the same answer on all processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import jax
+
+from ngpt_jax.parallel import distributed
+
+
+class StopSignal:
+    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
+
+    With several processes, a signal to one of them stops all at the same poll: jax's runtime
+    has the handler of SIGTERM then, and Ctrl-C is passed on to it.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._polls, self._several = 0, jax.process_count() > 1
+        signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
+        self._old = {s: signal.signal(s, self._on) for s in signals}
+        self._interrupted = False
+
+    def _on(self, number: int, frame: Any) -> None:
+        if number == signal.SIGINT and self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        if self._several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self.name = signal.Signals(number).name
+
+    def __call__(self) -> bool:
+        """Whether to stop. With several processes all have to ask equally often."""
+        if self._several and self.name is None:
+            self._polls += 1
+            if distributed.stop_agreed(self._polls):
+                self.name = "SIGTERM"
+        return self.name is not None
+
+    def restore(self) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
