@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.tools import aot
 from ngpt_jax.training import layout, loop
 
@@ -77,3 +78,37 @@ def test_missing_libtpu_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="libtpu is not installed: pip install"):
         aot.topology_devices("v5e:4x4")
+
+
+@libtpu
+def test_replicas_lie_across_slices(tiny):
+    devices = aot.topology_devices("v5e:2x2", slices=2)
+    mesh = make_mesh(tiny(**{"mesh.data": 2, "train.batch_size": 8}), devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
+    assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
+    with pytest.raises(ConfigError, match="mesh.data = 1 must be a multiple of the 2 TPU slices"):
+        make_mesh(tiny(**{"train.batch_size": 8}), devices)
+
+
+def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
+    config = tiny()
+    mesh = make_mesh(config, jax.devices()[:1])
+    config, _ = layout.for_mesh(config, mesh)
+    lowered, compiled, seconds = aot.compile_step(config, mesh)
+
+    class Unreadable:
+        memory_analysis, cost_analysis = compiled.memory_analysis, compiled.cost_analysis
+
+        @staticmethod
+        def as_text():
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    report = aot.analyze(config, mesh, lowered, Unreadable, seconds)
+    whole = aot.analyze(config, mesh, lowered, compiled, seconds)
+    assert report["unreadable"] == "INTERNAL: RET_CHECK failure"
+    assert report["collectives"] is None
+    assert {k for k in whole if report[k] != whole[k]} == {
+        "unreadable", "collectives", "collective_bytes", "bytes_accessed", "unknown_loops",
+        "arithmetic_intensity", "custom_calls",
+    }  # fmt: skip
+    assert "not known: jaxlib cannot read" in aot.show(report)

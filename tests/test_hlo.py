@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt_jax.tools.hlo import Collective, Program, analyze
+from ngpt_jax.tools.hlo import Collective, Program, analyze, kernels_of_lowered
 
 ROOT = Path(__file__).parents[1]
 
@@ -413,3 +413,21 @@ def test_a_program_compiled_for_four_devices():
     assert figures.unknown_loops == ()
     # A layer reads h and weights for the product, and each collective its operand, at the least.
     assert 5 * (16 * 16 + 3 * 8 * 16) * 4 < figures.bytes_accessed < 1e5
+
+
+def test_what_goes_to_other_slices_is_a_send():
+    figures = program("""
+        %x = f32[10]{0:T(128)} parameter(0)
+        %t = token[] after-all()
+        %s = (f32[10]{0:T(128)}, u32[], token[]) send(%x, %t), channel_id=1, is_host_transfer=true
+        %d = token[] send-done(%s), channel_id=1, is_host_transfer=true
+        ROOT %y = f32[10]{0:T(128)} negate(%x)
+    """)
+    assert figures.collectives == {"send": Collective(instructions=1, count=1, bytes=40.0)}
+
+
+def test_kernels_are_named_before_compilation():
+    call = '%1 = stablehlo.custom_call @tpu_custom_call(%0) {{kernel_name = "{}", x = 1}}'
+    text = "\n".join([call.format("forward"), call.format("backward"), call.format("forward")])
+    assert kernels_of_lowered(text) == {"forward": 2, "backward": 1}
+    assert kernels_of_lowered("%1 = stablehlo.custom_call @Sharding(%0)") == {}

@@ -372,3 +372,34 @@ def test_wandb_missing_is_told(tiny, tmp_path):
 
 def test_durations():
     assert [format_duration(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+@pytest.mark.slow
+def test_a_window_of_steps_is_profiled(book, tmp_path):
+    # A process of its own: a trace would ask libtpu, which other tests load, for TPUs.
+    command = [
+        sys.executable, "-m", "ngpt_jax.main", "--config=experiments/quickstart.py:debug",
+        f"--workdir={tmp_path}/run", "--config.data.source=text", f"--config.data.paths={book}",
+        "--config.train.steps=5", "--config.profile.first_step=2", "--config.profile.num_steps=2",
+        "--config.sample.tokens=0",
+    ]  # fmt: skip
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"trace of 2 steps -> {tmp_path}/run/profile" in done.stdout
+    assert list((tmp_path / "run/profile").rglob("*.xplane.pb"))
+
+
+def test_a_step_that_hangs_dumps_all_stacks(small, tmp_path, monkeypatch, capfd):
+    def hang(self, compiled, batches):
+        time.sleep(1.5)
+        raise OSError("woke up")
+
+    monkeypatch.setattr(loop._Interval, "step", hang)
+    with pytest.raises(OSError, match="woke up"):
+        loop.train(small(**{"runtime.hang_seconds": 1}), tmp_path / "run")
+    err = capfd.readouterr().err
+    assert "Timeout (0:00:01)!" in err
+    assert "in hang" in err
+    time.sleep(1.1)  # the end of a run ends the watch
+    assert "Timeout" not in capfd.readouterr().err

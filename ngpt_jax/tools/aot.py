@@ -103,8 +103,10 @@ def with_windows(config: Config, devices: int, windows: int) -> Config:
     )
 
 
-def compile_step(config: Config, mesh: Any, lowered_to: str | None = None) -> tuple[Any, float]:
-    """The compiled step and the seconds that took; raises DoesNotFit."""
+def compile_step(
+    config: Config, mesh: Any, lowered_to: str | None = None
+) -> tuple[Any, Any, float]:
+    """The step lowered and compiled, and the seconds that took; raises DoesNotFit."""
     from ngpt_jax.training import layout
     from ngpt_jax.training.metrics import write_atomically
 
@@ -113,7 +115,7 @@ def compile_step(config: Config, mesh: Any, lowered_to: str | None = None) -> tu
     if lowered_to:
         write_atomically(Path(lowered_to), lowered.as_text())
     try:
-        return lowered.compile(), time.perf_counter() - start
+        return lowered, lowered.compile(), time.perf_counter() - start
     except Exception as e:  # XlaRuntimeError has no public home
         if "RESOURCE_EXHAUSTED" not in str(e) and "Ran out of memory" not in str(e):
             raise
@@ -140,42 +142,66 @@ def _facts(config: Config, mesh: Any) -> dict[str, Any]:
     }
 
 
-def analyze(config: Config, mesh: Any, compiled: Any, seconds: float) -> dict[str, Any]:
-    """The figures of a compiled step, JSON-able: bytes, FLOPs and seconds of one chip and step."""
+def analyze(
+    config: Config, mesh: Any, lowered: Any, compiled: Any, seconds: float
+) -> dict[str, Any]:
+    """The figures of a compiled step, JSON-able: bytes, FLOPs and seconds of one chip and step.
+
+    What only the program's text tells is None, and ``unreadable`` says why, where jaxlib cannot
+    read what the compiler made (jaxlib 0.10.2 for v5p and v6e on meshes of 16 chips).
+    """
+    import jax
+
     from ngpt_jax.tools import hlo
     from ngpt_jax.training import throughput
 
-    program = hlo.analyze(compiled.as_text())
+    program: hlo.Program | None = None
+    unreadable: str | None = None
+    try:
+        program = hlo.analyze(compiled.as_text())
+    except jax.errors.JaxRuntimeError as e:
+        unreadable = str(e).splitlines()[0]
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis()
     chip = throughput.chip_of(mesh.devices.flat[0])
     tokens = config.train.batch_size * config.model.context / mesh.size
     model_flops = tokens * throughput.train_flops_per_token(config.model)
     flops = model_flops + tokens * throughput.recomputed_flops_per_token(config.model)
-    sent = sum(c.bytes for c in program.collectives.values())
+    kernels = program.kernels if program else hlo.kernels_of_lowered(lowered.as_text())
     report: dict[str, Any] = _facts(config, mesh) | {
-        "attention_kernels": program.kernels,
-        "custom_calls": program.custom_calls,
+        "attention_kernels": kernels,
+        "custom_calls": program and program.custom_calls,
         "compile_seconds": seconds,
         "fits": True,
         "peak_bytes": memory.peak_memory_in_bytes,
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
-        "collectives": {k: dataclasses.asdict(c) for k, c in program.collectives.items()},
-        "collective_bytes": sent,
-        "bytes_accessed": program.bytes_accessed,
+        "unreadable": unreadable,
+        "collectives": None,
+        "collective_bytes": None,
+        "bytes_accessed": None,
         "bytes_accessed_loops_once": cost.get("bytes accessed"),
-        "unknown_loops": list(program.unknown_loops),
+        "unknown_loops": None,
         "model_flops": model_flops,
         "flops": flops,
-        "arithmetic_intensity": flops / program.bytes_accessed,
+        "arithmetic_intensity": None,
     }
-    if chip is not None:
-        limits = {
-            "compute": flops / chip.flops,
-            "memory": program.bytes_accessed / chip.bandwidth,
-            "network": sent / chip.network,
+    if program:
+        report |= {
+            "collectives": {k: dataclasses.asdict(c) for k, c in program.collectives.items()},
+            "collective_bytes": sum(c.bytes for c in program.collectives.values()),
+            "bytes_accessed": program.bytes_accessed,
+            "unknown_loops": list(program.unknown_loops),
+            "arithmetic_intensity": flops / program.bytes_accessed,
         }
+    if chip is not None:
+        limits = {"compute": flops / chip.flops}
+        if program:
+            limits |= {
+                "memory": program.bytes_accessed / chip.bandwidth,
+                "network": sum(c.bytes for k, c in program.collectives.items() if k != "send")
+                / chip.network,  # of a slice; that between slices is a matter of the place
+            }
         step = max(limits.values())
         report |= {
             "chip_bytes": chip.memory * GIB,
@@ -215,22 +241,32 @@ def show(report: dict[str, Any]) -> str:
          f" {report['remat']}"),
         ("compiled in", f"{report['compile_seconds']:.0f} s"),
     ]  # fmt: skip
-    for kind, c in report["collectives"].items():
+    for kind, c in (report["collectives"] or {}).items():
         times = f"{c['instructions']} instructions, {c['count']} a step"
-        rows.append((kind, f"{times}, {format_bytes(c['bytes'])}"))
-    rows += [
-        ("bytes accessed", f"{report['bytes_accessed']:.3g} (XLA's count, loops once:"
-         f" {report['bytes_accessed_loops_once'] or math.nan:.3g})"),
-        ("FLOPs a chip", f"{report['flops']:.3g}, {report['model_flops']:.3g} of them the model's;"
-         f" {report['arithmetic_intensity']:.0f} a byte"),
-    ]  # fmt: skip
+        name = "send to other slices" if kind == "send" else kind
+        rows.append((name, f"{times}, {format_bytes(c['bytes'])}"))
+    loops_once = f"(XLA's count, loops once: {report['bytes_accessed_loops_once'] or math.nan:.3g})"
+    flops = f"{report['flops']:.3g}, {report['model_flops']:.3g} of them the model's"
+    if report["unreadable"]:
+        rows += [
+            ("collectives, bytes", "not known: jaxlib cannot read this compiler's program, a newer"
+             f" one may {loops_once}"),
+            ("FLOPs a chip", flops),
+        ]  # fmt: skip
+    else:
+        rows += [
+            ("bytes accessed", f"{report['bytes_accessed']:.3g} {loops_once}"),
+            ("FLOPs a chip", f"{flops}; {report['arithmetic_intensity']:.0f} a byte"),
+        ]
     if "mfu_bound" in report:
         least = ", ".join(f"{k} {1e3 * s:.0f} ms" for k, s in report["least_seconds"].items())
+        by = "published peaks and perfect overlap"
+        by += ", memory and network left out" if report["unreadable"] else ""
         rows += [
             ("least time", least),
             ("estimate", f"at least {1e3 * report['step_seconds_bound']:.0f} ms a step"
              f" ({report['bound_by']}), at most {report['tokens_per_second_bound']:,.0f} tokens/s,"
-             f" MFU at most {report['mfu_bound']:.0%}, by published peaks and perfect overlap"),
+             f" MFU at most {report['mfu_bound']:.0%}, by {by}"),
         ]  # fmt: skip
     return _columns(rows)
 
@@ -257,12 +293,12 @@ def report_of(config: Config, devices: list[Any], lowered_to: str | None = None)
             f"{why}: whole attention scores in memory. Mend that, or set model.attention=xla."
         )
     try:
-        compiled, seconds = compile_step(config, mesh, lowered_to)
+        step = compile_step(config, mesh, lowered_to)
     except DoesNotFit as e:
         chip = throughput.chip_of(devices[0])
         limit = chip.memory * GIB if chip is not None else None
         return _facts(config, mesh) | {"fits": False, "peak_bytes": e.peak, "chip_bytes": limit}
-    return analyze(config, mesh, compiled, seconds)
+    return analyze(config, mesh, *step)
 
 
 USABLE = 0.97  # of a chip's memory; the rest is the runtime's

@@ -38,7 +38,7 @@ class Collective:
 
 @dataclass(frozen=True)
 class Program:
-    collectives: dict[str, Collective]  # by kind: "all-gather" etc.
+    collectives: dict[str, Collective]  # by kind: "all-gather" etc.; "send" goes to other slices
     bytes_accessed: float  # read from and written to HBM by one device
     custom_calls: dict[str, int]  # instructions in the text by target
     kernels: dict[str, int]  # instructions in the text by name of the Pallas kernel
@@ -195,6 +195,9 @@ class _Analysis:
                 )
                 self.found[kind].add(i.name)
                 self.collectives[kind][max(sum(o.size for o in i.operands), i.size)] += times
+            elif i.opcode == "send":
+                self.found["send"].add(i.name)
+                self.collectives["send"][sum(o.size for o in i.operands)] += times
             if not fused and (moved := self._bytes(i)):
                 self.traffic[i.name][moved] += times
 
@@ -283,6 +286,13 @@ def _kernel(call: _Instruction) -> str:
     """Name of a Pallas kernel: it precedes "pallas_call" in the operation's path."""
     path = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', call.text)
     return path[1] if path else re.sub(r"(\.\d+)+$", "", call.name)
+
+
+def kernels_of_lowered(text: str) -> dict[str, int]:
+    """Calls by name of the Pallas kernel in a TPU program before compilation (StableHLO text)."""
+    calls = [line for line in text.splitlines() if "custom_call @tpu_custom_call" in line]
+    named = (re.search(r'kernel_name = "([^"]*)"', call) for call in calls)
+    return dict(Counter(name[1] if name else "" for name in named))
 
 
 def analyze(text: str) -> Program:
