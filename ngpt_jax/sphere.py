@@ -103,9 +103,10 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) 
     a32, b32, t32 = promote(a), promote(b), promote(t)
     theta = angle(a32, b32, axis, keepdims=True)
 
-    # sin(s theta) / sin(theta) = s sinc(s theta / pi) / sinc(theta / pi); sinc is smooth at 0.
+    # sin(s theta) = theta s sinc(s theta / pi), smooth at 0. The positive factor sin(theta) / theta
+    # of both weights is left to the norm: it is 0 at antipodes.
     def weight(s):
-        return s * jnp.sinc(s * theta / jnp.pi) / jnp.sinc(theta / jnp.pi)
+        return s * jnp.sinc(s * theta / jnp.pi)
 
     return normalize(weight(1 - t32) * a32 + weight(t32) * b32, axis).astype(a.dtype)
 
