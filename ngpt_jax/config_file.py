@@ -157,6 +157,13 @@ def _parse_flags(argv: list[str]) -> list[str]:
         _fail(str(e).splitlines()[0])
 
 
+def check_output(**files: str | None) -> None:
+    """Refuses, before work starts, a file to be written (by flag) whose folder is not there."""
+    for flag, file in files.items():
+        if file and not Path(file).parent.is_dir():
+            raise ConfigError(f"--{flag}={file}: there is no folder {Path(file).parent}.")
+
+
 def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
     """Parses flags, runs ``command(overrides)`` and exits; bad input is told in one line.
 

@@ -1,6 +1,9 @@
 """The ahead-of-time tool: training's own program, TPUs that are not there, and its mistakes."""
 
 import importlib.util
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,6 +13,7 @@ from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.tools import aot
 from ngpt_jax.training import layout, loop
 
+ROOT = Path(__file__).parents[1]
 libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu (Linux on x86-64)"
 )
@@ -112,3 +116,34 @@ def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
         "arithmetic_intensity", "custom_calls",
     }  # fmt: skip
     assert "not known: jaxlib cannot read" in aot.show(report)
+
+
+def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
+    config = tiny()
+    facts = aot._facts(config, make_mesh(config, jax.devices()[:1])) | {"fits": False}
+    unknown = aot.show(facts | {"peak_bytes": None, "chip_bytes": None})
+    assert unknown.endswith("DOES NOT FIT")
+    known = aot.show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
+    assert known.endswith("DOES NOT FIT: needs 48.00 GiB a chip, the chip has 16 GiB")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--search", "--windows=4"], "--search finds --windows itself"),
+        (["--search", "--lowered=x.txt"], "leave out --windows and --lowered"),
+        (["--topology=local", "--slices=2"], "--slices is for TPU topologies"),
+        (["--json=nowhere/x.json"], "--json=nowhere/x.json: there is no folder nowhere"),
+        (["--topology=v9:4"], "--topology = 'v9:4' is not known"),
+        ([], "Give an experiment"),
+    ],
+)
+def test_flags_that_do_not_fit_together_are_refused(flags, message):
+    config = [f"--config={ROOT}/experiments/1b.py:debug"] if flags else []
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.tools.aot", *config, *flags],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert message in done.stderr

@@ -105,6 +105,17 @@ def test_splash_sees_no_later_token_and_no_other_document():
     assert np.array_equal(np.flatnonzero(moved), np.arange(150, 192))
 
 
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [("8.0", "cudnn"), ("9.0", "cudnn"), ("10.0", "cudnn"), ("7.5", "xla"), ("gfx90a", "xla")],
+)
+def test_auto_knows_which_gpus_cudnn_serves(tiny, capability, kernel):
+    config = tiny(**{"model.width": 128, "model.dtype": "bfloat16"}).model
+    chosen, why = choose_kernel(config, MESH, "gpu", capability)
+    assert chosen == kernel
+    assert kernel == "cudnn" or f"capability 8.0 (Ampere) or more, not {capability}" in why
+
+
 def test_blocks_divide_the_positions():
     assert [block_size(n) for n in (128, 256, 384, 1024, 1152)] == [128, 256, 128, 512, 128]
 

@@ -18,7 +18,7 @@ from ngpt_jax.config import ConfigError, from_config_dict
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import make_mesh
-from ngpt_jax.training import layout
+from ngpt_jax.training import layout, workdir
 from ngpt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -154,27 +154,67 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_wrong_with_one_process_ends_all(book, tmp_path):
-    other = tmp_path / "other.txt"
-    other.write_text("some other text\n" * 300)
-    address = f"127.0.0.1:{free_port()}"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "text.txt").unlink(), "text.txt"),
+        (lambda folder: (folder / "val.txt").write_text("new"), "held_out of process 1 is not"),
+    ],
+)
+def test_what_is_wrong_with_one_process_ends_all(book, tmp_path, change, message):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+        shutil.copy(book, folder / "text.txt")
+        (folder / "val.txt").write_text("some other text\n" * 300)
+    change(folders[1])
     common = [
         sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
-        f"--workdir={tmp_path}/run", "--config.data.source=text", "--config.mesh.fsdp=1",
-        "--config.mesh.data=-1", f"--coordinator_address={address}", "--num_processes=2",
+        f"--workdir={tmp_path}/run", "--config.data.source=text", "--config.data.paths=text.txt",
+        "--config.data.eval_paths=val=val.txt", "--config.mesh.fsdp=1", "--config.mesh.data=-1",
+        f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
     ]  # fmt: skip
     running = [
         subprocess.Popen(
-            [*common, f"--process_id={i}", f"--config.data.paths={path}"],
-            cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [*common, f"--process_id={i}"],
+            cwd=folder, env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for i, path in enumerate((book, tmp_path / "missing.txt"))
+        for i, folder in enumerate(folders)
     ]  # fmt: skip
     errors = [p.communicate(timeout=120)[1] for p in running]
-    assert [p.returncode for p in running] == [2, 2]
+    assert [p.returncode for p in running] == [2, 2], errors
     for text in errors:
-        assert "missing.txt" in text.splitlines()[-1]
+        assert message in text.splitlines()[-1]
+
+
+def test_a_workdir_that_others_do_not_see_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "versions.json").write_text("{}")
+    workdir.check_shared(tmp_path, patience=0)
+    monkeypatch.setattr(workdir.distributed, "of_first", lambda fn: "what process 0 wrote")
+    with pytest.raises(ConfigError, match="is not the folder of process 0; give one on storage"):
+        workdir.check_shared(tmp_path, patience=0)
+
+
+@pytest.mark.parametrize(
+    ("variables", "gpus"),
+    [
+        ({}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)"}, [0, 1, 2, 3]),
+        ({"SLURM_TASKS_PER_NODE": "1,1", "CUDA_VISIBLE_DEVICES": "4,5"}, [0, 1]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2),2"}, None),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, [0, 1, 2, 3]),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, None),
+    ],
+)
+def test_a_process_alone_on_its_host_takes_all_its_gpus(monkeypatch, variables, gpus):
+    for name in ("SLURM_TASKS_PER_NODE", "CUDA_VISIBLE_DEVICES", *variables):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [f"nvidia{i}" for i in range(4)])
+    assert distributed._all_gpus() == gpus
 
 
 def test_a_coordinator_that_is_not_there_is_told_in_time():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -29,20 +30,23 @@ SAVED_NAME = "attention"  # of what remat=attention keeps
 _LANES = 128  # of a TPU's vector unit: splash's blocks are multiples of it
 
 
-def choose_kernel(config: ModelConfig, mesh: Mesh | AbstractMesh, platform: str) -> tuple[str, str]:
+def choose_kernel(
+    config: ModelConfig, mesh: Mesh | AbstractMesh, platform: str, capability: str | None = None
+) -> tuple[str, str]:
     """The attention kernel for a model, and why.
 
     Args:
       config: resolved; ``config.attention`` names a kernel, or is "auto".
       mesh: cuts heads and positions.
       platform: of the mesh's devices (not of the process, which may compile for others).
+      capability: their ``compute_capability`` where they are GPUs and it is known.
 
     Raises:
       ConfigError: the kernel asked for does not run there.
     """
     obstacles = {
         "splash": _splash_obstacle(config, mesh, platform),
-        "cudnn": _cudnn_obstacle(config, mesh, platform),
+        "cudnn": _cudnn_obstacle(config, mesh, platform, capability),
         "xla": None,
     }
     if config.attention != "auto":
@@ -66,8 +70,10 @@ def kernel_of(config: ModelConfig, length: int) -> str:
         return config.attention
     mesh = jax.sharding.get_abstract_mesh()
     device = getattr(mesh, "abstract_device", None)
-    platform = device.platform if device is not None else jax.default_backend()
-    kernel, why = choose_kernel(dataclasses.replace(config, context=length), mesh, platform)
+    device = device or jax.devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    config = dataclasses.replace(config, context=length)
+    kernel, why = choose_kernel(config, mesh, device.platform, capability)
     logging.info("attention kernel: %s (%s)", kernel, why)
     return kernel
 
@@ -86,10 +92,14 @@ def _splash_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:
     return None
 
 
-def _cudnn_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:
+def _cudnn_obstacle(config: ModelConfig, mesh, platform: str, capability) -> str | None:
     assert config.head_dim is not None
     if platform not in ("gpu", "cuda"):
         return f"cuDNN is for NVIDIA GPUs, and the devices are of type {platform}"
+    if capability is not None and not re.fullmatch(r"([89]|\d\d+)(\.\d)?", capability):
+        return (
+            f"it needs an NVIDIA GPU of compute capability 8.0 (Ampere) or more, not {capability}"
+        )
     if config.dtype != "bfloat16":
         return f"it computes in bfloat16, and model.dtype is {config.dtype}"
     if config.head_dim % 8 or config.head_dim > 128:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -64,7 +65,9 @@ def initialize(
     timer.daemon = True
     timer.start()
     try:
-        jax.distributed.initialize(*given, initialization_timeout=timeout + 60)
+        jax.distributed.initialize(
+            *given, local_device_ids=_all_gpus(), initialization_timeout=timeout + 60
+        )
     except (RuntimeError, ValueError) as e:
         raise ConfigError(f"jax.distributed.initialize failed ({e}); {_ADVICE}.") from e
     finally:
@@ -96,6 +99,20 @@ def _on_cluster() -> bool:
     tpu = any(Path("/dev").glob("accel*")) or Path("/dev/vfio/0").exists()
     cpu = os.environ.get("JAX_PLATFORMS", "").startswith("cpu")
     return tpu and not cpu and os.environ.get("TPU_SKIP_MDS_QUERY") is None
+
+
+def _all_gpus() -> list[int] | None:
+    """The GPUs that a process sees, where it is the only one of the job on its host.
+
+    None leaves it to jax: all devices, or under SLURM and Open MPI the one of the local rank.
+    """
+    tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE"))
+    tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", tasks)
+    if tasks is None or not all(re.fullmatch(r"1(\(x\d+\))?", n) for n in tasks.split(",")):
+        return None
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else list(Path("/dev").glob("nvidia[0-9]*"))
+    return list(range(len(gpus))) or None
 
 
 def is_first() -> bool:
@@ -134,6 +151,12 @@ def _all_messages(message: str) -> list[str]:
     buffer[: len(data)] = np.frombuffer(data, np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(buffer))
     return [row.tobytes().rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def of_first(fn: Callable[[], str]) -> str:
+    """What ``fn`` says on process 0, at most 2 KiB, on all of them."""
+    text = fn() if is_first() else ""
+    return text if jax.process_count() == 1 else _all_messages(text)[0]
 
 
 def check_same(**facts: object) -> None:

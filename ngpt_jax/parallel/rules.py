@@ -102,9 +102,14 @@ def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -
     if axis == "vocab":
         wanted = axis_size(mesh, *cut)
         return f"set model.vocab_multiple to a multiple of {wanted}"
-    last = cut[-1]
-    divisor = math.gcd(size // math.gcd(size, axis_size(mesh, *cut[:-1])), axis_size(mesh, last))
-    return f"try mesh.{last}={divisor} and mesh.data=-1"
+    left = size
+    for m in cut:
+        n = axis_size(mesh, m)
+        if left % n:
+            break
+        left //= n
+    rest = " and mesh.data=-1" if m == "fsdp" else ""  # fsdp is the rest by default
+    return f"try mesh.{m}={math.gcd(left, n)}{rest}"
 
 
 def check_sharded_enough(

@@ -219,7 +219,6 @@ def show(report: dict[str, Any]) -> str:
     from ngpt_jax.training.layout import format_bytes
 
     mesh = " x ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one device"
-    kernels = sum(report["attention_kernels"].values())
     rows = [
         ("model", f"{report['model']}, {report['parameters']:,} parameters"),
         ("devices", f"{report['chips']} x {report['device_kind']}, mesh {mesh}"),
@@ -227,11 +226,12 @@ def show(report: dict[str, Any]) -> str:
          f" {report['microbatches']} microbatches, {report['windows_per_chip']:g} windows a chip"),
     ]  # fmt: skip
     if not report["fits"]:
-        need = report["peak_bytes"] and f"needs {format_bytes(report['peak_bytes'])} a chip, "
-        rows.append(
-            ("memory", f"DOES NOT FIT: {need}the chip has {report['chip_bytes'] / GIB:g} GiB")
-        )
+        need = report["peak_bytes"] and f"needs {format_bytes(report['peak_bytes'])} a chip"
+        has = report["chip_bytes"] and f"the chip has {report['chip_bytes'] / GIB:g} GiB"
+        told = ", ".join(x for x in (need, has) if x)
+        rows.append(("memory", "DOES NOT FIT" + (f": {told}" if told else "")))
         return _columns(rows)
+    kernels = sum(report["attention_kernels"].values())
     of = f" of {report['chip_bytes'] / GIB:g} GiB" if "chip_bytes" in report else ""
     rows += [
         ("peak memory a chip", f"{report['peak_bytes'] / GIB:.3f} GiB{of}: state"
@@ -363,6 +363,14 @@ def _estimate(config: Config, devices: int) -> tuple[float, float]:
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _CONFIG.value is None:
         raise ConfigError("Give an experiment: --config=experiments/1b.py (see --help).")
+    config_file.check_output(json=_JSON.value, lowered=_LOWERED.value)
+    if _SEARCH.value and (_WINDOWS.value or _LOWERED.value):
+        raise ConfigError(
+            "--search finds --windows itself and compiles many steps: leave out"
+            " --windows and --lowered."
+        )
+    if _TOPOLOGY.value == "local" and _SLICES.value > 1:
+        raise ConfigError("--slices is for TPU topologies; --topology=local has its own devices.")
     config = config_file.load_config(_CONFIG.value, overrides)
     xla_flags.set_flags(config.runtime.xla_flags)
     if _TOPOLOGY.value == "local":

@@ -37,6 +37,7 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.model.transformer import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
+from ngpt_jax.parallel import xla_flags
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import layout, throughput
@@ -192,7 +193,9 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     models = _MODELS.value or list(MODELS if _CONFIG.value is None else MODELS[:2])
     if bad := [m for m in models if m not in MODELS]:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
+    config_file.check_output(json=_JSON.value)
     config = config_file.load_config(_CONFIG.value or default_shape(), overrides)
+    xla_flags.set_flags(config.runtime.xla_flags)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
     enable_x64_if_used(config)

@@ -31,7 +31,9 @@ def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
     Raises ConfigError where a parameter cannot be cut by the mesh, or the kernel does not run.
     """
     param_shardings(config.model, mesh)
-    kernel, reason = choose_kernel(config.model, mesh, mesh.devices.flat[0].platform)
+    device = mesh.devices.flat[0]
+    capability = getattr(device, "compute_capability", None)
+    kernel, reason = choose_kernel(config.model, mesh, device.platform, capability)
     model = dataclasses.replace(config.model, attention=kernel)
     return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
 

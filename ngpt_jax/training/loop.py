@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import faulthandler
-import importlib.metadata
 import json
 import math
-import platform
 import statistics
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,7 +20,7 @@ from jax.sharding import Mesh
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.sources import Corpus, load_corpus
+from ngpt_jax.data.sources import load_corpus
 from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ngpt_jax.model.sampling import sample
 from ngpt_jax.model.transformer import num_params
@@ -33,9 +30,10 @@ from ngpt_jax.parallel.mesh import BatchPlacer, check_eval_batch, make_mesh
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.checkpoint import Checkpoints
 from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
-from ngpt_jax.training.metrics import MetricWriter, NoWriter, Terminal, write_atomically
+from ngpt_jax.training.metrics import MetricWriter, NoWriter, Terminal
 from ngpt_jax.training.step import summarize_params
 from ngpt_jax.training.stop_signal import StopSignal
+from ngpt_jax.training.workdir import check_shared, claim_workdir
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
 
@@ -63,57 +61,6 @@ def with_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
     return dataclasses.replace(config, model=model), tokenizer
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes config.json and versions.json; refuses a folder that holds another run's model."""
-    saved = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is a file; give a folder.")
-    if saved.exists():
-        try:
-            old = config_lib.from_config_dict(json.loads(saved.read_text(encoding="utf-8")))
-        except ValueError as e:
-            raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
-        diff = config_lib.differences(old, config)
-        bound = ("model.", "optimizer.", "data.", "train.")
-        free = (
-            *("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk"),
-            *("model.attention", "train.accumulate", "data.threads", "data.prefetch"),
-        )
-        if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
-            rest = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise ConfigError(
-                f"--workdir={workdir} holds another run ({'; '.join(bad[:3])}{rest});"
-                " choose another --workdir, or delete it."
-            )
-    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-        raise ConfigError(
-            f"--workdir={workdir} holds checkpoints but no config.json; choose another --workdir."
-        )
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, config_lib.to_json(config))
-        write_atomically(workdir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-    except OSError as e:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}.") from e
-
-
-def _versions() -> dict[str, Any]:
-    packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy".split()
-    versions: dict[str, Any] = {}
-    for name in packages:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return {
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-        **versions,
-    }
-
-
 class _Run:
     """What the loop holds on to between steps; see :func:`train`."""
 
@@ -122,19 +69,19 @@ class _Run:
     ):
         self.tokenizer, self.stop, self.mesh, self.workdir = tokenizer, stop, mesh, workdir
         self.config, kernel = layout.for_mesh(config, mesh)
-        corpus, tokens = distributed.together(self._read, ConfigError)
+        tokens, self.eval_sets = distributed.together(self._read, ConfigError)
         # What the position counts in: the same place in another text would mean nothing.
         text = {"tokens": len(tokens), "crc32": zlib.crc32(tokens.data)}
         distributed.check_same(
-            config=zlib.crc32(config_lib.to_json(config).encode()), text=json.dumps(text)
+            config=zlib.crc32(config_lib.to_json(config).encode()),
+            text=json.dumps(text),
+            held_out=[(s.name, len(s.tokens), zlib.crc32(s.tokens.data)) for s in self.eval_sets],
         )
         self.dataset = pipeline.train_dataset(tokens, config.model.context, config.data.seed)
-        self.eval_sets = [
-            pipeline.make_eval_set(name, documents, tokenizer)
-            for name, documents in corpus.held_out.items()
-        ]
         self._on_first(lambda: claim_workdir(workdir, config))
+        check_shared(workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
+        distributed.check_same(newest_checkpoint=self.checkpoints.latest_step())
         # position counts windows consumed; evaluated is the last step evaluated, with results.
         self.progress: dict[str, Any] = {
             "position": 0, "evaluated": -1, "results": {}, "losses": [], "seconds": 0.0,
@@ -166,14 +113,25 @@ class _Run:
         self.nats_fn: SummedNats = make_summed_nats(self.config)
         self.summarize = jax.jit(lambda params: summarize_params(config.model, params))
 
-    def _read(self) -> tuple[Corpus, np.ndarray]:
+    def _read(self) -> tuple[np.ndarray, list[pipeline.EvalSet]]:
         corpus = load_corpus(self.config.data)
-        return corpus, pipeline.join_documents(corpus.train, self.tokenizer)
+        tokens = pipeline.join_documents(corpus.train, self.tokenizer)
+        return tokens, [
+            pipeline.make_eval_set(name, documents, self.tokenizer)
+            for name, documents in corpus.held_out.items()
+        ]
 
-    @staticmethod
-    def _on_first(fn: Callable[[], Any]) -> Any:
-        """Runs fn on process 0; its ConfigError ends all."""
-        return distributed.together(lambda: fn() if distributed.is_first() else None, ConfigError)
+    def _on_first(self, fn: Callable[[], Any]) -> Any:
+        """Runs fn, which writes into the workdir, on process 0; its errors end all."""
+
+        def run():
+            try:
+                return fn() if distributed.is_first() else None
+            except OSError as e:
+                what = e.filename or self.workdir
+                raise ConfigError(f"{what} cannot be written: {e.strerror or e}.") from e
+
+        return distributed.together(run, ConfigError)
 
     def _greet(self, tokens: int, resumed: bool, kernel: str) -> None:
         config, say = self.config, self.terminal.say

@@ -91,14 +91,19 @@ def _start_wandb(config: Config, workdir: Path) -> Any:
     id_file = workdir / "wandb_id"
     if not id_file.exists():
         write_atomically(id_file, secrets.token_hex(8))
-    return wandb.init(
-        project=config.log.wandb_project,
-        config=dataclasses.asdict(config),
-        dir=str(workdir),
-        name=workdir.name,
-        id=id_file.read_text(encoding="utf-8"),
-        resume="allow",
-    )
+    try:
+        return wandb.init(
+            project=config.log.wandb_project,
+            config=dataclasses.asdict(config),
+            dir=str(workdir),
+            name=workdir.name,
+            id=id_file.read_text(encoding="utf-8"),
+            resume="allow",
+        )
+    except Exception as e:  # not logged in, no network: wandb has many kinds
+        raise ConfigError(
+            f"log.wandb_project: wandb did not start ({e}); or set it to None."
+        ) from e
 
 
 def format_duration(seconds: float) -> str:
