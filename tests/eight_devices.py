@@ -202,6 +202,20 @@ def test_collectives_of_the_loss_do_not_grow_with_its_chunks():
     assert four["all-gather"] == sixteen["all-gather"]
 
 
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_no_layer_keeps_its_gathered_weights_for_the_backward_pass(remat):
+    def temporary_bytes(layers):
+        fields = {"model__layers": layers, "model__width": 256, "model__context": 16}
+        fields |= {"model__remat": remat}
+        fields |= {"model__dtype": "float32", "model__param_dtype": "float32"}
+        config, mesh = on(make("ngpt", {"fsdp": 8}, **fields), jax.devices())
+        step = layout.lower_train_step(config, mesh).compile()
+        return step.memory_analysis().temp_size_in_bytes
+
+    whole = 4 * (4 + 3 * 4) * 256**2  # bytes of a layer's weights
+    assert (temporary_bytes(6) - temporary_bytes(3)) / 3 < whole / 2
+
+
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 2, 64), (2, 2, 128)])
 def test_splash_with_positions_cut_equals_xla_on_one_device(documents, heads, kv_heads, head_dim):

@@ -69,6 +69,8 @@ def matrix(
 ) -> jax.Array:
     """A matrix in the compute dtype: in nGPT a set of unit vectors along its embed axis.
 
+    It is gathered where it is used: see :meth:`Block._linear`, embedding and loss.
+
     The parameter transform: vectors are put on the sphere at init, and, with
     ``normalize_on_read``, again wherever they are read, so that gradients are tangent.
 
@@ -92,9 +94,7 @@ def matrix(
         w = sphere.normalize(w, axis)
     if factor is not None:
         w = sphere.promote(w) * factor
-    w = w.astype(config.dtype)
-    # Tables are gathered where they are used, see embedding and loss.
-    return w if "vocab" in axes else rules.gather(w, axes)
+    return w.astype(config.dtype)
 
 
 def scale(module: nn.Module, config: ModelConfig, name: str, axes: Axes, spec: Scale) -> jax.Array:
@@ -166,12 +166,26 @@ class Block(nn.Module):
         alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
         return sphere.lerp(h, sphere.normalize(sphere.promote(proposal)), alpha)
 
+    def _linear(self, x: jax.Array, name: str, axes: Axes, contracted: int = 1, **how) -> jax.Array:
+        """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
+        c = self.config
+        w = matrix(self, c, name, axes, **how)
+
+        def product(x, w):
+            return linear(x, rules.gather(w, axes), contracted)
+
+        if c.remat == "none" and rules.axis_size(rules.current_mesh(), "fsdp") > 1:
+            # Or the gathered matrices of all layers would wait for the backward pass.
+            w = rules.lay_out(w, axes)
+            product = jax.checkpoint(product, prevent_cse=not c.scan_layers)
+        return product(x, w)
+
     def _attention(self, h: jax.Array, tables, segment_ids) -> jax.Array:
         c = self.config
         assert c.head_dim is not None and c.kv_heads is not None
-        q = linear(h, matrix(self, c, "query_kernel", ("embed", "heads", "head_dim")))
-        k = linear(h, matrix(self, c, "key_kernel", ("embed", "kv_heads", "head_dim")))
-        v = linear(h, matrix(self, c, "value_kernel", ("embed", "kv_heads", "head_dim")))
+        q = self._linear(h, "query_kernel", ("embed", "heads", "head_dim"))
+        k = self._linear(h, "key_kernel", ("embed", "kv_heads", "head_dim"))
+        v = self._linear(h, "value_kernel", ("embed", "kv_heads", "head_dim"))
         if c.kind == "ngpt":
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             q, k = self._unit_heads(q), self._unit_heads(k)
@@ -190,8 +204,9 @@ class Block(nn.Module):
         kernel_name = kernel_of(c, h.shape[1])
         out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
         out = checkpoint_name(out, SAVED_NAME)
-        kernel = matrix(self, c, "out_kernel", ("heads", "head_dim", "embed"), self._out_std())
-        return rules.constrain(linear(out, kernel, contracted=2), "batch", "length", "embed")
+        axes = ("heads", "head_dim", "embed")
+        out = self._linear(out, "out_kernel", axes, contracted=2, std_factor=self._out_std())
+        return rules.constrain(out, "batch", "length", "embed")
 
     def _unit_heads(self, x: jax.Array) -> jax.Array:
         return sphere.normalize(x) if self.config.qk_norm else x
@@ -202,11 +217,11 @@ class Block(nn.Module):
         if c.kind == "ngpt":  # equations 20 and 21; sqrt(d) matters for v alone
             s_u = scale(self, c, "s_u", ("mlp",), c.s_u)
             s_v = scale(self, c, "s_v", ("mlp",), c.s_v) * math.sqrt(c.width)
-        u = linear(h, matrix(self, c, "up_kernel", ("embed", "mlp"), factor=s_u))
-        v = linear(h, matrix(self, c, "gate_kernel", ("embed", "mlp"), factor=s_v))
-        kernel = matrix(self, c, "down_kernel", ("mlp", "embed"), self._out_std())
+        u = self._linear(h, "up_kernel", ("embed", "mlp"), factor=s_u)
+        v = self._linear(h, "gate_kernel", ("embed", "mlp"), factor=s_v)
         hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
-        return rules.constrain(linear(hidden, kernel), "batch", "length", "embed")
+        out = self._linear(hidden, "down_kernel", ("mlp", "embed"), std_factor=self._out_std())
+        return rules.constrain(out, "batch", "length", "embed")
 
     def _out_std(self) -> float:
         return (2 * self.config.layers) ** -0.5
