@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -147,3 +148,19 @@ def test_flags_that_do_not_fit_together_are_refused(flags, message):
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
+
+
+def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
+    device = SimpleNamespace(device_kind="TPU v5e", platform="tpu")
+    limit = aot.USABLE * 16 * aot.GIB
+
+    def report_of(config, devices):
+        windows = config.train.batch_size
+        return {
+            "fits": windows <= 21,
+            "peak_bytes": (0.05 + windows / 20.01) * limit / 1.05,
+            "n": windows,
+        }
+
+    monkeypatch.setattr(aot, "report_of", report_of)
+    assert aot.search(tiny(), [device])["n"] == 20

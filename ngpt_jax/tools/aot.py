@@ -326,8 +326,9 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
         report = report_of(with_windows(config, len(devices), windows), devices)
         peak = report["peak_bytes"]
         told = "" if peak is None else f"{peak / GIB:.2f} GiB of {chip.memory:g}, "
-        print(f"{windows} windows: {told}{'fits' if report['fits'] else 'no'}", flush=True)
-        if report["fits"]:
+        fits = report["fits"] and (peak is None or peak <= limit)
+        print(f"{windows} windows: {told}{'fits' if fits else 'no'}", flush=True)
+        if fits:
             fitting, best = windows, report
         else:
             failing = windows
