@@ -24,9 +24,11 @@ from ngpt_jax.config_fields import (
     ConfigError,
     DataConfig,
     MeshConfig,
+    MixtureConfig,
     ModelConfig,
     OptimizerConfig,
     Scale,
+    SourceConfig,
 )
 
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "MeshConfig",
+    "MixtureConfig",
     "ModelConfig",
     "OptimizerConfig",
     "Scale",
+    "SourceConfig",
 ]
 
 # --------------------------------------------------------------------- ConfigDict and back
@@ -58,6 +62,26 @@ def _plain_type(hint: Any) -> Any:
     return typing.get_origin(hint) or hint
 
 
+def entry_type(hint: Any) -> type | None:
+    """The dataclass of the entries of a field that maps free names to sections, else None."""
+    if typing.get_origin(hint) is Mapping:
+        return typing.get_args(hint)[1]
+    return None
+
+
+def field_hint(name: str) -> Any:
+    """The type of a field by its dotted name, None where there is no such field."""
+    hint: Any = Config
+    for part in name.split("."):
+        if entry := entry_type(hint):
+            hint = entry
+        elif dataclasses.is_dataclass(hint):
+            hint = _hints(typing.cast(type, hint)).get(part)
+        else:
+            return None
+    return None if entry_type(hint) or dataclasses.is_dataclass(hint) else hint
+
+
 def type_name(hint: Any) -> str:
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
 
@@ -69,6 +93,8 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             out[name] = to_config_dict(value)
+        elif entry_type(hint):
+            out[name] = ml_collections.ConfigDict({k: to_config_dict(v) for k, v in value.items()})
         elif _is_optional(hint):
             out[name] = config_dict.placeholder(_plain_type(hint))
             out[name] = value
@@ -78,8 +104,13 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """The defaults as a locked ConfigDict, for experiment files to edit."""
-    return to_config_dict(Config())
+    """The defaults as a locked ConfigDict, for experiment files to edit.
+
+    ``data.mixture`` takes sections under any name, each a dict of fields of MixtureConfig.
+    """
+    out = to_config_dict(Config())
+    out.data.mixture.unlock()
+    return out
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
@@ -117,13 +148,27 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         if name not in values:
             continue
         value = values[name]
-        if dataclasses.is_dataclass(hint):
+        entry = entry_type(hint)
+        if entry or dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping | ml_collections.ConfigDict):
                 raise ConfigError(f"{prefix}{name} is a section of fields, got {value!r}.")
+        if entry:
+            out[name] = _build_entries(entry, value, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(hint):
             out[name] = _build(typing.cast(type, hint), value, f"{prefix}{name}.")
         else:
             out[name] = _convert(value, hint, prefix + name)
     return cls(**out)
+
+
+def _build_entries(cls: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Sections under names of the user's."""
+    for name, value in values.items():
+        if not name.isidentifier():
+            raise ConfigError(f"{prefix}{name}: a name is made of letters, digits and _.")
+        if not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"{prefix}{name} is a section of fields, got {value!r}.")
+    return {name: _build(cls, values[name], f"{prefix}{name}.") for name in sorted(values)}
 
 
 def from_config_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> Config:
@@ -140,6 +185,9 @@ def fields(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, str]]
             above = "" if isinstance(value, Scale) is False else f.metadata["help"] + ": "
             for n, t, v, meaning in fields(value, name + "."):
                 yield n, t, v, above + meaning
+        elif entry_type(hints[f.name]):
+            for key, entry in value.items():
+                yield from fields(entry, f"{name}.{key}.")
         else:
             yield name, hints[f.name], value, f.metadata["help"]
 
@@ -150,11 +198,12 @@ def to_json(config: Config) -> str:
 
 def differences(a: Any, b: Any) -> list[str]:
     """'name: value in a -> value in b' for each field in which two configs differ."""
-    other = {name: value for name, _, value, _ in fields(b)}
+    old, new = ({name: value for name, _, value, _ in fields(c)} for c in (a, b))
+    missing = "not there"  # a section under a name of the user's
     return [
-        f"{name}: {value!r} -> {other[name]!r}"
-        for name, _, value, _ in fields(a)
-        if value != other[name]
+        f"{name}: {old.get(name, missing)!r} -> {new.get(name, missing)!r}"
+        for name in {**old, **new}
+        if name not in old or name not in new or old[name] != new[name]
     ]
 
 
@@ -183,7 +232,8 @@ def resolve(config: Config) -> Config:
     _one_of("model.attention", m.attention, ("auto", "splash", "cudnn", "xla"))
     _one_of("runtime.xla_flags", config.runtime.xla_flags, ("overlap", "none"))
     _one_of("optimizer.schedule", o.schedule, ("cosine", "wsd", "constant"))
-    _one_of("data.source", d.source, ("stdlib", "text"))
+    _one_of("data.packing", d.packing, ("concatenate", "best_fit"))
+    _one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
     for name, _, value, _ in fields(config):
         leaf = name.rsplit(".", 1)[-1]
         if leaf in _POSITIVE and value is not None:
@@ -196,7 +246,7 @@ def resolve(config: Config) -> Config:
     for name in ("b1", "b2"):
         value = getattr(o, name)
         _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}.")
-    _require(0 < d.held_out < 1, f"data.held_out must lie between 0 and 1, got {d.held_out}.")
+    _check_data(d)
 
     mesh = dataclasses.asdict(config.mesh)
     for name, size in mesh.items():
@@ -271,31 +321,80 @@ def resolve(config: Config) -> Config:
         o, warmup_steps=warmup, weight_decay=(0.0 if ngpt else 0.1) if decay is None else decay
     )
 
-    if d.source == "text":
-        _require(
-            bool(d.paths), "data.source=text needs data.paths, e.g. --config.data.paths=book.txt"
-        )
-    else:
-        _require(
-            not d.paths and not d.eval_paths,
-            f"data.paths and data.eval_paths are for data.source=text, not {d.source}.",
-        )
-    for item in d.eval_paths:
-        _require(
-            "=" in item, f"data.eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt"
-        )
     evaluation = dataclasses.replace(config.eval, batch_size=config.eval.batch_size or t.batch_size)
     return dataclasses.replace(
         config, model=model, optimizer=optimizer, train=train, eval=evaluation
     )
 
 
+SOURCES = ("stdlib", "text", "tfds", "array_record", "bin")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.source != "mixture":
+        _require(not data.mixture, f"data.mixture is for data.source=mixture, not {data.source}.")
+        _check_source(data, "data", (*SOURCES, "mixture"))
+        return
+    _require(
+        bool(data.mixture),
+        "data.source=mixture needs sources, e.g. --config.data.mixture.web.source=text"
+        " --config.data.mixture.web.paths=web.jsonl --config.data.mixture.web.weight=0.7",
+    )
+    for name, _, value, _ in fields(SourceConfig(source="mixture")):
+        _require(
+            getattr(data, name) == value,
+            f"data.{name} is not read where data.source=mixture; set data.mixture.NAME.{name}.",
+        )
+    for name, source in data.mixture.items():
+        _check_source(source, f"data.mixture.{name}", SOURCES)
+
+
+def _check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
+    """Fields that belong together, and none that the source does not read."""
+    _one_of(f"{prefix}.source", s.source, known)
+    _require(0 < s.held_out < 1, f"{prefix}.held_out must lie between 0 and 1, got {s.held_out}.")
+    if s.token_dtype is not None:
+        _one_of(f"{prefix}.token_dtype", s.token_dtype, ("uint16", "uint32"))
+    given = {name for name, _, value, _ in fields(SourceConfig()) if getattr(s, name) != value}
+    reads = {
+        "stdlib": "held_out",
+        "text": "paths eval_paths text_key held_out",
+        "tfds": "paths text_key held_out tfds_name tfds_split tfds_eval_split",
+        "array_record": "paths eval_paths held_out token_dtype",
+        "bin": "paths eval_paths held_out token_dtype",
+    }
+    for name in sorted(given - {"source", *reads[s.source].split()}):
+        readers = ", ".join(source for source, names in reads.items() if name in names.split())
+        raise ConfigError(
+            f"{prefix}.{name} is for {prefix}.source={readers}, not {s.source}; leave it out, or"
+            " change the source."
+        )
+    example = {"text": "book.txt", "array_record": "DIR", "bin": "train.bin"}.get(s.source)
+    if example is not None:
+        _require(
+            bool(s.paths),
+            f"{prefix}.source={s.source} needs {prefix}.paths, e.g."
+            f" --config.{prefix}.paths={example}",
+        )
+    if s.source == "tfds":
+        _require(
+            bool(s.paths or s.tfds_name) and len(s.paths) < 2,
+            f"{prefix}.source=tfds needs {prefix}.tfds_name, or the folder of one data set in"
+            f" {prefix}.paths, or both.",
+        )
+    for item in s.eval_paths:
+        _require(
+            "=" in item,
+            f"{prefix}.eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt",
+        )
+
+
 _POSITIVE = frozenset(
     "layers width heads kv_heads head_dim mlp_width context vocab_size vocab_multiple rope_base"
     " init_std scale loss_chunk learning_rate eps threads prefetch steps batch_size batches"
-    " every keep accumulate".split()
+    " every keep keep_every accumulate max_skipped weight".split()
 )
 _NOT_NEGATIVE = frozenset(
     "rms_eps warmup_steps weight_decay clip_norm clip_eps temperature tokens"
-    " hang_seconds first_step num_steps".split()
+    " hang_seconds first_step num_steps workers minutes keep_best spike_deviations".split()
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -95,26 +96,70 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class SourceConfig:
     source: str = _field(
-        "stdlib", "stdlib (the running Python's own source code) or text (local files)"
+        "stdlib",
+        "stdlib (the running Python's own source code), text (files), tfds (TensorFlow Datasets),"
+        " array_record (text or token ids), bin (token ids of nanoGPT, llm.c or data.prepare), or"
+        " mixture (data.mixture)",
     )
     paths: tuple[str, ...] = _field(
-        (), "text: files, folders or globs of .txt, .jsonl, also .gz; repeat the flag for more"
+        (),
+        "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl,"
+        " .parquet, the first two also .gz, .zst; tfds: a data set's folder, or with tfds_name the"
+        " folder of all sets",
     )
     eval_paths: tuple[str, ...] = _field(
-        (), "text: held-out sets as name=path; none: held_out of the documents"
+        (), "held-out sets as name=path, of the same kind; none: held_out of the documents"
     )
-    text_key: str = _field("text", "text: field of a .jsonl line that holds the document")
+    text_key: str = _field(
+        "text", "field of a .jsonl line, column of a .parquet file or feature of a tfds set"
+    )
     held_out: float = _field(
-        0.05, "share of the text kept for evaluation where no eval_paths are given"
+        0.05, "share of the documents kept for evaluation where no held-out sets are given"
     )
-    tokenizer: str = _field("byte", "byte, or the path of a tokenizers JSON file")
+    tfds_name: str | None = _field(None, "tfds: of a prepared set, e.g. lm1b or wiki40b/en")
+    tfds_split: str = _field("train", "tfds: split to train on")
+    tfds_eval_split: str | None = _field(
+        None, "tfds: held-out split; None: held_out of the documents"
+    )
+    token_dtype: str | None = _field(
+        None,
+        "bin without a header: uint16 or uint32; None: uint16. array_record: None where a record"
+        " is UTF-8 text, uint16 or uint32 where it holds the token ids of a document",
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig(SourceConfig):
+    weight: float = _field(1.0, "windows taken of this source, relative to the other weights")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(SourceConfig):
+    mixture: Mapping[str, MixtureConfig] = _section(
+        dict, "named sources with weights, for source=mixture: data.mixture.NAME.weight=0.3"
+    )
+    tokenizer: str = _field(
+        "byte",
+        "byte, or a path: a tokenizers JSON file, a SentencePiece .model, a .tiktoken file, or a"
+        " folder with GPT-2's encoder.json and vocab.bpe",
+    )
     end_of_document: str | None = _field(
         None, "token put after each document; None: </s>, <|endoftext|>, ... as found"
     )
+    packing: str = _field(
+        "concatenate",
+        "of documents into windows: concatenate (and cut), or best_fit (few documents are cut,"
+        " what stays empty is padding)",
+    )
+    mask_documents: bool = _field(False, "attention sees nothing before its own document")
+    cache: str = _field(
+        "~/.cache/ngpt_jax/data", "folder of prepared tokens, shared by all hosts of a run"
+    )
     seed: int = _field(0, "of the shuffle")
-    threads: int = _field(2, "that read ahead")
+    workers: int = _field(0, "processes that read ahead; 0: threads of the program itself")
+    threads: int = _field(2, "that read ahead, in the program or in each worker")
     prefetch: int = _field(8, "batches read ahead")
 
 
@@ -125,6 +170,14 @@ class TrainConfig:
     batch_size: int = _field(16, "windows a step, over all devices")
     accumulate: int = _field(1, "microbatches that a step's batch is cut into, to save memory")
     seed: int = _field(0, "of the parameters' init")
+    max_skipped: int = _field(
+        10, "steps in a row with a loss or gradient that is not finite, or a spike, that end a run"
+    )
+    spike_deviations: float = _field(
+        0.0,
+        "a step whose loss lies this many standard deviations above its running mean is skipped;"
+        " 0: never",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +220,19 @@ class EvalConfig:
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     every: int = _field(1000, "steps between checkpoints; the last step is always saved")
+    minutes: float = _field(
+        0.0, "minutes after which a checkpoint is saved besides, by process 0's clock; 0: never"
+    )
     keep: int = _field(2, "newest checkpoints that stay on disk")
+    keep_every: int | None = _field(None, "checkpoints of multiples of this step stay for good")
+    keep_best: int = _field(
+        0,
+        "checkpoints of the lowest held-out loss that stay; an evaluation that makes the list"
+        " is saved",
+    )
+    on_error: str = _field(
+        "stop", "after a save that failed (a full disk): stop, or continue to the next save"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +253,9 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    init_from: str | None = _field(
+        None, "a run's folder, or one of its checkpoints, whose weights a new run starts from"
+    )
     model: ModelConfig = _section(ModelConfig, "the network")
     optimizer: OptimizerConfig = _section(OptimizerConfig, "Adam and its schedule")
     data: DataConfig = _section(DataConfig, "text and tokens")

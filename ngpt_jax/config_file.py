@@ -112,13 +112,13 @@ def load_config(
       overrides: (dotted name, text); a tuple of strings is replaced by all values given for it.
     """
     values = _load_file(source) if isinstance(source, str) else source
-    defaults = {name: (hint, value) for name, hint, value, _ in config_lib.fields(Config())}
+    known = [name for name, *_ in config_lib.fields(Config())]
     tuples: dict[str, Any] = {}
     for name, text in overrides:
-        if name not in defaults:
-            hint = config_lib.did_you_mean(name, defaults)
-            raise ConfigError(f"Unknown field --config.{name}.{hint} See --help_config.")
-        hint, _ = defaults[name]
+        hint = config_lib.field_hint(name)
+        if hint is None:
+            meant = config_lib.did_you_mean(name, known)
+            raise ConfigError(f"Unknown field --config.{name}.{meant} See --help_config.")
         value = _parse_value(text, hint, name, tuples.get(name, ()))
         if isinstance(value, tuple):
             tuples[name] = value
@@ -140,7 +140,7 @@ def describe(config: Config) -> str:
     width = min(60, max(map(len, left)))
     lines = []
     for text, (name, hint, value, meaning) in zip(left, rows):
-        default = "" if value == defaults[name] else f" (default: {defaults[name]!r})"
+        default = "" if value == defaults.get(name, value) else f" (default: {defaults[name]!r})"
         lines.append(f"{text:{width}}  # {config_lib.type_name(hint)}: {meaning}{default}")
     return "\n".join(lines)
 

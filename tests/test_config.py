@@ -121,7 +121,10 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("model.dtype=float16", r"model.dtype must be one of"),
         ("data.source=openwebtext", r"data.source must be one of stdlib, text"),
         ("data.source=text", r"data.source=text needs data.paths"),
-        ("data.paths=x.txt", r"data.paths and data.eval_paths are for data.source=text"),
+        (
+            "data.paths=x.txt",
+            r"data.paths is for data.source=text, tfds, array_record, bin, not stdlib; leave",
+        ),
         ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
         ("optimizer.schedule=linear", r"optimizer.schedule must be one of cosine, wsd, constant"),
         ("optimizer.warmup_steps=500", r"optimizer.warmup_steps = 500 must be below"),
