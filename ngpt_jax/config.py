@@ -149,9 +149,9 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
             continue
         value = values[name]
         entry = entry_type(hint)
-        if entry or dataclasses.is_dataclass(hint):
-            if not isinstance(value, Mapping | ml_collections.ConfigDict):
-                raise ConfigError(f"{prefix}{name} is a section of fields, got {value!r}.")
+        is_section = entry or dataclasses.is_dataclass(hint)
+        if is_section and not isinstance(value, Mapping | ml_collections.ConfigDict):
+            raise ConfigError(f"{prefix}{name} is a section of fields, got {value!r}.")
         if entry:
             out[name] = _build_entries(entry, value, f"{prefix}{name}.")
         elif dataclasses.is_dataclass(hint):
@@ -333,7 +333,7 @@ SOURCES = ("stdlib", "text", "tfds", "array_record", "bin")
 def _check_data(data: DataConfig) -> None:
     if data.source != "mixture":
         _require(not data.mixture, f"data.mixture is for data.source=mixture, not {data.source}.")
-        _check_source(data, "data", (*SOURCES, "mixture"))
+        check_source(data, "data", (*SOURCES, "mixture"))
         return
     _require(
         bool(data.mixture),
@@ -346,11 +346,11 @@ def _check_data(data: DataConfig) -> None:
             f"data.{name} is not read where data.source=mixture; set data.mixture.NAME.{name}.",
         )
     for name, source in data.mixture.items():
-        _check_source(source, f"data.mixture.{name}", SOURCES)
+        check_source(source, f"data.mixture.{name}", SOURCES)
 
 
-def _check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
-    """Fields that belong together, and none that the source does not read."""
+def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
+    """Refuses fields that do not belong together, and those that the source does not read."""
     _one_of(f"{prefix}.source", s.source, known)
     _require(0 < s.held_out < 1, f"{prefix}.held_out must lie between 0 and 1, got {s.held_out}.")
     if s.token_dtype is not None:

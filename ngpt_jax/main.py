@@ -34,6 +34,11 @@ _HELP_CONFIG = flags.DEFINE_bool(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
 )
+_ALLOW_SCHEDULE_CHANGE = flags.DEFINE_bool(
+    "allow_schedule_change",
+    False,
+    "Go on with a run under another length, batch size or learning rate.",
+)
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several do not find each other."
 )
@@ -76,9 +81,9 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         if problem is not None:
             raise problem
         return 0
-    workdir = Path(_WORKDIR.value) if _WORKDIR.value else _default_workdir(_CONFIG.value)
+    workdir = _WORKDIR.value or _default_workdir(_CONFIG.value)
     try:
-        return loop.train(config, workdir)
+        return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value)
     except loop.RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1

@@ -18,13 +18,13 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data import pipeline
 from ngpt_jax.data.tokenizers import ByteTokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.training import dry_run, layout, loop, throughput
 from ngpt_jax.training.evaluate import evaluate, make_summed_nats
-from ngpt_jax.training.metrics import MetricWriter, format_duration
+from ngpt_jax.terminal import format_duration
+from ngpt_jax.training.metrics import MetricWriter
 
 ROOT = Path(__file__).parents[1]
 

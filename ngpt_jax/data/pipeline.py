@@ -1,4 +1,4 @@
-"""Documents to batches of windows: grain for training, plain loops for evaluation.
+"""Windows to batches: grain for training, a plain loop for evaluation.
 
 The order of training windows is a pure function of the seed. A run's place in it is one
 integer, the windows consumed: no state of an iterator is ever saved.
@@ -6,83 +6,72 @@ integer, the windows consumed: no state of an iterator is ever saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from fractions import Fraction
 
 import grain
 import numpy as np
+from absl import flags
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import Tokenizer, utf8
+from ngpt_jax.data.corpus import EvalSet, Windows
 
 Batch = dict[str, np.ndarray]
-
-_CHARACTERS_AT_ONCE = 2**20  # given to the tokenizer: bounds what its results take in memory
-
-
-def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
-    """The smaller of uint16 and uint32 that holds ids below ``vocab_size``."""
-    return np.uint16 if vocab_size <= 2**16 else np.uint32
-
-
-def join_documents(documents: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
-    """Tokens of all documents, ``eod`` after each: (tokens,) of ``token_dtype``."""
-    dtype = token_dtype(tokenizer.vocab_size)
-    eod = np.array([tokenizer.eod], dtype)
-    pieces: list[np.ndarray] = [np.zeros(0, dtype)]
-    for texts in _portions(documents):
-        for ids in tokenizer.encode_batch(texts):
-            pieces += [ids.astype(dtype), eod]
-    return np.concatenate(pieces)
-
-
-def _portions(documents: Iterable[str]) -> Iterator[list[str]]:
-    texts: list[str] = []
-    characters = 0
-    for text in documents:
-        texts.append(text)
-        characters += len(text)
-        if characters >= _CHARACTERS_AT_ONCE:
-            yield texts
-            texts, characters = [], 0
-    if texts:
-        yield texts
 
 
 # ------------------------------------------------------------------------------------ training
 
 
-def train_dataset(tokens: np.ndarray, context: int, seed: int) -> grain.MapDataset:
-    """Shuffled windows without end, each epoch in an order of its own.
-
-    Windows of ``context + 1`` tokens start every ``context`` tokens: in an epoch each token
-    but the first is a target once, save a tail that fills no window.
+def train_dataset(windows: Windows, seed: int) -> grain.MapDataset:
+    """Shuffled windows without end, each epoch in an order of its own; each once an epoch.
 
     Args:
-      tokens: (tokens,) as :func:`join_documents` makes them.
-      context: tokens of a window.
+      windows: at least one, of {"inputs", "targets", ...}, each (context,).
       seed: of the shuffle, not negative.
-
-    Returns:
-      A dataset of {"inputs", "targets"}, each (context,) int32.
     """
-    windows = (len(tokens) - 1) // context
-    if windows < 1:
-        raise ConfigError(
-            f"model.context = {context} needs a training text of {context + 1} tokens or more, but"
-            f" there are {len(tokens)}; lower model.context or give more text."
-        )
     if seed < 0:
         raise ConfigError(f"data.seed must not be negative, got {seed}.")
-
-    def window(index: int) -> Batch:
-        start = index * context
-        piece = tokens[start : start + context + 1].astype(np.int32)
-        return {"inputs": piece[:-1], "targets": piece[1:]}
-
     # grain shuffles epoch e with seed + e. Hashed, the epochs of seed 0 are not those of seed 1.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.range(windows).shuffle(seed=hashed).map(window).repeat()
+    indices = grain.MapDataset.range(len(windows)).shuffle(seed=hashed)
+    return indices.map(windows.__getitem__).repeat()
+
+
+def mixed_dataset(
+    sources: Mapping[str, Windows], weights: Mapping[str, float], seed: int
+) -> grain.MapDataset:
+    """Windows of several sources in turn: of n windows, close to n * weight are of each.
+
+    Each source has epochs of its own.
+    """
+    # Another seed each: two sources of one length must not be in step.
+    names = sorted(sources)
+    seeds = np.random.SeedSequence(seed).generate_state(len(names))
+    datasets = [train_dataset(sources[name], int(s)) for name, s in zip(names, seeds)]
+    return _Mixed(datasets, [weights[name] for name in names])
+
+
+class _Mixed(grain.MapDataset):
+    """Element i is of the first dataset where floor(i * share) takes a step, else of the rest.
+
+    The rest is a mixture again, so that each index is found without counting up to it.
+    """
+
+    def __init__(self, parents: Sequence[grain.MapDataset], weights: Sequence[float]):
+        super().__init__(parents)
+        exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+        self._shares = [w / sum(exact[i:]) for i, w in enumerate(exact)]
+
+    def __len__(self) -> int:
+        return min(len(parent) for parent in self._parents)
+
+    def __getitem__(self, index):
+        for parent, share in zip(self._parents, self._shares):
+            here = index * share.numerator // share.denominator
+            if (index + 1) * share.numerator // share.denominator > here:
+                return parent[here]
+            index -= here
+        raise AssertionError("the last share is 1")
 
 
 class _Rows(grain.MapDataset):
@@ -107,75 +96,73 @@ def train_batches(
     threads: int,
     prefetch: int,
     rows: np.ndarray | None = None,
+    workers: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of consecutive elements of ``dataset``, read ahead in threads.
+    """Batches of consecutive elements of ``dataset``, read ahead in threads or processes.
 
-    Batch k holds elements ``position + k * batch_size`` and on, whatever ``threads`` and
-    ``prefetch`` are; with ``rows``, those rows of it alone. The threads end with the
-    iterator: when it is collected, or closed by its method ``close``.
+    Batch k holds elements ``position + k * batch_size`` and on, whatever ``threads``,
+    ``workers`` and ``prefetch`` are; with ``rows``, those rows of it alone. Threads and processes
+    end with the iterator: when it is collected, or closed by its method ``close``.
 
     Args:
       dataset: without end, from :func:`train_dataset`.
       batch_size: windows a batch.
       position: windows consumed before.
-      threads: that read ahead; 0 reads in the caller's.
+      threads: that read ahead, in each worker if there are any; 0 reads in the caller's.
       prefetch: batches read ahead.
       rows: of a batch, that this process needs; None: all.
+      workers: processes that read ahead; 0: none.
 
     Returns:
-      An iterator over {"inputs", "targets"}, each (rows, context) int32.
+      An iterator over {"inputs", "targets", ...}, each (rows, context).
     """
     options = grain.ReadOptions(num_threads=min(threads, prefetch), prefetch_buffer_size=prefetch)
     rows = np.arange(batch_size) if rows is None else rows
     chosen = _Rows(dataset, position, batch_size, rows)
-    return iter(chosen.batch(len(rows), drop_remainder=True).to_iter_dataset(options))
+    batches = chosen.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
+    if workers:
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's workers read flags: in a script there are none
+        each = max(1, prefetch // workers)
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, each))
+    return iter(batches)
 
 
 # ---------------------------------------------------------------------------------- evaluation
 
 
-@dataclass(frozen=True, eq=False)
-class EvalSet:
-    """Held-out text: ``tokens[1:]`` are its targets, ``num_bytes`` its length in UTF-8."""
-
-    name: str
-    tokens: np.ndarray
-    num_bytes: int
-
-
-def make_eval_set(name: str, documents: Iterable[str], tokenizer: Tokenizer) -> EvalSet:
-    """[eod] + document + [eod] + document + [eod] ...: each token, eod too, is a target once."""
-    documents = list(documents)
-    tokens = join_documents(documents, tokenizer)
-    first = np.array([tokenizer.eod], tokens.dtype)
-    num_bytes = sum(len(utf8(text)) for text in documents)
-    return EvalSet(name, np.concatenate([first, tokens]), num_bytes)
-
-
 def num_eval_batches(eval_set: EvalSet, context: int, batch_size: int) -> int:
     """Batches that :func:`eval_batches` makes without a limit."""
-    return -(-(len(eval_set.tokens) - 1) // (context * batch_size))
+    return -(-len(eval_set.stream) // (context * batch_size))
 
 
 def eval_batches(
-    eval_set: EvalSet, context: int, batch_size: int, limit: int | None = None
+    eval_set: EvalSet,
+    context: int,
+    batch_size: int,
+    limit: int | None = None,
+    mask_documents: bool = False,
 ) -> Iterator[Batch]:
     """Windows side by side in the order of the text, at most ``limit`` batches.
 
     Returns:
-      An iterator over {"inputs", "targets": int32, "weights": float32}, each of shape
-      (batch_size, context); a weight is 1 for a target, 0 for the padding at the end.
+      An iterator over {"inputs", "targets": int32, "weights": float32} and, with
+      ``mask_documents``, "segment_ids": int32, each of shape (batch_size, context); a weight is
+      1 for a target, 0 for the padding at the end.
     """
-    shape, size = (batch_size, context), batch_size * context
+    shape, size, stream = (batch_size, context), batch_size * context, eval_set.stream
     batches = num_eval_batches(eval_set, context, batch_size)
     for start in range(0, size * (batches if limit is None else min(limit, batches)), size):
-        piece = eval_set.tokens[start : start + size + 1]
+        tokens = stream.read(max(start - 1, 0), min(start + size, len(stream)))
+        if start == 0:
+            tokens = np.concatenate([np.array([eval_set.eod], np.int32), tokens])
         inputs, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
         weights = np.zeros(size, np.float32)
-        real = len(piece) - 1
-        inputs[:real], targets[:real], weights[:real] = piece[:-1], piece[1:], 1
-        yield {
-            "inputs": inputs.reshape(shape),
-            "targets": targets.reshape(shape),
-            "weights": weights.reshape(shape),
-        }
+        real = len(tokens) - 1
+        inputs[:real], targets[:real], weights[:real] = tokens[:-1], tokens[1:], 1
+        batch = {"inputs": inputs, "targets": targets, "weights": weights}
+        batch = {name: x.reshape(shape) for name, x in batch.items()}
+        if mask_documents:
+            ends = batch["inputs"] == eval_set.eod
+            batch["segment_ids"] = np.cumsum(ends, axis=1, dtype=np.int32)
+        yield batch

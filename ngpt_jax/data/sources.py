@@ -1,315 +1,292 @@
-"""Where documents come from: a Python's standard library, or local text files.
+"""Where documents of raw text come from: the standard library, text files, tfds, array_record.
 
-A corpus is documents as str, to train on and held out. The same files, or the same build of
-Python, give the same corpus on each machine.
+A source is a list of units, each read in order from any document on, so that preparation can
+be stopped and gone on with.
 """
 
 from __future__ import annotations
 
-import collections
-import glob
-import gzip
-import hashlib
-import json
-import os
-import sys
+import functools
+import itertools
 import sysconfig
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ngpt_jax.config import ConfigError, DataConfig
+from etils import epath
+
+from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.data.corpus_files import find_files, real_path, stamp
+from ngpt_jax.data.stdlib import StdlibCorpus, stdlib_corpus, stdlib_files
+from ngpt_jax.data.text_files import SUFFIXES, read_documents
+from ngpt_jax.files import is_remote, reason
+
+_RECORDS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents to train on, and held-out documents under the name of their set."""
+class Unit:
+    """A part of a source that is read in order: a file, a split.
 
-    train: Sequence[str]
-    held_out: dict[str, Sequence[str]]
-
-
-def load_corpus(config: DataConfig) -> Corpus:
-    """Reads the corpus that ``config.source`` names; raises ConfigError."""
-    if config.source == "stdlib":
-        return stdlib_corpus(Path(sysconfig.get_paths()["stdlib"]), config.held_out)
-    if config.source == "text":
-        return text_corpus(config)
-    raise ConfigError(f"data.source must be one of stdlib, text, got {config.source!r}.")
-
-
-def _hold_out(sizes: Mapping[str, int], share: float) -> set[str]:
-    """The first keys in sorted order whose sizes sum up closest to ``share`` of the whole.
-
-    At least one key is taken and one is left. With hashes as keys, the cut hardly moves
-    when the corpus changes a little: most of what is held out now stays held out.
+    Attributes:
+      stamp: another one says that the documents may be others.
+      size: bytes or records, for progress.
+      read: documents that are not blank, each with how much of ``size`` has been read.
     """
-    target = share * sum(sizes.values())
-    held: set[str] = set()
-    total = 0
-    for key in sorted(sizes)[:-1]:
-        if held and abs(total + sizes[key] - target) >= abs(total - target):
-            break
-        held.add(key)
-        total += sizes[key]
-    return held
+
+    stamp: str
+    size: int
+    read: Callable[[], Iterator[tuple[str, int]]]
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+@dataclass(frozen=True)
+class RawSource:
+    """Text to train on, and held-out text under the name of its set.
+
+    Attributes:
+      held_out: empty where a share of the documents to train on is to be held out.
+      field: of the config, for messages.
+    """
+
+    train: Sequence[Unit]
+    held_out: Mapping[str, Sequence[Unit]]
+    field: str
+
+
+def open_source(config: SourceConfig, prefix: str = "data") -> RawSource:
+    """Finds what a source of raw text consists of, without reading it; raises ConfigError.
+
+    Args:
+      config: checked.
+      prefix: of its fields in messages.
+    """
+    if config.source == "stdlib":
+        return _stdlib(config)
+    if config.source == "tfds":
+        return _tfds(config, prefix)
+    if config.source == "text":
+        suffixes: Sequence[str] = SUFFIXES
+
+        def unit(file: epath.Path, field: str) -> Unit:
+            read = functools.partial(read_documents, file, field, config.text_key)
+            return Unit(stamp(file), file.stat().length, read)
+
+    else:
+        suffixes = ("",)
+
+        def unit(file: epath.Path, field: str) -> Unit:
+            records = open_array_record(file, field)
+            return Unit(stamp(file), len(records), functools.partial(_texts, records))
+
+    files, held_out = find_all_files(config, prefix, suffixes)
+    return RawSource(
+        train=[unit(file, f"{prefix}.paths") for file in files],
+        held_out={
+            name: [unit(file, f"{prefix}.eval_paths") for file in held]
+            for name, held in held_out.items()
+        },
+        field=f"{prefix}.paths",
+    )
+
+
+def find_all_files(
+    config: SourceConfig, prefix: str, suffixes: Sequence[str]
+) -> tuple[list[epath.Path], dict[str, list[epath.Path]]]:
+    """The files to train on, and those of each held-out set; raises ConfigError."""
+    files = find_files(config.paths, f"{prefix}.paths", suffixes)
+    known = {real_path(file) for file in files}
+    field = f"{prefix}.eval_paths"
+    held_out: dict[str, list[epath.Path]] = {}
+    for item in config.eval_paths:
+        name, _, pattern = (part.strip() for part in item.partition("="))
+        if not name or not pattern or name == "train" or set(name) & set("/\\."):
+            raise ConfigError(
+                f"{field} must be name=path, got {item!r}, e.g. val=held_out.txt; a name has no"
+                " / or . and is not train."
+            )
+        if name in held_out:
+            raise ConfigError(f"{field}: two sets are called {name!r}; rename one.")
+        held_out[name] = find_files([pattern], field, suffixes)
+        if both := {real_path(file) for file in held_out[name]} & known:
+            raise ConfigError(
+                f"{field}: {min(both)!r} of {name!r} is in {prefix}.paths too; take it out of one"
+                " of them."
+            )
+    return files, held_out
 
 
 # ------------------------------------------------------------------------ the standard library
 
-# Tests, data in the guise of code, what was installed later, and what not each machine has.
-_SKIPPED_FOLDERS = {
-    *("test", "tests", "idle_test", "encodings", "pydoc_data", "site-packages", "dist-packages"),
-    *("__pycache__", "idlelib", "lib2to3", "distutils", "turtledemo", "macholib"),
-}
-# What distributions rewrite, or ship apart from the rest: the text would depend on the machine.
-_SKIPPED_MODULES = {"ensurepip", "msilib", "site", "sysconfig", "tkinter", "turtle"}
 
-
-def stdlib_files(root: Path) -> list[Path]:
-    """The .py files to read below ``root``, sorted by path; symbolic links are not followed."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    # Python's own list of names leaves out what was generated by the build (_sysconfigdata*,
-    # config-*) or put there by others (sitecustomize).
-    known = sys.stdlib_module_names - _SKIPPED_MODULES
-    files = [f for f in files if _module(f, root) in known and not f.is_symlink()]
-    return sorted(files, key=lambda f: f.relative_to(root).as_posix())
-
-
-def _module(file: Path, root: Path) -> str:
-    """json/decoder.py -> json, ast.py -> ast."""
-    return file.relative_to(root).parts[0].removesuffix(".py")
-
-
-def stdlib_corpus(root: Path, held_out: float) -> Corpus:
-    """One document a source file; whole top-level modules are held out, as the set "stdlib".
-
-    Args:
-      root: folder of the standard library.
-      held_out: share of the bytes to hold out. Modules go in the order of the sha256 of
-        their names, so that Python versions agree but for a module or two.
-    """
-    texts: dict[Path, str] = {}
-    for file in stdlib_files(root):
-        text = file.read_text(encoding="utf-8", errors="replace")
-        if text.strip():
-            texts[file] = text
-    sizes: dict[str, int] = collections.Counter()
-    for file, text in texts.items():
-        sizes[_digest(_module(file, root))] += len(text.encode())
-    if len(sizes) < 2:
+def _stdlib(config: SourceConfig) -> RawSource:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if not (files := stdlib_files(root)):
         raise ConfigError(
             f"data.source=stdlib: this Python has no source files below {str(root)!r} (zipped or"
             " stripped?); use data.source=text with data.paths."
         )
-    held = _hold_out(sizes, held_out)
-    is_held = {file: _digest(_module(file, root)) in held for file in texts}
-    return Corpus(
-        train=[text for file, text in texts.items() if not is_held[file]],
-        held_out={"stdlib": [text for file, text in texts.items() if is_held[file]]},
-    )
+    stamps = "\n".join([f"held out {config.held_out}", *(stamp(epath.Path(f)) for f in files)])
+    size = sum(file.stat().st_size for file in files)
+    corpus = functools.cache(lambda: stdlib_corpus(root, config.held_out))
+
+    def unit(side: Callable[[StdlibCorpus], Sequence[str]]) -> Unit:
+        def read() -> Iterator[tuple[str, int]]:
+            texts = side(corpus())
+            return ((text, size * i // len(texts)) for i, text in enumerate(texts, start=1))
+
+        return Unit(stamps, size, read)
+
+    held_out = unit(lambda corpus: corpus.held_out["stdlib"])
+    return RawSource([unit(lambda corpus: corpus.train)], {"stdlib": [held_out]}, "data.source")
 
 
-# ---------------------------------------------------------------------------------- text files
-
-SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
+# -------------------------------------------------------------------------------- array_record
 
 
-def text_corpus(config: DataConfig) -> Corpus:
-    """Documents of ``config.paths``, held-out ones of ``config.eval_paths`` or split off.
+class ArrayRecord:
+    """Records of one file, as bytes. Cheap to make: a file is opened where it is read."""
 
-    Raises ConfigError: no or unreadable files, no text, a file on both sides, bad names.
-    """
-    files, eval_files = check_files(config)
-    documents = _read_all(files, "data.paths", config.text_key)
-    if not eval_files:
-        return split_documents(documents, config.held_out)
-    return Corpus(
-        train=documents,
-        held_out={
-            name: _read_all(held, "data.eval_paths", config.text_key)
-            for name, held in eval_files.items()
-        },
-    )
+    def __init__(self, file: epath.Path, field: str):
+        self.file, self.field = file, field
+        self.stamp = stamp(file)
+        self._length: int | None = None
 
-
-def check_files(config: DataConfig) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files to train on, and those of each held-out set, unread; raises ConfigError."""
-    if config.source == "stdlib":
-        return stdlib_files(Path(sysconfig.get_paths()["stdlib"])), {}
-    files = find_files(config.paths, "data.paths")
-    eval_files = {
-        name: find_files([pattern], "data.eval_paths")
-        for name, pattern in _named_paths(config.eval_paths).items()
-    }
-    for name, held in eval_files.items():
-        if both := {os.path.realpath(f) for f in held} & {os.path.realpath(f) for f in files}:
-            raise ConfigError(
-                f"data.eval_paths: {min(both)!r} of {name!r} is in data.paths too; take it out of"
-                " one of them."
-            )
-    return files, eval_files
-
-
-def _named_paths(items: Iterable[str]) -> dict[str, str]:
-    """("name=path", ...) as a dict; raises ConfigError."""
-    named: dict[str, str] = {}
-    for item in items:
-        name, _, pattern = (part.strip() for part in item.partition("="))
-        if not name or not pattern:
-            raise ConfigError(
-                f"data.eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt."
-            )
-        if name in named:
-            raise ConfigError(f"data.eval_paths: two sets are called {name!r}; rename one.")
-        named[name] = pattern
-    return named
-
-
-def find_files(patterns: Iterable[str], field: str) -> list[Path]:
-    """The text files that ``patterns`` (files, folders or globs, ``~`` allowed) stand for.
-
-    They come in the order of the patterns, sorted within one, each file once. Raises
-    ConfigError, which names ``field``, for a pattern without files and for other suffixes.
-    """
-    found: dict[str, Path] = {}
-    for pattern in patterns:
-        for file in _matches(pattern, field):
-            if not file.name.lower().endswith(SUFFIXES):
+    def __len__(self) -> int:
+        if self._length is None:
+            self._length = self._call(lambda reader: reader.num_records())
+            if not self._length:
                 raise ConfigError(
-                    f"{field}: {str(file)!r} has none of the known suffixes {', '.join(SUFFIXES)};"
-                    " convert or rename it."
+                    f"{self.field}: {str(self.file)!r} holds no array_record records; mend or"
+                    " drop it."
                 )
-            found.setdefault(os.path.realpath(file), file)
-    if not found:
-        raise ConfigError(f"{field} is empty; give it a file, a folder or a glob.")
-    return list(found.values())
+        return self._length
 
+    def read(self, start: int, stop: int) -> Sequence[bytes]:
+        """Records [start, stop)."""
+        return self._call(lambda reader: reader.read(start, stop))
 
-def _matches(pattern: str, field: str) -> list[Path]:
-    path = os.path.expanduser(pattern)
-    if os.path.isfile(path):  # first, as its name may look like a glob
-        return [Path(path)]
-    if os.path.isdir(path):
-        if not (files := _files_below(path)):
-            raise ConfigError(
-                f"{field}: there is no {', '.join(SUFFIXES)} file below the folder {pattern!r};"
-                " check the path."
-            )
-        return files
-    files = []
-    for match in sorted(glob.glob(path, recursive=True)):
-        files += _files_below(match) if os.path.isdir(match) else [Path(match)]
-    if not files:
-        what = "no file matches" if glob.has_magic(path) else "there is no file or folder"
-        raise ConfigError(f"{field}: {what} {pattern!r}; check the path or the glob.")
-    return files
-
-
-def _files_below(folder: str) -> list[Path]:
-    """Text files in a folder and its subfolders, sorted; hidden ones are left out."""
-    files = []
-    for base, subfolders, names in os.walk(folder):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        files += [
-            Path(base, name)
-            for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
-        ]
-    return sorted(files, key=lambda f: f.as_posix())
-
-
-def _read_all(files: Sequence[Path], field: str, text_key: str) -> list[str]:
-    documents = [text for file in files for text in read_documents(file, field, text_key)]
-    if not documents:
-        raise ConfigError(f"{field}: there is no text in {_listing(files)}; give files with text.")
-    return documents
-
-
-def _listing(files: Sequence[Path]) -> str:
-    return repr(str(files[0])) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-
-
-def read_documents(file: Path, field: str, text_key: str) -> Iterator[str]:
-    """Documents of a file that are not blank: .txt is one, .jsonl has one a line.
-
-    Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. Raises
-    ConfigError, which names ``field``, the file and the line.
-    """
-    opener: Callable[..., Any] = gzip.open if file.name.lower().endswith(".gz") else open
-    is_json = file.name.lower().removesuffix(".gz").endswith(".jsonl")
-    try:
-        with opener(file, "rt", encoding="utf-8-sig") as stream:
-            texts = _json_texts(stream, file, field, text_key) if is_json else [stream.read()]
-            yield from (text for text in texts if text.strip())
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{field}: {str(file)!r} is not UTF-8; convert it to UTF-8.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise ConfigError(f"{field}: cannot read {str(file)!r}: {reason}.") from error
-
-
-def _json_texts(stream: TextIO, file: Path, field: str, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{field}: {str(file)!r}, line {number}"
+    def _call(self, fn: Callable[[Any], Any]) -> Any:
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{where} is not JSON ({error}); mend or drop it.") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{where} is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it.")
-        if text_key not in record:
-            keys = ", ".join(map(repr, sorted(record)[:9])) or "nothing"
-            raise ConfigError(f"{where} has no {text_key!r} but {keys}; set data.text_key.")
-        text = record[text_key]
-        if not isinstance(text, str):
+            return fn(_array_record_reader(str(self.file), self.stamp))
+        except (RuntimeError, ValueError, OSError, IndexError) as e:
             raise ConfigError(
-                f"{where}: {text_key!r} is {type(text).__name__}, not a string; set data.text_key."
-            )
-        # JSON can spell half a surrogate pair, which no UTF-8 can hold: it becomes "?".
-        yield text.encode("utf-8", "replace").decode()
+                f"{self.field}: {str(self.file)!r} cannot be read as array_record: {reason(e)};"
+                " mend or drop it."
+            ) from e
 
 
-def split_documents(documents: Sequence[str], share: float) -> Corpus:
-    """Holds out about ``share`` of the documents, as the set "held_out".
+@functools.lru_cache(maxsize=64)  # each reader holds a file and its index
+def _array_record_reader(path: str, stamp: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
 
-    Those with the smallest sha256 are held out, so the order of the files does not count,
-    and copies of a document stay together. Where all are one and the same document, that
-    one is cut at a line end near its end. Raises ConfigError if it has no line to cut at.
-    """
-    digests = [_digest(text) for text in documents]
-    counts = collections.Counter(digests)
-    if len(counts) == 1:
-        head, tail = _split_text(documents[0], share)
-        return Corpus(train=[head], held_out={"held_out": [tail]})
-    held = _hold_out(counts, share)
-    return Corpus(
-        train=[text for text, digest in zip(documents, digests) if digest not in held],
-        held_out={"held_out": [text for text, digest in zip(documents, digests) if digest in held]},
-    )
+    del stamp  # another file under the same name is opened anew
+    return ArrayRecordReader(path, "readahead_buffer_size:0")
 
 
-def _split_text(text: str, share: float) -> tuple[str, str]:
-    """Cuts after the line end closest to ``1 - share`` of the text; neither part is blank."""
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    target = min(max(round(len(text) * (1 - share)), start), end)
-    line_ends = (text.rfind("\n", start, target), text.find("\n", target, end))
-    cuts = [position + 1 for position in line_ends if position >= 0]
-    if not cuts:
+def open_array_record(file: epath.Path, field: str) -> ArrayRecord:
+    """A file and that it has records; raises ConfigError."""
+    if is_remote(file):
         raise ConfigError(
-            "data.paths: the only document is a single line, of which nothing can be held out;"
-            " give more text or data.eval_paths."
+            f"{field}: array_record files are read from local disks alone, not {str(file)!r}; copy"
+            " them, or use text or bin."
         )
-    cut = min(cuts, key=lambda c: abs(c - target))
-    return text[:cut], text[cut:]
+    records = ArrayRecord(file, field)
+    len(records)
+    return records
+
+
+def _texts(records: ArrayRecord) -> Iterator[tuple[str, int]]:
+    starts = range(0, len(records), _RECORDS_AT_ONCE)
+    read = (records.read(i, min(i + _RECORDS_AT_ONCE, len(records))) for i in starts)
+    where = f"{records.field}: {str(records.file)!r}"
+    return _decode(itertools.chain.from_iterable(read), where)
+
+
+def _decode(records: Iterable[bytes | str], where: str) -> Iterator[tuple[str, int]]:
+    """Texts that are not blank, with how many records were read."""
+    for number, record in enumerate(records, start=1):
+        try:
+            text = record if isinstance(record, str) else record.decode()
+        except (UnicodeDecodeError, AttributeError):
+            raise ConfigError(
+                f"{where}, record {number} is not UTF-8 text (token ids need token_dtype)."
+            ) from None
+        if text.strip():
+            yield text, number
+
+
+# ----------------------------------------------------------------------------------------- tfds
+
+
+def _tfds(config: SourceConfig, prefix: str) -> RawSource:
+    builder = tfds_builder(config, prefix, download=True)
+
+    def unit(split: str, field: str) -> Unit:
+        if split not in builder.info.splits:
+            known = ", ".join(builder.info.splits)
+            raise ConfigError(f"{prefix}.{field}: {split!r} is none of the splits {known}.")
+        if config.text_key not in (builder.info.features or {}):
+            known = ", ".join(sorted(builder.info.features or ()))
+            raise ConfigError(f"{prefix}.text_key: {config.text_key!r} is none of {known}.")
+        info = builder.info.splits[split]
+        stamps = "\n".join(stamp(epath.Path(file)) for file in info.filepaths)
+
+        def records() -> Iterator[Any]:
+            source = builder.as_data_source(split)
+            for start in range(0, len(source), _RECORDS_AT_ONCE):
+                stop = min(start + _RECORDS_AT_ONCE, len(source))
+                yield from (row[config.text_key] for row in source.__getitems__(range(start, stop)))
+
+        where = f"{prefix}.{field}: split {split!r}"
+        return Unit(stamps, info.num_examples, lambda: _decode(records(), where))
+
+    held_out = {}
+    if (split := config.tfds_eval_split) is not None:
+        if split == config.tfds_split:
+            raise ConfigError(
+                f"{prefix}.tfds_eval_split is the split to train on; name another, or None."
+            )
+        held_out = {split: [unit(split, "tfds_eval_split")]}
+    return RawSource([unit(config.tfds_split, "tfds_split")], held_out, f"{prefix}.tfds_split")
+
+
+def tfds_builder(config: SourceConfig, prefix: str, download: bool = False) -> Any:
+    """The builder of a set; with ``download`` it is prepared on this machine if it is not yet.
+
+    Raises ConfigError.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = epath.Path(config.paths[0]).expanduser() if config.paths else None
+    field = f"{prefix}.tfds_name" if config.tfds_name else f"{prefix}.paths"
+    try:
+        if config.tfds_name is None:
+            assert folder is not None
+            return tfds.builder_from_directory(_tfds_folder(folder, field))
+        builder = tfds.builder(config.tfds_name, data_dir=folder, file_format="array_record")
+        if download:
+            builder.download_and_prepare()  # nothing where that is done
+        return builder
+    except ConfigError:
+        raise
+    except Exception as e:  # of many kinds, most with a page of text
+        name = config.tfds_name or str(folder)
+        raise ConfigError(f"{field}: {name!r} cannot be opened with tfds: {reason(e)}.") from e
+
+
+def _tfds_folder(folder: epath.Path, field: str) -> epath.Path:
+    """The folder with dataset_info.json: the given one, or the only one below it."""
+    if (folder / "dataset_info.json").exists():
+        return folder
+    below = [  # NAME/CONFIG/VERSION at most
+        found.parent
+        for depth in range(1, 4)
+        for found in folder.glob("*/" * depth + "dataset_info.json")
+    ]
+    if len(below) != 1:
+        told = f"{len(below)} data sets" if below else "no dataset_info.json"
+        raise ConfigError(
+            f"{field}: there is {told} below {str(folder)!r}; give the folder of one version."
+        )
+    return below[0]

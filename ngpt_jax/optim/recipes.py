@@ -33,28 +33,48 @@ def _clipped_adam(config: OptimizerConfig) -> list[optax.GradientTransformation]
     return [*clip, optax.scale_by_adam(config.b1, config.b2, config.eps)]
 
 
-def ngpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Scales updates by -schedule(step), where ``step`` is an argument of ``update``.
+
+    :func:`optax.scale_by_learning_rate` counts updates in its state; a skipped batch is none, but
+    the schedule goes on.
+    """
+
+    def update_fn(updates, state, params=None, *, step, **extra):
+        del params, extra
+        rate = -schedule(step)
+        return jax.tree.map(lambda u: jnp.asarray(rate, u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
+
+
+def ngpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """nGPT's: Adam on everything, then back onto the sphere."""
     decay = config.optimizer.weight_decay
     return optax.chain(
         *_clipped_adam(config.optimizer),
         *([optax.add_decayed_weights(decay, matrix_mask(config.model))] if decay else []),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_learning_rate(schedule),
         keep_params_on_sphere(unit_axes(config.model)),
     )
 
 
-def gpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def gpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """The baseline's: AdamW, decay on matrices alone."""
     return optax.chain(
         *_clipped_adam(config.optimizer),
         optax.add_decayed_weights(config.optimizer.weight_decay, matrix_mask(config.model)),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_learning_rate(schedule),
     )
 
 
-def make_optimizer(config: Config) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The recipe of ``model.kind`` and its learning-rate schedule, for a resolved config."""
+def make_optimizer(
+    config: Config,
+) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
+    """The recipe of ``model.kind`` and its learning-rate schedule, for a resolved config.
+
+    Its ``update`` takes ``step``, the batches consumed before, besides the usual arguments.
+    """
     assert config.train.steps is not None
     schedule = make_schedule(config.optimizer, config.train.steps)
     recipe = {"ngpt": ngpt, "gpt": gpt}[config.model.kind]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the number of updates already made."""
+"""Learning-rate schedules: functions of the step, which counts batches already consumed."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       steps: length of the run; cosine and wsd reach ``final_fraction`` of the peak there.
 
     Returns:
-      A function from the count of updates to the learning rate, a float scalar.
+      A function from the step to the learning rate, a float scalar.
     """
     warmup = config.warmup_steps or 0
     decay = max(1, round(config.decay_fraction * steps))
 
-    def share_of_peak(count):
+    def share_of_peak(step):
         if config.schedule == "cosine":
-            progress = jnp.clip((count - warmup) / (steps - warmup), 0, 1)
+            progress = jnp.clip((step - warmup) / (steps - warmup), 0, 1)
             falling = (1 + jnp.cos(jnp.pi * progress)) / 2
         elif config.schedule == "wsd":
-            falling = jnp.clip((steps - count) / decay, 0, 1)
+            falling = jnp.clip((steps - step) / decay, 0, 1)
         else:
-            return jnp.ones_like(count)
+            return jnp.ones_like(step)
         return config.final_fraction + (1 - config.final_fraction) * falling
 
-    def schedule(count):
-        count = jnp.asarray(count) * 1.0  # float64 where that is the default
-        rising = count / max(warmup, 1)
-        share = jnp.where(count < warmup, rising, share_of_peak(count))
+    def schedule(step):
+        step = jnp.asarray(step) * 1.0  # float64 where that is the default
+        rising = step / max(warmup, 1)
+        share = jnp.where(step < warmup, rising, share_of_peak(step))
         return config.learning_rate * share
 
     return schedule

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -23,6 +24,8 @@ _ADVICE = (
     " --worker=all --command=...)"
 )
 _MESSAGE_BYTES = 2048
+_BARRIER_MILLISECONDS = 7 * 24 * 3600 * 1000
+_barriers = itertools.count()
 
 
 def initialize(
@@ -180,3 +183,46 @@ def stop_agreed(poll: int) -> bool:
       poll: 1, 2, ...: every process asks equally often.
     """
     return multihost_utils.reached_preemption_sync_point(poll)
+
+
+def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
+    """Runs ``fn`` on process 0, which may take hours, and then on the others.
+
+    What process 0 writes to a shared disk is there for the others.
+
+    Args:
+      fn: local work, without collectives.
+      errors: types to share, as :func:`together` does.
+    """
+    if jax.process_count() == 1:
+        return fn()
+    outcome: list[Callable[[], T]] = []
+
+    def run() -> None:
+        try:
+            result = fn()
+            outcome.append(lambda: result)
+        except errors as e:
+            error = e
+
+            def fail() -> T:
+                raise error
+
+            outcome.append(fail)
+
+    if is_first():
+        run()
+    # The barriers of the runtime's own service: collectives give up after some minutes.
+    _barrier("ngpt_jax_first")
+    if not is_first():
+        run()
+    _barrier("ngpt_jax_rest")
+    return together(outcome[0], *errors)
+
+
+def _barrier(name: str) -> None:
+    from jax._src import distributed as runtime  # there is no public name for it
+
+    client = runtime.global_state.client
+    assert client is not None
+    client.wait_at_barrier(f"{name}_{next(_barriers)}", _BARRIER_MILLISECONDS)

@@ -107,8 +107,8 @@ def compile_step(
     config: Config, mesh: Any, lowered_to: str | None = None
 ) -> tuple[Any, Any, float]:
     """The step lowered and compiled, and the seconds that took; raises DoesNotFit."""
+    from ngpt_jax.files import write_atomically
     from ngpt_jax.training import layout
-    from ngpt_jax.training.metrics import write_atomically
 
     start = time.perf_counter()
     lowered = layout.lower_train_step(config, mesh)
@@ -381,8 +381,8 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine's own devices play no part
         devices = topology_devices(_TOPOLOGY.value, _SLICES.value)
+    from ngpt_jax.files import write_atomically
     from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
-    from ngpt_jax.training.metrics import write_atomically
 
     enable_x64_if_used(config)
     if config.model.vocab_size is None:

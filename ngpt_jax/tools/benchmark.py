@@ -34,6 +34,7 @@ from absl import flags
 from ngpt_jax import config as config_lib
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import write_atomically
 from ngpt_jax.model.transformer import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
@@ -42,7 +43,6 @@ from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
-from ngpt_jax.training.metrics import write_atomically
 
 MODELS = ("ngpt", "gpt", "plain")
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")

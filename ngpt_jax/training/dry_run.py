@@ -9,13 +9,13 @@ import jax
 import numpy as np
 
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.sources import check_files
+from ngpt_jax.data.corpus import check_corpus
 from ngpt_jax.model.transformer import axis_sizes, num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.parallel.rules import axis_size
 from ngpt_jax.training import layout
-from ngpt_jax.training.loop import with_tokenizer
+from ngpt_jax.training.run import with_tokenizer
 from ngpt_jax.training.throughput import train_flops_per_token
 
 
@@ -39,7 +39,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     try:
         config, tokenizer = with_tokenizer(config)
         name = tokenizer.name
-        check_files(config.data)
+        check_corpus(config.data)
     except ConfigError as e:
         if config.model.vocab_size is None:
             raise

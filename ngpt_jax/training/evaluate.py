@@ -10,6 +10,7 @@ import jax
 
 from ngpt_jax.config import Config
 from ngpt_jax.data import pipeline
+from ngpt_jax.data.corpus import EvalSet
 from ngpt_jax.model.transformer import compute_params
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.training.step import Batch, summed_nats
@@ -26,7 +27,7 @@ def make_summed_nats(config: Config) -> SummedNats:
 def evaluate(
     config: Config,
     params: Any,
-    eval_set: pipeline.EvalSet,
+    eval_set: EvalSet,
     nats_fn: SummedNats,
     placer: BatchPlacer,
     limit: int | None = None,
@@ -49,7 +50,7 @@ def evaluate(
     """
     assert config.eval.batch_size is not None
     batches: Iterator[dict[str, Any]] = pipeline.eval_batches(
-        eval_set, config.model.context, config.eval.batch_size, limit
+        eval_set, config.model.context, config.eval.batch_size, limit, config.data.mask_documents
     )
     sums: list[jax.Array] = []
     tokens = 0.0

@@ -65,7 +65,7 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        shapes._replace(step=whole, params=params, opt_state=opt_state),
+        TrainState(whole, params, opt_state, jax.tree.map(lambda _: whole, shapes.guard)),
     )
 
 
@@ -77,11 +77,16 @@ def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) ->
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch."""
+    """Shapes, dtypes and shardings of a training batch; see :data:`ngpt_jax.training.step.Batch`."""
     shape = (config.train.batch_size, config.model.context)
     spec = rules.activation_spec(("batch", "length"), shape, mesh)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
-    return {"inputs": tokens, "targets": tokens}
+    batch = {"inputs": tokens, "targets": tokens}
+    if config.data.packing == "best_fit":
+        batch["weights"] = tokens.update(dtype=jnp.float32)
+    if config.data.mask_documents:
+        batch["segment_ids"] = tokens
+    return batch
 
 
 def describe_mesh(mesh: Mesh) -> str:

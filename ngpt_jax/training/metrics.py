@@ -1,87 +1,137 @@
-"""Where metrics go: metrics.jsonl, TensorBoard, W&B, and the terminal."""
+"""Where metrics go: metrics.jsonl, TensorBoard and W&B."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import secrets
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import tensorboardX
-from rich import console as rich_console
-from rich import progress as rich_progress
+from etils import epath
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import is_remote, write_atomically
 
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
+Results = dict[str, dict[str, float]]  # of an evaluation: metrics by held-out set
 
 
 class MetricWriter:
     """Appends rows of scalars to the run's logs; rows past ``start_step`` are dropped first,
     so that a resumed run has none twice.
+
+    On gs://, where nothing can be appended, each start has a file of its own, metrics-N.jsonl, and
+    there is no TensorBoard.
+
+    Attributes:
+      results: of the evaluation at ``start_step``, empty if there was none.
     """
 
-    def __init__(self, workdir: Path, start_step: int, config: Config):
-        self._path = workdir / "metrics.jsonl"
-        self._drop_rows_past(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start_step + 1
-        )
+    def __init__(self, workdir: epath.Path, start_step: int, config: Config):
+        old = sorted(workdir.glob("metrics*.jsonl"))
+        self.results: Results = {}
+        for path in old:
+            self._keep_rows_up_to(start_step, path)
+        self._remote = is_remote(workdir)
+        name = f"metrics-{len(old):04}.jsonl" if self._remote else "metrics.jsonl"
+        self._path, self._text = workdir / name, ""
+        self._file = None if self._remote else open(self._path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = None if self._remote else _TensorBoard(workdir, start_step)
         self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
 
-    def _drop_rows_past(self, step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
+    def _keep_rows_up_to(self, step: int, path: epath.Path) -> None:
+        text, kept = path.read_text(), []
+        for line in text.splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] <= step and step > 0:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
+                row = json.loads(line)
+                if row["step"] <= step and step > 0:
+                    kept.append(line)
+                if row["step"] == step:
+                    self._remember(row)
+            except (ValueError, KeyError, TypeError):
                 break  # the half line of a crash; nothing whole follows it
-        write_atomically(self._path, "".join(kept))
+        if (new := "".join(kept)) != text:
+            write_atomically(path, new)
 
-    def write(self, step: int, row: dict[str, float]) -> None:
-        """One row; None values are left out."""
-        row = {name: value for name, value in row.items() if value is not None}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            self._tensorboard.add_scalar(name, value, step)
+    def _remember(self, row: dict[str, float]) -> None:
+        for key, value in row.items():
+            kind, _, rest = key.partition("/")
+            if kind == "eval":
+                name, _, metric = rest.rpartition("/")
+                self.results.setdefault(name, {})[metric] = value
+
+    def write(self, step: int, row: dict[str, float | None]) -> None:
+        """One row; what is None or not finite is left out."""
+        some = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
+        line = json.dumps({"step": step, **some}) + "\n"
+        if self._file is None:
+            self._text += line
+            self._path.write_text(self._text)
+        else:
+            self._file.write(line)
+            self._file.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.write(step, some)
         if self._wandb is not None:
-            self._wandb.log(row, step=step)
+            self._wandb.log(some, step=step)
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        if self._file is not None:
+            self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+class _TensorBoard:
+    """Event files of scalars, written at once.
+
+    tensorboardX's own SummaryWriter writes from a thread that ends at a full disk, after which the
+    program would wait for it for ever.
+    """
+
+    def __init__(self, workdir: epath.Path, start_step: int):
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Two starts within a second must not share a file.
+        suffix = f".{os.getpid()}.{secrets.token_hex(4)}"
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        # Hides what an earlier start has written past the restored step.
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(step=start_step + 1, session_log=start))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+        self._writer.flush()
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        values = [value for name, x in row.items() for value in summary.scalar(name, x).value]
+        self._write(Event(step=step, summary=summary.Summary(value=values)))
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class NoWriter:
     """What the processes write that are not the first: nothing."""
 
-    def write(self, step: int, row: dict[str, float]) -> None:
+    def __init__(self) -> None:
+        self.results: Results = {}
+
+    def write(self, step: int, row: dict[str, float | None]) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def _start_wandb(config: Config, workdir: Path) -> Any:
+def _start_wandb(config: Config, workdir: epath.Path) -> Any:
     try:
         import wandb
     except ImportError as e:
@@ -95,65 +145,12 @@ def _start_wandb(config: Config, workdir: Path) -> Any:
         return wandb.init(
             project=config.log.wandb_project,
             config=dataclasses.asdict(config),
-            dir=str(workdir),
+            dir=None if is_remote(workdir) else str(workdir),
             name=workdir.name,
-            id=id_file.read_text(encoding="utf-8"),
+            id=id_file.read_text(),
             resume="allow",
         )
     except Exception as e:  # not logged in, no network: wandb has many kinds
         raise ConfigError(
             f"log.wandb_project: wandb did not start ({e}); or set it to None."
         ) from e
-
-
-def format_duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere, nothing where ``quiet``."""
-
-    def __init__(self, start_step: int, steps: int, quiet: bool = False):
-        self._steps, self._quiet = steps, quiet
-        self._console = rich_console.Console(file=sys.stdout, highlight=False)
-        self._bar: rich_progress.Progress | None = None
-        self._last_update = 0.0
-        if self._console.is_terminal and not quiet:
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("step {task.completed:>6}/{task.total}"),
-                rich_progress.BarColumn(bar_width=12),
-                rich_progress.TextColumn("{task.fields[status]}"),
-                console=self._console,
-                auto_refresh=False,
-            )
-            self._task = self._bar.add_task("", total=steps, completed=start_step, status="")
-            self._bar.start()
-
-    def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
-        elif not self._quiet:
-            print(text, flush=True)
-
-    def advance(self, step: int) -> None:
-        if self._bar and time.monotonic() - self._last_update > 0.2:
-            self._last_update = time.monotonic()
-            self._bar.update(self._task, completed=step, refresh=True)
-
-    def train_row(self, step: int, row: dict[str, Any]) -> None:
-        """Shows an interval's loss, speed and time to go."""
-        rate = row["train/tokens_per_second"]
-        eta = format_duration(row["train/eta_seconds"])
-        status = f"loss {row['train/loss']:.4f}  {rate:,.0f} tokens/s  eta {eta}"
-        if self._bar:
-            self._bar.update(self._task, completed=step, status=status, refresh=True)
-            return
-        extra = f"  grad {row['train/grad_norm']:.3f}  lr {row['train/learning_rate']:.2e}"
-        self.say(f"step {step:>6}/{self._steps}  {status}{extra}")
-
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()

@@ -22,23 +22,26 @@ from ngpt_jax.model.transformer import (
 )
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
+from ngpt_jax.training.guard import Guard, check, init_guard
 
-# inputs, targets (B, T) int32; weights (B, T) where some targets don't count; segment_ids (B, T)
-# where attention stays within documents
+# inputs, targets (B, T) int32; weights (B, T) float32 where some targets don't count, 0 on padding;
+# segment_ids (B, T) int32 where attention stays within documents, padding with an id of its own.
+# Positions need no restart in a document: RoPE is relative.
 Batch = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """All that changes in training. ``step`` counts the updates made."""
+    """All that changes in training. ``step`` counts the batches consumed, skipped ones too."""
 
     step: jax.Array
     params: Any
     opt_state: Any
+    guard: Guard
 
 
 def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     params = init_params(config.model, jax.random.key(config.train.seed))
-    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
 
 
 def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
@@ -54,35 +57,50 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
 
 
 def make_train_step(
-    config: Config, tx: optax.GradientTransformation, schedule: optax.Schedule
+    config: Config, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
     """The step (state, batch) -> (state, metrics), not yet jitted.
 
+    A batch that the guard refuses leaves parameters and the optimizer's state as they were.
     Metrics are scalars of the batch before the update: loss (nats a token), grad_norm (before
-    clipping), learning_rate.
+    clipping), learning_rate; and after it: skipped, skipped_in_row.
     """
 
     def train_step(state: TrainState, batch: Batch):
         loss, grads = _loss_and_grads(config, state.params, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        grad_norm = optax.tree.norm(grads)  # the clip's own is the same to XLA
+        ok, guard = check(state.guard, loss, grad_norm, config.train.spike_deviations)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
         params = optax.apply_updates(state.params, updates)
+        # A choice, no product with 0: nothing of what is not finite gets through.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(ok, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         metrics = {
             "loss": loss,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "learning_rate": schedule(state.step),
+            "skipped": guard.skipped,
+            "skipped_in_row": guard.in_row,
         }
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, guard), metrics
 
     return train_step
 
 
 def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Mean nats a token of a batch and the gradients, in the parameters' dtypes.
+    """Mean nats a (weighted) token of a batch and the gradients, in the parameters' dtypes.
 
-    With ``train.accumulate`` the batch is cut into microbatches, one in memory at a time.
+    With ``train.accumulate`` the batch is cut into microbatches, one in memory at a time; the mean
+    is that of the whole batch, over all devices.
     """
     model, microbatches = config.model, config.train.accumulate
-    tokens = batch["targets"].size
+    dtype = jnp.promote_types(model.dtype, jnp.float32)
+    tokens: Any = batch["targets"].size
+    if "weights" in batch:
+        tokens = jnp.maximum(jnp.sum(batch["weights"], dtype=dtype), 1)
 
     def mean_nats(compute, batch):
         return summed_nats(model, compute, batch) / tokens
@@ -104,7 +122,6 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     def zero(p, axes):
         return rules.lay_out(jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), axes)
 
-    dtype = jnp.promote_types(model.dtype, jnp.float32)
     zeros = jnp.zeros((), dtype), jax.tree.map(zero, params, param_axes(model))
     (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)

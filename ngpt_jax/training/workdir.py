@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, and that all processes see the same one."""
+"""A run's folder: whose it is, what of its config may change, and that all processes see it."""
 
 from __future__ import annotations
 
@@ -9,52 +9,117 @@ import platform
 import sys
 import time
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import is_remote, reason, write_atomically
 from ngpt_jax.parallel import distributed
-from ngpt_jax.training.metrics import write_atomically
+
+# What a run may change when it goes on, by the names of fields; the longest prefix decides.
+_RUN, _SCHEDULE, _FREE = "the run's own", "schedule", "free"
+_MAY_CHANGE = {
+    "model.": _RUN,
+    "model.dtype": _FREE,
+    "model.scan_layers": _FREE,
+    "model.remat": _FREE,
+    "model.loss_chunk": _FREE,
+    "model.attention": _FREE,
+    "optimizer.": _RUN,
+    "optimizer.learning_rate": _SCHEDULE,
+    "optimizer.schedule": _SCHEDULE,
+    "optimizer.warmup_steps": _SCHEDULE,
+    "optimizer.final_fraction": _SCHEDULE,
+    "optimizer.decay_fraction": _SCHEDULE,
+    # Where the text and the tokenizer lie: what they are is told by their fingerprints.
+    "data.": _FREE,
+    "data.seed": _RUN,
+    "data.packing": _RUN,
+    "data.mask_documents": _RUN,
+    "data.mixture.": _FREE,
+    "train.seed": _RUN,
+    "train.steps": _SCHEDULE,
+    "train.tokens": _SCHEDULE,
+    "train.batch_size": _SCHEDULE,
+}
 
 
-def claim_workdir(workdir: Path, config: Config) -> None:
-    """Writes config.json and versions.json; refuses a folder that holds another run's model."""
+def changes(old: Config, new: Config) -> dict[str, list[str]]:
+    """Differences of two configs by what may become of them: free, schedule, the run's own."""
+    found: dict[str, list[str]] = {_RUN: [], _SCHEDULE: [], _FREE: []}
+    constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
+    for difference in config_lib.differences(old, new):
+        name = difference.partition(":")[0]
+        prefixes = [prefix for prefix in _MAY_CHANGE if name.startswith(prefix)]
+        kind = _MAY_CHANGE[max(prefixes, key=len)] if prefixes else _FREE
+        if name.startswith("data.mixture.") and name.endswith(".weight"):
+            kind = _RUN
+        if constant and name in ("train.steps", "train.tokens"):
+            kind = _FREE  # the end of a run without a schedule is no part of it
+        found[kind].append(difference)
+    return found
+
+
+def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bool) -> list[str]:
+    """Refuses a folder that is not this run's, or new; writes nothing.
+
+    Args:
+      workdir: the folder.
+      config: resolved.
+      allow_schedule_change: go on with another length, batch size or learning rate.
+
+    Returns:
+      What of the config is not as it was at the last start.
+    """
     saved = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise ConfigError(f"--workdir={workdir} is a file; give a folder.")
-    if saved.exists():
-        try:
-            old = config_lib.from_config_dict(json.loads(saved.read_text(encoding="utf-8")))
-        except ValueError as e:
-            raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
-        diff = config_lib.differences(old, config)
-        bound = ("model.", "optimizer.", "data.", "train.")
-        free = (
-            *("model.dtype", "model.scan_layers", "model.remat", "model.loss_chunk"),
-            *("model.attention", "train.accumulate", "data.threads", "data.prefetch"),
-        )
-        if bad := [d for d in diff if d.startswith(bound) and not d.startswith(free)]:
-            rest = f"; and {len(bad) - 3} more" if len(bad) > 3 else ""
-            raise ConfigError(
-                f"--workdir={workdir} holds another run ({'; '.join(bad[:3])}{rest});"
-                " choose another --workdir, or delete it."
-            )
-    elif (workdir / "checkpoints").is_dir() and any((workdir / "checkpoints").iterdir()):
-        raise ConfigError(
-            f"--workdir={workdir} holds checkpoints but no config.json; choose another --workdir."
-        )
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, config_lib.to_json(config))
-        write_atomically(workdir / "versions.json", json.dumps(_versions(), indent=2) + "\n")
-    except OSError as e:
-        raise ConfigError(f"--workdir={workdir} cannot be written: {e.strerror}.") from e
+        if workdir.exists() and not workdir.is_dir():
+            raise ConfigError(f"--workdir={workdir} is a file; give a folder.")
+        if not saved.exists():
+            checkpoints = workdir / "checkpoints"
+            if checkpoints.is_dir() and any(checkpoints.iterdir()):
+                raise ConfigError(
+                    f"--workdir={workdir} holds checkpoints but no config.json; choose another"
+                    " --workdir."
+                )
+            return []
+        old = config_lib.from_config_dict(json.loads(saved.read_text()))
+    except (OSError, ImportError) as e:
+        raise ConfigError(f"--workdir={workdir} cannot be read: {reason(e)}.") from e
+    except (ValueError, AttributeError, TypeError) as e:
+        if isinstance(e, ConfigError) and str(e).startswith("--workdir"):
+            raise
+        raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
+    found = changes(old, config)
+    if found[_RUN]:
+        raise ConfigError(
+            f"--workdir={workdir} holds another run ({_some(found[_RUN])}); choose another"
+            " --workdir, or delete it."
+        )
+    if found[_SCHEDULE] and not allow_schedule_change:
+        raise ConfigError(
+            f"--workdir={workdir} holds a run with another schedule ({_some(found[_SCHEDULE])});"
+            " choose another --workdir, or change it with --allow_schedule_change."
+        )
+    return found[_SCHEDULE] + found[_FREE]
 
 
-def check_shared(workdir: Path, patience: float = 60.0) -> None:
+def _some(differences: list[str]) -> str:
+    rest = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + rest
+
+
+def claim_workdir(workdir: epath.Path, config: Config) -> None:
+    """Writes config.json and versions.json."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_atomically(workdir / "config.json", config_lib.to_json(config))
+    write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
     """Refuses a workdir that is not the same folder for all processes.
 
     Args:
@@ -78,19 +143,34 @@ def check_shared(workdir: Path, patience: float = 60.0) -> None:
     distributed.together(look, ConfigError)
 
 
-def _versions() -> dict[str, Any]:
-    packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy".split()
-    versions: dict[str, Any] = {}
+def open_workdir(path: str) -> epath.Path:
+    """The folder of a --workdir; raises ConfigError for a kind of storage that is not there."""
+    workdir = epath.Path(path).expanduser()
+    if is_remote(workdir):
+        try:
+            workdir.exists()
+        except Exception as e:  # of gcsfs and what it stands on: not installed, not allowed
+            raise ConfigError(
+                f"--workdir={path} cannot be reached ({type(e).__name__}: {reason(e)}); gs:// needs"
+                " pip install 'ngpt-jax[gcs]' and credentials."
+            ) from e
+    return workdir
+
+
+def versions() -> dict[str, Any]:
+    """Of what runs here, for people and for checkpoints."""
+    packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy tokenizers".split()
+    found: dict[str, Any] = {}
     for name in packages:
         try:
-            versions[name] = importlib.metadata.version(name)
+            found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+            found[name] = "not installed"
     return {
         "started": datetime.datetime.now(datetime.UTC).isoformat(),
         "command": sys.argv,
         "python": platform.python_version(),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
-        **versions,
+        **found,
     }

@@ -1,0 +1,97 @@
+"""Tokenizes text into shards of token ids, with a manifest.
+
+Examples:
+  python -m ngpt_jax.data.prepare --source=text --paths='web/*.jsonl.zst' --tokenizer=llama2.json \\
+      --out=web_llama2
+  python -m ngpt_jax.data.prepare --source=tfds --tfds_name=lm1b --tokenizer=gpt2/ --out=lm1b_gpt2
+  python -m ngpt_jax.data.prepare --verify --out=web_llama2
+
+Training reads the folder with --config.data.source=bin --config.data.paths=web_llama2 and the
+same tokenizer. A preparation that was stopped goes on with the same command; the same text and
+tokenizer give the same bytes, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from ngpt_jax import config as config_lib
+from ngpt_jax import config_file
+from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
+from ngpt_jax.data import manifest as manifest_lib
+from ngpt_jax.data.preparation import SHARD_TOKENS, prepare
+from ngpt_jax.data.sources import open_source
+from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.terminal import Terminal
+
+_OUT = flags.DEFINE_string("out", None, "Folder of the shards, local or gs://.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "As --config.data.tokenizer of training.")
+_END = flags.DEFINE_string("end_of_document", None, "As --config.data.end_of_document.")
+_FORMAT = flags.DEFINE_enum("format", "bin", manifest_lib.FORMATS, "Of the shards.")
+_SHARD_TOKENS = flags.DEFINE_integer(
+    "shard_tokens", SHARD_TOKENS, "Tokens of a training shard.", lower_bound=1
+)
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; one a core by default.", lower_bound=1)
+_VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with its manifest.")
+
+
+def _define_flag(name: str, default: Any, meaning: str) -> Any:
+    if default == ():
+        return flags.DEFINE_multi_string(name, [], meaning)
+    if isinstance(default, float):
+        return flags.DEFINE_float(name, default, meaning)
+    return flags.DEFINE_string(name, default, meaning)
+
+
+_SOURCE_FLAGS = {
+    field.name: _define_flag(field.name, field.default, field.metadata["help"])
+    for field in dataclasses.fields(SourceConfig)
+}
+
+
+def _main(overrides: list[tuple[str, str]]) -> int:
+    if overrides:
+        raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
+    if _OUT.value is None:
+        raise ConfigError("--out is missing: the folder of the shards (see --help).")
+    out = epath.Path(_OUT.value).expanduser()
+    terminal = Terminal()
+    if _VERIFY.value:
+        if not (out / manifest_lib.NAME).exists():
+            raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
+        manifest = manifest_lib.read_manifest(out, "--out")
+        manifest_lib.verify(manifest, out, "--out")
+        terminal.say(f"{out}: all shards are as the manifest says")
+    else:
+        values = {name: flag.value for name, flag in _SOURCE_FLAGS.items()}
+        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
+        source = SourceConfig(**values)
+        config_lib.check_source(source, "data", ("stdlib", "text", "tfds", "array_record"))
+        if source.token_dtype is not None:
+            raise ConfigError("--token_dtype: token ids are read by training as they are.")
+        config = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
+        load_tokenizer(config)
+        try:
+            manifest = prepare(
+                open_source(source), source.held_out, config, out, format=_FORMAT.value,
+                shard_tokens=_SHARD_TOKENS.value, workers=_WORKERS.value, terminal=terminal,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            terminal.close()
+            terminal.say("stopped; the same command goes on from the last whole shard")
+            return 130
+        terminal.close()
+    for name, facts in manifest.sets.items():
+        terminal.say(
+            f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"
+            f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    config_file.run_command(_main)

@@ -1,0 +1,243 @@
+"""Token ids in files: read at random, from bin files (nanoGPT, llm.c) and from array_record."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import hashlib
+import itertools
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import IO, Protocol
+
+import numpy as np
+from etils import epath
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data.corpus_files import read_range, stamp
+from ngpt_jax.data.sources import ArrayRecord
+from ngpt_jax.files import is_remote, reason
+
+# llm.c: int32 magic, version, number of tokens; 256 int32 in all.
+_HEADER_BYTES = 1024
+_HEADERS: dict[tuple[int, int], np.dtype] = {
+    (20240520, 1): np.dtype("<u2"),
+    (20240801, 7): np.dtype("<u4"),
+}
+_SAMPLE_BYTES = 2**20
+_TOKENS_AT_ONCE = 2**22
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smaller of uint16 and uint32 that holds ids below ``vocab_size``."""
+    return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
+
+
+class Shard(Protocol):
+    """Tokens of one file."""
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): (stop - start,), uint16 or uint32."""
+
+    def fingerprint(self) -> str:
+        """The same for copies of a file at other places."""
+
+
+@dataclass(frozen=True)
+class BinShard:
+    """Raw little-endian token ids after a header of ``offset`` bytes."""
+
+    name: str
+    dtype: np.dtype
+    offset: int
+    tokens: int
+    stamp: str
+
+    def __len__(self) -> int:
+        return self.tokens
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        size = self.dtype.itemsize
+        first, last = self.offset + start * size, self.offset + stop * size
+        try:
+            if is_remote(self.name):
+                data = read_range(self.name, first, last)
+            else:
+                data = os.pread(_opened(self.name, self.stamp).fileno(), last - first, first)
+        except OSError as e:
+            raise ConfigError(f"data: {self.name!r} cannot be read: {reason(e)}.") from e
+        if len(data) != last - first:
+            raise ConfigError(f"data: {self.name!r} has become shorter; restore it.")
+        return np.frombuffer(data, self.dtype)
+
+    def fingerprint(self) -> str:
+        """Of size, first and last MiB: a hash of all would take hours."""
+        ends = min(self.tokens, _SAMPLE_BYTES // self.dtype.itemsize)
+        digest = hashlib.sha256(f"{self.dtype} {self.tokens} ".encode())
+        digest.update(self.read(0, ends).tobytes())
+        digest.update(self.read(self.tokens - ends, self.tokens).tobytes())
+        return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=256)
+def _opened(path: str, stamp: str) -> IO[bytes]:
+    """A file that stays open for a while; one dropped from here closes when no thread reads it."""
+    del stamp  # another file under the same name is opened anew
+    return open(path, "rb", buffering=0)
+
+
+def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
+    """A bin file with or without llm.c's header.
+
+    Args:
+      file: to read.
+      field: of the config, for messages.
+      dtype: of a file without a header; None: uint16.
+
+    Raises ConfigError: empty, cut short, or of a kind that is not known.
+    """
+    size, name = file.stat().length, str(file)
+    head = read_range(name, 0, 12) if is_remote(name) else _first_bytes(name, 12)
+    magic, version, count = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
+    if magic in (known for known, _ in _HEADERS):
+        if (magic, version) not in _HEADERS:
+            raise ConfigError(f"{field}: {name!r} has llm.c's header in version {version}.")
+        kind, offset = _HEADERS[magic, version], _HEADER_BYTES
+        if dtype not in (None, kind.name):
+            raise ConfigError(f"{field}: {name!r} holds {kind.name}, not data.token_dtype={dtype}.")
+        tokens = (size - offset) // kind.itemsize
+        if size != offset + count * kind.itemsize:
+            raise ConfigError(
+                f"{field}: {name!r} should hold {count:,} tokens but holds {tokens:,}; it is cut"
+                " short or damaged."
+            )
+    else:
+        kind, offset = np.dtype(dtype or "uint16").newbyteorder("<"), 0
+        tokens = size // kind.itemsize
+        if size % kind.itemsize:
+            raise ConfigError(
+                f"{field}: the size of {name!r}, {size:,} bytes, is no multiple of"
+                f" {kind.itemsize} ({kind.name}); it is cut short, or set token_dtype."
+            )
+    if not tokens:
+        raise ConfigError(f"{field}: {name!r} holds no tokens; drop it.")
+    return BinShard(name, kind, offset, tokens, stamp(file))
+
+
+def _first_bytes(name: str, count: int) -> bytes:
+    with open(name, "rb") as f:
+        return f.read(count)
+
+
+class ArrayRecordShard:
+    """Token ids in records, a document each, little-endian.
+
+    Args:
+      records: of the file.
+      dtype: of the ids.
+      lengths: (records,) tokens of each record, as :func:`record_lengths` makes them.
+    """
+
+    def __init__(self, records: ArrayRecord, dtype: np.dtype, lengths: np.ndarray):
+        self.name = str(records.file)
+        self._records, self._dtype = records, dtype
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        if start >= stop:
+            return np.zeros(0, self._dtype)
+        first = int(np.searchsorted(self._ends, start, "right"))
+        last = int(np.searchsorted(self._ends, stop, "left"))
+        tokens = np.frombuffer(b"".join(self._records.read(first, last + 1)), self._dtype)
+        start -= int(self._ends[first - 1]) if first else 0
+        stop -= int(self._ends[first - 1]) if first else 0
+        if len(tokens) < stop:
+            raise ConfigError(f"data: {self.name!r} has changed; restore it.")
+        return tokens[start:stop]
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self._dtype} {len(self)} ".encode())
+        digest.update(self._ends.tobytes())
+        ends = min(len(self), _SAMPLE_BYTES // self._dtype.itemsize)
+        digest.update(self.read(0, ends).tobytes())
+        digest.update(self.read(len(self) - ends, len(self)).tobytes())
+        return digest.hexdigest()
+
+
+def record_lengths(records: ArrayRecord, dtype: np.dtype) -> np.ndarray:
+    """Tokens of each record, (records,) int64: one pass over the file."""
+    lengths = np.zeros(len(records), np.int64)
+    for start in range(0, len(records), 1024):
+        stop = min(start + 1024, len(records))
+        sizes = np.array([len(record) for record in records.read(start, stop)])
+        if (sizes % dtype.itemsize).any():
+            raise ConfigError(
+                f"{records.field}: a record of {str(records.file)!r} is no whole number of"
+                f" {dtype.name}; set token_dtype (None: the records are text)."
+            )
+        lengths[start:stop] = sizes // dtype.itemsize
+    return lengths
+
+
+class TokenStream:
+    """Shards one after another as one long text of tokens, or a part of it.
+
+    Args:
+      shards: at least one.
+      vocab_size: ids have to be below it.
+      start, stop: the part; all by default.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], vocab_size: int, start: int = 0, stop: int | None = None
+    ):
+        self.shards, self.vocab_size = list(shards), vocab_size
+        self._ends = list(itertools.accumulate(len(shard) for shard in shards))
+        self._start, self._stop = start, self._ends[-1] if stop is None else stop
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def part(self, start: int, stop: int) -> TokenStream:
+        """Tokens [start, stop) as a stream of its own."""
+        return TokenStream(self.shards, self.vocab_size, self._start + start, self._start + stop)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): (stop - start,) int32; raises ConfigError for wrong ids."""
+        out = np.empty(stop - start, np.int32)
+        start, stop, filled = start + self._start, stop + self._start, 0
+        i = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            shard = self.shards[i]
+            base = self._ends[i] - len(shard)
+            piece = shard.read(start - base, min(stop, self._ends[i]) - base)
+            if int(piece.max()) >= self.vocab_size:
+                raise ConfigError(
+                    f"data: {shard.name!r} has the token id {piece.max()}, but data.tokenizer"
+                    f" knows ids below {self.vocab_size}; give the tokenizer of these files, or"
+                    " set token_dtype."
+                )
+            out[filled : filled + len(piece)] = piece
+            start, filled, i = start + len(piece), filled + len(piece), i + 1
+        return out
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All of it in order, (tokens,) int32 each."""
+        for start in range(0, len(self), _TOKENS_AT_ONCE):
+            yield self.read(start, min(start + _TOKENS_AT_ONCE, len(self)))
+
+    def fingerprint(self) -> str:
+        lines = [shard.fingerprint() for shard in self.shards]
+        text = "\n".join([f"{self._start} {self._stop}", *lines])
+        return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,38 @@
+"""Paths, local or gs://, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    return "://" in os.fspath(path)
+
+
+def write_atomically(path: os.PathLike[str], text: str) -> None:
+    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    if is_remote(path):
+        from etils import epath
+
+        epath.Path(path).write_text(text)  # an object appears as a whole
+        return
+    folder, name = os.path.split(os.fspath(path))
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def digest_of(lines: Iterable[str]) -> str:
+    """sha256 of lines of text, as hexadecimal digits."""
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def reason(error: BaseException) -> str:
+    """What an error of reading or writing says, in short."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -1,0 +1,67 @@
+"""What a person sees: a progress bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from rich import console as rich_console
+from rich import progress as rich_progress
+
+
+def format_duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Terminal:
+    """A progress bar on a terminal, plain lines elsewhere, nothing where ``quiet``."""
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        self._console = rich_console.Console(file=sys.stdout, highlight=False)
+        self._bar: rich_progress.Progress | None = None
+        self._shown = self._told = 0.0
+        self._status = ""
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self._bar:
+            self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
+        elif not self._quiet:
+            print(text, flush=True)
+
+    def show(self, label: str, share: float, status: str | None = None) -> None:
+        """Moves the bar; without a new status only now and then, as that costs time."""
+        now = time.monotonic()
+        if self._quiet or not self._console.is_terminal or (status is None and now < self._shown):
+            return
+        self._shown = now + 0.2
+        if self._bar is None:
+            self._bar = rich_progress.Progress(
+                rich_progress.TextColumn("{task.fields[label]}"),
+                rich_progress.BarColumn(bar_width=12),
+                rich_progress.TextColumn("{task.fields[status]}"),
+                console=self._console,
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task("", total=1.0, label=label, status="")
+            self._bar.start()
+        self._status = self._status if status is None else status
+        self._bar.update(
+            self._task, completed=share, refresh=True, label=label, status=self._status
+        )
+
+    def tell(self, text: str, seconds: float = 0.0) -> None:
+        """A line where there is no bar, at most one in so many seconds."""
+        now = time.monotonic()
+        if not self._bar and now >= self._told:
+            self._told = now + seconds
+            self.say(text)
+
+    def close(self) -> None:
+        """Ends the bar; the next one begins anew."""
+        if self._bar:
+            self._bar.stop()
+            self._bar, self._status = None, ""
