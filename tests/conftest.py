@@ -1,4 +1,11 @@
+import atexit
 import os
+import shutil
+import tempfile
+
+# Prepared tokens and other caches go to a home of the tests' own, also those of subprocesses.
+os.environ["HOME"] = tempfile.mkdtemp(prefix="ngpt_jax_home")
+atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 # Tests compile much and run little: skip the costly passes of XLA's CPU compiler.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -360,17 +360,22 @@ def test_which_checkpoints_stay(tmp_path, config, losses, expected):
 
 
 def test_a_save_waits_for_the_removals_of_the_one_before(run, monkeypatch, capsys):
-    remove = checkpoint_folder.CheckpointFolder.remove
+    removed, unlink = threading.Event(), os.unlink
 
-    def slow(self, step):
-        with monkeypatch.context() as patch:
-            rmtree = type(self.path).rmtree
-            patch.setattr(type(self.path), "rmtree", lambda p: (time.sleep(0.1), rmtree(p)))
-            remove(self, step)
+    def slow(*args, **kwargs):
+        unlink(*args, **kwargs)
+        removed.set()
+        time.sleep(0.01)
 
-    monkeypatch.setattr(checkpoint_folder.CheckpointFolder, "remove", slow)
-    train(run, 10, keep=2)
-    assert numbers(run / "checkpoints") == [8, 10]
+    checkpoints = Checkpoints(run, CheckpointConfig(keep=2))
+    state, _ = checkpoints.restore(like(first_state()))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", slow)
+        checkpoints.save(next_state(state)[0], {})
+        assert removed.wait(10)
+        checkpoints.save(next_state(next_state(state)[0])[0], {})  # clears leftovers
+        checkpoints.close()
+    assert numbers(run / "checkpoints") == [7, 8]
     assert capsys.readouterr().err == ""
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -164,6 +165,17 @@ def test_a_bin_file_that_becomes_shorter(tmp_path):
         f.truncate(100)
     with raises("data: .*a.bin' has become shorter; restore it"):
         found.train[""][100]
+
+
+def test_threads_may_read_while_files_are_opened_and_dropped(tmp_path):
+    shard = open_bin(epath.Path(write_bin(tmp_path / "a.bin", TOKENS)), "data.paths", None)
+
+    def read(_):
+        shards._opened.cache_clear()
+        return shard.read(5, 50).tolist() == TOKENS[5:50].tolist()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(5000)))
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from test_packing import stream_of
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.data import pipeline
+from ngpt_jax.data.corpus import EvalSet, load_corpus
+from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-from ngpt_jax.training import dry_run, layout, loop, throughput
+from ngpt_jax.training import dry_run, loop, run, step, throughput
 from ngpt_jax.training.evaluate import evaluate, make_summed_nats
 from ngpt_jax.terminal import format_duration
 from ngpt_jax.training.metrics import MetricWriter
@@ -118,14 +122,14 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(small, tmp_path,
 @pytest.mark.slow
 def test_a_stop_in_the_last_evaluation_is_made_up_for(small, tmp_path, monkeypatch, capsys):
     config = small(**{"train.steps": 3, "checkpoint.every": 3})
-    real = loop.evaluate
+    real = run.evaluate
 
     def stopping(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "evaluate", stopping)
+        patch.setattr(run, "evaluate", stopping)
         assert loop.train(config, tmp_path) == loop.EXIT_RESUME
     for _ in range(2):
         assert loop.train(config, tmp_path) == 0
@@ -165,7 +169,7 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_workdirs_of_other_runs_are_refused(small, tmp_path, monkeypatch):
+def test_workdirs_of_other_runs_are_refused(small, tmp_path):
     config = small(**{"train.steps": 2, "eval.every": 10})
     loop.train(config, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"another run \(model.width: 16 -> 32;.* and 5 more\)"):
@@ -173,9 +177,11 @@ def test_workdirs_of_other_runs_are_refused(small, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="is a file; give a folder"):
         loop.train(config, tmp_path / "file")
-    monkeypatch.setattr(loop.zlib, "crc32", lambda text: 1)
+    other = tmp_path / "other.txt"
+    other.write_text("another text\n" * 1000)
     with pytest.raises(ConfigError, match="not the one that this run began with"):
-        loop.train(config, tmp_path / "run")
+        loop.train(small(**{"train.steps": 2, "eval.every": 10, "data.paths": (str(other),)}),
+                   tmp_path / "run")  # fmt: skip
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(ConfigError, match=r"holds checkpoints but no config.json"):
         loop.train(config, tmp_path / "run")
@@ -196,35 +202,56 @@ def test_bad_data_is_refused_before_work_starts(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def poison(monkeypatch, config, steps):
+    """Makes the loss of the batches of these steps NaN."""
+    corpus = load_corpus(config.data, load_tokenizer(config.data), config.model.context)
+    dataset = pipeline.train_dataset(corpus.train[""], config.data.seed)
+    batches = pipeline.train_batches(dataset, config.train.batch_size, 0, 0, 1)
+    sums = [int(next(batches)["inputs"].sum()) for _ in range(config.train.steps)]
+    bad = jnp.array([sums[s - 1] for s in steps])
+    real = step.summed_nats
+
+    def summed_nats(model, params, batch):
+        is_bad = jnp.isin(batch["inputs"].sum(), bad)
+        return real(model, params, batch) * jnp.where(is_bad, jnp.nan, 1)
+
+    monkeypatch.setattr(step, "summed_nats", summed_nats)
+
+
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run(small, tmp_path, monkeypatch):
-    real = layout.make_train_step
-
-    def broken(*args):
-        step = real(*args)
-
-        def with_nan(state, batch):
-            state, metrics = step(state, batch)
-            return state, metrics | {
-                "loss": metrics["loss"] * jnp.where(state.step == 8, jnp.nan, 1)
-            }
-
-        return with_nan
-
-    monkeypatch.setattr(layout, "make_train_step", broken)
-    with pytest.raises(loop.RunError, match="loss is nan at step 8; the last checkpoint is step 5"):
-        loop.train(small(), tmp_path)
+def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_path, monkeypatch):
+    config = small(**{"train.max_skipped": 3, "checkpoint.every": 4})
+    poison(monkeypatch, config, [2, 6, 7, 9])
+    assert loop.train(config, tmp_path / "a") == 0
+    train_rows = [r for r in rows(tmp_path / "a") if "train/skipped" in r]
+    assert [r["train/skipped"] for r in train_rows] == [1, 2, 4, 4]
+    assert all(math.isfinite(x) for r in train_rows for x in r.values())
+    poison(monkeypatch, config, [6, 7, 8])
+    with pytest.raises(run.RunError) as error:
+        loop.train(config, tmp_path / "b")
+    assert re.fullmatch(
+        r"3 steps in a row were skipped, the last of them step 8 \(loss nan, gradient norm nan\); the"
+        r" last checkpoint is step 4\. Try a lower optimizer.learning_rate, .*", str(error.value)
+    )  # fmt: skip
+    # A skip before a stop counts after it.
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        with pytest.raises(run.RunError, match="last of them step 8"):
+            assert loop.train(config, tmp_path / "c") == loop.EXIT_RESUME
+            loop.train(config, tmp_path / "c")
 
 
 @pytest.mark.slow
 def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
     config = tiny(**{"model.vocab_size": 257, "eval.batch_size": 3})
     documents = ["naïve café", "x" * 133]
-    eval_set = pipeline.make_eval_set("set", documents, ByteTokenizer())
+    t = ByteTokenizer()
+    ids = [i for text in documents for i in [*t.encode(text), t.eod]]
+    eval_set = EvalSet("set", stream_of(ids), len("".join(documents).encode()), t.eod)
     params = init_params(config.model, jax.random.key(0))
     placer = BatchPlacer(make_mesh(config), 3, 16)
     result = evaluate(config, params, eval_set, make_summed_nats(config), placer)
-    tokens = eval_set.tokens.astype(int)
+    tokens = np.array([t.eod, *ids])
     assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
     nats = 0.0
     forward = jax.jit(Transformer(config.model).apply)

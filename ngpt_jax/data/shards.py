@@ -71,7 +71,8 @@ class BinShard:
             if is_remote(self.name):
                 data = read_range(self.name, first, last)
             else:
-                data = os.pread(_opened(self.name, self.stamp).fileno(), last - first, first)
+                file = _opened(self.name, self.stamp)  # held while it is read
+                data = os.pread(file.fileno(), last - first, first)
         except OSError as e:
             raise ConfigError(f"data: {self.name!r} cannot be read: {reason(e)}.") from e
         if len(data) != last - first:

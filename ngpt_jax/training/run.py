@@ -267,6 +267,8 @@ class Run:
         return fetched[-1] if fetched else {}
 
     def _too_many_skipped(self, step: int, metrics: dict[str, float]) -> str:
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.close()  # the save under way may end well
         saved = self.checkpoints.latest_step()
         many = int(metrics["skipped_in_row"])
         return (
