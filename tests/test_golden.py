@@ -11,6 +11,7 @@ from ngpt_jax.model.reference_layout import from_reference, to_reference
 from ngpt_jax.model.transformer import Transformer, unit_axes
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.projection import project_params
+from ngpt_jax.training.guard import init_guard
 from ngpt_jax.training.step import TrainState, make_train_step, summed_nats
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,7 +85,7 @@ def test_twenty_training_steps(x64, tiny, kind, state):
     config, golden, params = load(tiny, kind, state)
     tx, schedule = make_optimizer(config)
     params = project_params(params, unit_axes(config.model))
-    run = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+    run = TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
     step = jax.jit(make_train_step(config, tx, schedule))
     for i in range(20):
         batch = {"inputs": tokens(golden["traj/x"][i]), "targets": tokens(golden["traj/y"][i])}

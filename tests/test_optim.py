@@ -9,7 +9,12 @@ import pytest
 from ngpt_jax.config import OptimizerConfig
 from ngpt_jax.model.transformer import unit_axes
 from ngpt_jax.optim.groups import matrix_mask, param_groups
-from ngpt_jax.optim.recipes import clip_by_global_norm, make_optimizer
+from ngpt_jax.optim.recipes import (
+    clip_by_global_norm,
+    make_optimizer,
+    scale_by_adam,
+    scale_by_learning_rate,
+)
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.step import init_state, make_train_step, summarize_params
@@ -59,6 +64,37 @@ def test_clip_of_zero_gradients_is_zero():
     assert not np.any(clipped)
 
 
+def test_adam_equals_optax_bit_for_bit_and_keeps_its_state_where_told():
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.zeros((5, 3)), "b": jnp.zeros(4, jnp.bfloat16)}
+    ours, theirs = scale_by_adam(0.9, 0.95, 1e-8), optax.scale_by_adam(0.9, 0.95, 1e-8)
+    state, their_state = ours.init(params), theirs.init(params)
+    for i in range(6):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), p.dtype), params)
+        if i % 2:
+            nans = jax.tree.map(lambda g: g * jnp.nan, grads)
+            _, state = ours.update(nans, state, ok=jnp.asarray(False))
+        updates, state = ours.update(grads, state, ok=jnp.asarray(True))
+        their_updates, their_state = theirs.update(grads, their_state)
+        jax.tree.map(np.testing.assert_array_equal, (updates, state), (their_updates, their_state))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_the_rate_is_that_of_the_step_given(x64, dtype):
+    schedule = make_schedule(OptimizerConfig(learning_rate=0.1, warmup_steps=3), 10)
+    tx, theirs = scale_by_learning_rate(schedule), optax.scale_by_learning_rate(schedule)
+    updates = {"w": jnp.arange(4, dtype=dtype)}
+    state = theirs.init(updates)
+    for step in range(10):
+        ours, nothing = tx.update(updates, tx.init(updates), step=jnp.int32(step))
+        expected, state = theirs.update(updates, state)
+        assert ours["w"].dtype == dtype and nothing == optax.EmptyState()
+        np.testing.assert_array_equal(ours["w"], expected["w"])
+        if dtype == "float64":
+            assert float(ours["w"][1]) == -float(schedule(step))
+    assert schedule(jnp.int32(7)).dtype == jnp.float64
+
+
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_groups_follow_from_axis_names(tiny, kind):
     groups = param_groups(tiny(**{"model.kind": kind}).model)
@@ -76,7 +112,7 @@ def test_weight_decay_acts_on_the_baselines_matrices_alone(tiny):
     tx, _ = make_optimizer(config)
     params = init_state(config, tx).params
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = tx.update(zero, tx.init(params), params)
+    updates, _ = tx.update(zero, tx.init(params), params, step=0)
     shrunk = jax.tree.map(lambda u: bool(np.any(u)), updates)
     assert shrunk == matrix_mask(config.model)
     lr = config.optimizer.learning_rate

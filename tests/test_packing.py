@@ -297,7 +297,9 @@ def test_best_fit_windows(documents, context, masked):
     """Each token is a target once, predicted from the one before it in its document or an EOD."""
     tokens = joined(documents)
     stream = stream_of(tokens)
-    windows = BestFit(stream, context, EOD, best_fit(document_lengths(stream, EOD), context), masked)
+    windows = BestFit(
+        stream, context, EOD, best_fit(document_lengths(stream, EOD), context), masked
+    )
     pairs = []
     for window in map(windows.__getitem__, range(len(windows))):
         real = window["weights"] == 1

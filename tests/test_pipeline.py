@@ -183,7 +183,9 @@ def test_rows_of_processes_make_up_the_batch():
         each = BATCH // processes
         parts = [batches(count=20, position=3, rows=np.arange(i * each, (i + 1) * each))
                  for i in range(processes)]  # fmt: skip
-        joined = [{k: np.concatenate([p[k] for p in part]) for k in part[0]} for part in zip(*parts)]
+        joined = [
+            {k: np.concatenate([p[k] for p in part]) for k in part[0]} for part in zip(*parts)
+        ]
         assert fingerprint(joined) == fingerprint(whole)
 
 
@@ -247,7 +249,12 @@ def test_each_eval_target_once(tokens, context, batch_size):
     eval_set = EvalSet("val", stream_of(tokens), 0, 256)
     some = list(pipeline.eval_batches(eval_set, context, batch_size, mask_documents=True))
     assert len(some) == pipeline.num_eval_batches(eval_set, context, batch_size)
-    kinds = {"inputs": np.int32, "targets": np.int32, "weights": np.float32, "segment_ids": np.int32}
+    kinds = {
+        "inputs": np.int32,
+        "targets": np.int32,
+        "weights": np.float32,
+        "segment_ids": np.int32,
+    }
     for batch in some:
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
             k: ((batch_size, context), dtype) for k, dtype in kinds.items()

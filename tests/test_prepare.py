@@ -239,7 +239,9 @@ def test_training_reads_what_was_prepared(config, tmp_path, small_portions):
             np.testing.assert_equal(other.train[""][window], by_cache.train[""][window])
         (a,), (b,) = by_cache.held_out, other.held_out
         assert (a.name, a.num_bytes) == (b.name, b.num_bytes)
-        np.testing.assert_array_equal(a.stream.read(0, len(a.stream)), b.stream.read(0, len(b.stream)))
+        np.testing.assert_array_equal(
+            a.stream.read(0, len(a.stream)), b.stream.read(0, len(b.stream))
+        )
     (tmp_path / "bin").rename(tmp_path / "moved")
     moved = load(source="bin", paths=(str(tmp_path / "moved"),), cache=cache)
     assert by_bin.fingerprint == moved.fingerprint
@@ -254,7 +256,9 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
     json_file = tmp_path / "t.json"
     words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
     words.save(str(json_file))
-    with raises("data.tokenizer: .*out' was prepared with the tokenizer 'byte' .257 ids, .* not 't'"):
+    with raises(
+        "data.tokenizer: .*out' was prepared with the tokenizer 'byte' .257 ids, .* not 't'"
+    ):
         load(source="bin", paths=(folder,), tokenizer=str(json_file), cache=cache)
     with raises("must be the only path; several go into data.mixture"):
         load(source="bin", paths=(folder, folder), cache=cache)
@@ -327,9 +331,7 @@ def test_counts_are_those_of_the_tokenizers_themselves(tmp_path, name):
     made = run(config, tmp_path / "out", shard_tokens=30_000, workers=2)
     folder = SHARED / "tokenizers/gpt2"
     if name == "gpt2":
-        direct = hf.ByteLevelBPETokenizer(
-            str(folder / "encoder.json"), str(folder / "vocab.bpe")
-        )
+        direct = hf.ByteLevelBPETokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
     else:
         direct = hf.Tokenizer.from_file(str(SHARED / "tokenizers" / name))
     lines = gzip.decompress(file.read_bytes()).decode().splitlines()

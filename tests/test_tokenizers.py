@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data import tokenizers
-from ngpt_jax.data.tokenizers import TiktokenFormat, load_tokenizer
+from ngpt_jax.data.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
+from ngpt_jax.data.tokenizers import load_tokenizer
 
 LLAMA = SHARED / "tokenizers" / "llama2-32k.json"
 GPT2 = SHARED / "tokenizers" / "gpt2"
@@ -110,9 +110,9 @@ def paths(tmp_path_factory):
     (folder / "tiny.tiktoken").write_bytes(ranks_file(tiny_ranks()))
     added = ("<user>", hf.AddedToken(EOT, special=True), "<eos>")
     special = {EOT: 261, "<|fim_prefix|>": 263}
-    pattern = tokenizers.TIKTOKEN_FORMATS["cl100k_base"].pattern
+    pattern = TIKTOKEN_FORMATS["cl100k_base"].pattern
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tokenizers.TIKTOKEN_FORMATS, "tiny", TiktokenFormat(pattern, special, 260))
+        patch.setitem(TIKTOKEN_FORMATS, "tiny", TiktokenFormat(pattern, special, 260))
         yield {
             "byte": "byte",
             "json": str(byte_level(*added, merges=MERGES[:2], file=folder / "tiny.json")),
@@ -286,10 +286,10 @@ def test_table_of_tiktoken_formats():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(openai_public, "load_tiktoken_bpe", lambda *args, **kwargs: {})
         patch.setattr(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda **kwargs: {})
-        theirs = {name: getattr(openai_public, name)() for name in tokenizers.TIKTOKEN_FORMATS
+        theirs = {name: getattr(openai_public, name)() for name in TIKTOKEN_FORMATS
                   if name != "tiny"}  # fmt: skip
     for name, their in theirs.items():
-        ours = tokenizers.TIKTOKEN_FORMATS[name]
+        ours = TIKTOKEN_FORMATS[name]
         assert ours.pattern == their["pat_str"]
         assert ours.special_tokens == their["special_tokens"]
         if "explicit_n_vocab" in their:

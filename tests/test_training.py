@@ -25,9 +25,9 @@ from ngpt_jax.data.corpus import EvalSet, load_corpus
 from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
+from ngpt_jax.terminal import format_duration
 from ngpt_jax.training import dry_run, loop, run, step, throughput
 from ngpt_jax.training.evaluate import evaluate, make_summed_nats
-from ngpt_jax.terminal import format_duration
 from ngpt_jax.training.metrics import MetricWriter
 
 ROOT = Path(__file__).parents[1]

@@ -96,9 +96,7 @@ def one_life(workdir: Path, book: Path, kill_in: str, seed: int, say) -> bool:
 def rows(workdir: Path) -> list[dict]:
     """Metrics without what a clock showed."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [
-        {k: v for k, v in json.loads(line).items() if not k.endswith(CLOCKS)} for line in lines
-    ]
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith(CLOCKS)} for line in lines]
 
 
 def final_arrays(workdir: Path) -> list[np.ndarray]:

@@ -102,7 +102,7 @@ def stamp(path: epath.Path) -> str:
     stat = path.stat()
     # epath tells whole seconds only.
     changed = stat.mtime if is_remote(path) else os.stat(path).st_mtime_ns
-    return f"{path} {stat.length} {changed}"
+    return f"{path if is_remote(path) else os.path.abspath(path)} {stat.length} {changed}"
 
 
 def open_binary(path: epath.Path) -> IO[Any]:

@@ -28,9 +28,29 @@ def clip_by_global_norm(max_norm: float, eps: float = 0.0) -> optax.GradientTran
     return optax.GradientTransformation(optax.init_empty_state, update_fn)
 
 
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """:func:`optax.scale_by_adam` whose state stays, bit for bit, where ``ok`` is False.
+
+    The updates come from the state that was chosen, not from the new one, so that the moments are
+    changed in place. Chosen after the whole update instead, XLA's CPU backend copies the old ones.
+    Where ``ok`` is False the updates mean nothing.
+    """
+    adam = optax.scale_by_adam(b1, b2, eps)
+
+    def update_fn(updates, state, params=None, *, ok=True, **extra):
+        del params, extra
+        _, new = adam.update(updates, state)
+        chosen = jax.tree.map(lambda n, old: jnp.where(ok, n, old), new, state)
+        mean = optax.tree.bias_correction(chosen.mu, b1, chosen.count)
+        square = optax.tree.bias_correction(chosen.nu, b2, chosen.count)
+        return jax.tree.map(lambda m, s: m / (jnp.sqrt(s) + eps), mean, square), chosen
+
+    return optax.GradientTransformationExtraArgs(adam.init, update_fn)
+
+
 def _clipped_adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
     clip = [clip_by_global_norm(config.clip_norm, config.clip_eps)] if config.clip_norm else []
-    return [*clip, optax.scale_by_adam(config.b1, config.b2, config.eps)]
+    return [*clip, scale_by_adam(config.b1, config.b2, config.eps)]
 
 
 def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -73,7 +93,8 @@ def make_optimizer(
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
     """The recipe of ``model.kind`` and its learning-rate schedule, for a resolved config.
 
-    Its ``update`` takes ``step``, the batches consumed before, besides the usual arguments.
+    Besides the usual arguments its ``update`` takes ``step``, the batches consumed before, and
+    ``ok`` (True): where it is False the state stays as it was, and the updates are not to be used.
     """
     assert config.train.steps is not None
     schedule = make_schedule(config.optimizer, config.train.steps)

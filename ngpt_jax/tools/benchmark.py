@@ -105,6 +105,9 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     tx, _ = make_optimizer(config)
     state = layout.first_state(config, tx, mesh)
     placer = BatchPlacer(mesh, config.train.batch_size, config.model.context)
+    # Weights and ids of documents, where the config has them: all targets of one document.
+    like = layout.abstract_batch(config, mesh)
+    batch = {name: np.ones(x.shape, x.dtype) for name, x in like.items()} | batch
     placed = placer({name: x[placer.rows] for name, x in batch.items()})
     return Stepper(compiled, state, placed, _peak_bytes(compiled))
 

@@ -104,7 +104,7 @@ class Run:
             )
         self.steps = steps
         self.pending: list[dict[str, jax.Array]] = []  # of steps not yet fetched
-        self.dataset = _dataset(config, corpus)
+        self.dataset = make_dataset(config, corpus)
         self.writer: MetricWriter | NoWriter = NoWriter()
         if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
             self.writer = writer
@@ -317,7 +317,8 @@ class Run:
         self.evaluated, self.results = self.step, results
 
 
-def _dataset(config: Config, corpus: Corpus) -> Any:
+def make_dataset(config: Config, corpus: Corpus) -> Any:
+    """Training windows without end, in the order of ``data.seed``."""
     if config.data.source == "mixture":
         weights = {name: source.weight for name, source in config.data.mixture.items()}
         return pipeline.mixed_dataset(corpus.train, weights, config.data.seed)

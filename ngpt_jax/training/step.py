@@ -70,14 +70,12 @@ def make_train_step(
         loss, grads = _loss_and_grads(config, state.params, batch)
         grad_norm = optax.tree.norm(grads)  # the clip's own is the same to XLA
         ok, guard = check(state.guard, loss, grad_norm, config.train.spike_deviations)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step)
+        updates, opt_state = tx.update(
+            grads, state.opt_state, state.params, step=state.step, ok=ok
+        )
         params = optax.apply_updates(state.params, updates)
         # A choice, no product with 0: nothing of what is not finite gets through.
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(ok, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
-        )
+        params = jax.tree.map(lambda new, old: jnp.where(ok, new, old), params, state.params)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
