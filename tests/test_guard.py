@@ -229,8 +229,7 @@ def float64(tiny, **fields):
 
 
 def loss_and_grads(config, params, batch):
-    fn = jax.jit(step_lib._loss_and_grads, static_argnums=0)
-    return fn(config, params, batch)
+    return jax.jit(lambda p, b: step_lib._loss_and_grads(config, p, b))(params, batch)
 
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
@@ -277,16 +276,19 @@ def test_loss_is_the_weighted_mean(x64, tiny, accumulate):
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_documents_of_a_window_are_as_if_alone(x64, tiny, kind):
-    """Positions go on from one document to the next: RoPE is relative."""
+    """In windows of their own they lie at the same positions, with padding before them."""
     config = float64(tiny, **{"model.kind": kind, "train.batch_size": 1})
-    params = init_state(config, make_optimizer(config)[0]).params
     rng = np.random.default_rng(2)
+    params = jax.tree.map(
+        lambda p: p + 0.1 * np.std(p) * rng.standard_normal(p.shape) + 0.01 * rng.random(p.shape),
+        init_state(config, make_optimizer(config)[0]).params,
+    )
     documents = [rng.integers(0, VOCAB, n) for n in (8, 6)]
 
-    def window(*documents, padding=0, masked=True):
+    def window(*documents, start=0, padding=0, masked=True):
         batch = {name: np.full((1, 16), padding, np.int32) for name in ("inputs", "targets")}
         batch["segment_ids"] = np.zeros((1, 16), np.int32)  # of padding
-        batch["weights"], at = np.zeros((1, 16), np.float32), 0
+        batch["weights"], at = np.zeros((1, 16), np.float32), start
         for number, tokens in enumerate(documents, start=1):
             here = slice(at, at := at + len(tokens) - 1)
             batch["inputs"][0, here], batch["targets"][0, here] = tokens[:-1], tokens[1:]
@@ -301,12 +303,25 @@ def test_documents_of_a_window_are_as_if_alone(x64, tiny, kind):
         return jax.tree.map(lambda x: total * x, loss_and_grads(config, params, batch))
 
     together = sums(window(*documents))
-    alone = [sums(window(document)) for document in documents]
+    alone = [sums(window(documents[0])), sums(window(documents[1], start=7))]
     assert_close(together, jax.tree.map(jnp.add, *alone), atol=1e-10)
     assert_close(sums(window(*documents, padding=7)), together, atol=1e-10)
-    # Without the mask the second sees the first.
+    # Without the mask the second sees the first, and the padding before it.
     assert abs(sums(window(*documents, masked=False))[0] - together[0]) > 1e-3
-    assert_close(sums(window(documents[0], masked=False)), alone[0], atol=1e-10)
+    assert abs(sums(window(documents[1], start=7, masked=False))[0] - alone[1][0]) > 1e-3
+
+    # At the start of a window: only differences of positions count, in nGPT with an s_qk that
+    # is the same for both channels of a rotated pair.
+    moved = sums(window(documents[1]))
+    if kind == "gpt":
+        assert_close(moved, alone[1], atol=1e-10)
+    else:
+        assert 1e-9 < abs(moved[0] - alone[1][0]) < 1e-1
+        half = config.model.head_dim // 2
+        s_qk = params["layers"]["s_qk"]
+        params["layers"]["s_qk"] = jnp.concatenate([s_qk[..., :half]] * 2, -1)
+        moved, alone = sums(window(documents[1])), sums(window(documents[1], start=7))
+        assert float(moved[0]) == pytest.approx(float(alone[0]), abs=1e-10)
 
 
 def assert_close(a, b, atol):

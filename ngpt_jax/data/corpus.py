@@ -181,18 +181,22 @@ class _Opened:
             prepare(raw, source.held_out, config, folder, terminal=terminal, stopped=stopped)
             self._open_folder(folder)
         elif (prepared := _prepared_folder(source, self._prefix)) is not None:
+            self._check_format(prepared)
             self._open_folder(prepared)
         else:
             self._open_files()
 
+    def _check_format(self, folder: epath.Path) -> None:
+        format = manifest_lib.read_manifest(folder, self._field).format
+        if self._source.source != format:
+            raise ConfigError(
+                f"{self._prefix}.source={self._source.source}, but {str(folder)!r} holds"
+                f" {format}; set {self._prefix}.source={format}."
+            )
+
     def _open_folder(self, folder: epath.Path) -> None:
         manifest = manifest_lib.read_manifest(folder, self._field)
         manifest_lib.check_manifest(manifest, folder, self._tokenizer, self._field)
-        if self._source.source in manifest_lib.FORMATS and self._source.source != manifest.format:
-            raise ConfigError(
-                f"{self._prefix}.source={self._source.source}, but {str(folder)!r} holds"
-                f" {manifest.format}; set {self._prefix}.source={manifest.format}."
-            )
         dtype, streams = np.dtype(manifest.dtype).newbyteorder("<"), {}
         for name, facts in manifest.sets.items():
             shards: list[Shard] = []

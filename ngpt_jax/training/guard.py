@@ -30,9 +30,13 @@ class Guard(NamedTuple):
 
 def init_guard() -> Guard:
     """No steps seen."""
-    # Arrays of their own: one buffer cannot be donated twice.
-    counts = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    return Guard(*counts, jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32))
+    return Guard(  # arrays of their own: one buffer cannot be donated twice
+        skipped=jnp.zeros((), jnp.int32),
+        in_row=jnp.zeros((), jnp.int32),
+        accepted=jnp.zeros((), jnp.int32),
+        mean=jnp.zeros((), jnp.float32),
+        variance=jnp.zeros((), jnp.float32),
+    )
 
 
 def check(

@@ -59,13 +59,14 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
     """Shapes, dtypes and shardings of a run's state; moments lie as their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(config, tx))
     params, whole = param_shardings(config.model, mesh), rules.replicated(mesh)
+    guard = jax.tree.map(lambda _: whole, shapes.guard)
     opt_state = optax.tree.map_params(
         tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
     )
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
-        TrainState(whole, params, opt_state, jax.tree.map(lambda _: whole, shapes.guard)),
+        shapes._replace(step=whole, params=params, opt_state=opt_state, guard=guard),
     )
 
 
@@ -77,7 +78,7 @@ def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) ->
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch; see :data:`ngpt_jax.training.step.Batch`."""
+    """Shapes, dtypes and shardings of a training batch, as :data:`.step.Batch` has it."""
     shape = (config.train.batch_size, config.model.context)
     spec = rules.activation_spec(("batch", "length"), shape, mesh)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -80,10 +81,11 @@ class MetricWriter:
             self._wandb.log(some, step=step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        with contextlib.suppress(OSError):  # of a row that was told to have failed
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+            if self._file is not None:
+                self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
 

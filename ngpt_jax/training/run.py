@@ -295,10 +295,13 @@ class Run:
         results: dict[str, dict[str, float]] = {}
         for eval_set in self.eval_sets:
             start = time.perf_counter()
-            result = evaluate(
-                self.config, self.state.params, eval_set, self.nats_fn, self.eval_placer, limit,
-                self.poll,
-            )  # fmt: skip
+            try:
+                result = evaluate(
+                    self.config, self.state.params, eval_set, self.nats_fn, self.eval_placer, limit,
+                    self.poll,
+                )  # fmt: skip
+            except ConfigError as e:  # a file that was damaged since the start
+                raise RunError(str(e)) from e
             if result is None:
                 return
             results[eval_set.name] = result

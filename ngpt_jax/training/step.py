@@ -26,7 +26,8 @@ from ngpt_jax.training.guard import Guard, check, init_guard
 
 # inputs, targets (B, T) int32; weights (B, T) float32 where some targets don't count, 0 on padding;
 # segment_ids (B, T) int32 where attention stays within documents, padding with an id of its own.
-# Positions need no restart in a document: RoPE is relative.
+# Positions run on from document to document. GPT sees differences of positions alone; so does nGPT
+# as long as s_qk, which scales rotated channels, is the same for both channels of a rotated pair.
 Batch = dict[str, jax.Array]
 
 
@@ -70,9 +71,7 @@ def make_train_step(
         loss, grads = _loss_and_grads(config, state.params, batch)
         grad_norm = optax.tree.norm(grads)  # the clip's own is the same to XLA
         ok, guard = check(state.guard, loss, grad_norm, config.train.spike_deviations)
-        updates, opt_state = tx.update(
-            grads, state.opt_state, state.params, step=state.step, ok=ok
-        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step, ok=ok)
         params = optax.apply_updates(state.params, updates)
         # A choice, no product with 0: nothing of what is not finite gets through.
         params = jax.tree.map(lambda new, old: jnp.where(ok, new, old), params, state.params)
