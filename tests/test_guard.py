@@ -280,7 +280,7 @@ def test_documents_of_a_window_are_as_if_alone(x64, tiny, kind):
     config = float64(tiny, **{"model.kind": kind, "train.batch_size": 1})
     rng = np.random.default_rng(2)
     params = jax.tree.map(
-        lambda p: p + 0.1 * np.std(p) * rng.standard_normal(p.shape) + 0.01 * rng.random(p.shape),
+        lambda p: p * (1 + 0.1 * rng.standard_normal(p.shape)),
         init_state(config, make_optimizer(config)[0]).params,
     )
     documents = [rng.integers(0, VOCAB, n) for n in (8, 6)]
@@ -307,8 +307,8 @@ def test_documents_of_a_window_are_as_if_alone(x64, tiny, kind):
     assert_close(together, jax.tree.map(jnp.add, *alone), atol=1e-10)
     assert_close(sums(window(*documents, padding=7)), together, atol=1e-10)
     # Without the mask the second sees the first, and the padding before it.
-    assert abs(sums(window(*documents, masked=False))[0] - together[0]) > 1e-3
-    assert abs(sums(window(documents[1], start=7, masked=False))[0] - alone[1][0]) > 1e-3
+    assert abs(sums(window(*documents, masked=False))[0] - together[0]) > 1e-5
+    assert abs(sums(window(documents[1], start=7, masked=False))[0] - alone[1][0]) > 1e-5
 
     # At the start of a window: only differences of positions count, in nGPT with an s_qk that
     # is the same for both channels of a rotated pair.

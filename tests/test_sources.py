@@ -140,7 +140,7 @@ def test_text_files_of_each_kind(tmp_path):
         return texts
 
     packed = ["zst", "zst2", "zst3", "row", "row2"]
-    below = ["one", "two", "Bé\ntwo\n", "{plain}", *packed, "gz", "x\u2028y", "?!"]
+    below = ["one", "two", "Bé\ntwo\n", "{plain}", *packed, "gz", "x\u2028y", "\ud800!"]
     assert train(tmp_path / "d") == below
     assert train(tmp_path / "d" / "*.txt") == ["Bé\ntwo\n", "{plain}"]
     assert train(tmp_path / "d" / "s*", tmp_path / "d" / "?.txt") == [*below[9:], "Bé\ntwo\n"]
@@ -162,7 +162,7 @@ def test_home_and_text_key(tmp_path, monkeypatch):
         ("x.jsonl", "[" * 100_000 + "\n", r"x.jsonl', line 1 is not JSON"),
         ("x.jsonl", '{"text": "a"}\n[1]\n', r"x.jsonl', line 2 is not a JSON object"),
         ("x.jsonl", '{"body": "a", "id": 1}\n', r"has no 'text' but 'body', 'id'; set data.t"),
-        ("x.jsonl.gz", '{"text": 5}\n', r"line 1: 'text' is int, not a string"),
+        ("x.jsonl.gz", '{"text": 5}\n', r"line 1 has 'text' of type int, not str"),
         ("x.md", "a", r"x.md' has none of the known suffixes .txt, .txt.gz, .txt.zst, .jsonl"),
     ],
 )

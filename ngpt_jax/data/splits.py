@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.stdlib import hold_out, text_digest
 
-_DOCUMENTS = 4096  # of a text with fewer, a share is counted out exactly
+_DOCUMENTS = 1000  # of a text with fewer, a share is counted out exactly
 
 
 @dataclass(frozen=True)

@@ -98,4 +98,4 @@ def hold_out(sizes: Mapping[str, int], share: float) -> set[str]:
 
 def text_digest(text: str) -> str:
     """sha256, as hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()

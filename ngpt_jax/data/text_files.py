@@ -21,7 +21,8 @@ def read_documents(file: epath.Path, field: str, text_key: str) -> Iterator[tupl
     """Documents of a file that are not blank, each with the bytes of the file read so far.
 
     Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. Raises
-    ConfigError, which names ``field``, the file and the line.
+    ConfigError, which names ``field``, the file and the line. JSON can spell half a surrogate pair,
+    which is "?" to tokenizers.
     """
     name = file.name.lower()
     if name.endswith(".parquet"):
@@ -29,9 +30,8 @@ def read_documents(file: epath.Path, field: str, text_key: str) -> Iterator[tupl
     else:
         texts = _packed_texts(file, field, text_key, name.split(".txt")[-1] in _PACKED)
     for text, position in texts:
-        if text.strip():
-            # JSON can spell half a surrogate pair, which no UTF-8 can hold: it becomes "?".
-            yield text.encode("utf-8", "replace").decode(), position
+        if text and not text.isspace():
+            yield text, position
 
 
 def _packed_texts(
@@ -57,24 +57,28 @@ def _packed_texts(
 
 def _json_texts(stream: TextIO, file: epath.Path, field: str, text_key: str) -> Iterator[str]:
     for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        where = f"{field}: {str(file)!r}, line {number}"
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{where} is not JSON ({error}); mend or drop it.") from error
-        if not isinstance(record, dict):
-            raise ConfigError(f"{where} is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it.")
-        if text_key not in record:
-            keys = ", ".join(map(repr, sorted(record)[:9])) or "nothing"
-            raise ConfigError(f"{where} has no {text_key!r} but {keys}; set data.text_key.")
-        text = record[text_key]
+            text = json.loads(line)[text_key]
+        except (ValueError, RecursionError, LookupError, TypeError) as error:
+            if not line.strip():
+                continue
+            text = error
         if not isinstance(text, str):
-            raise ConfigError(
-                f"{where}: {text_key!r} is {type(text).__name__}, not a string; set data.text_key."
-            )
+            where = f"{field}: {str(file)!r}, line {number}"
+            raise ConfigError(f"{where} {_why_no_text(line, text, text_key)}.")
         yield text
+
+
+def _why_no_text(line: str, found: object, text_key: str) -> str:
+    if isinstance(found, ValueError | RecursionError):
+        return f"is not JSON ({found}); mend or drop it"
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        return f"is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it"
+    if text_key not in record:
+        keys = ", ".join(map(repr, sorted(record)[:9])) or "nothing"
+        return f"has no {text_key!r} but {keys}; set data.text_key"
+    return f"has {text_key!r} of type {type(found).__name__}, not str; set data.text_key"
 
 
 def _parquet_texts(file: epath.Path, field: str, text_key: str) -> Iterator[tuple[str, int]]:

@@ -42,7 +42,8 @@ from ngpt_jax.parallel import xla_flags
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import layout, throughput
-from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
+from ngpt_jax.training.loop import enable_x64_if_used
+from ngpt_jax.training.run import with_tokenizer
 
 MODELS = ("ngpt", "gpt", "plain")
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
