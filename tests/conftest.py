@@ -1,11 +1,9 @@
-import atexit
 import os
 import shutil
 import tempfile
 
 # Prepared tokens and other caches go to a home of the tests' own, also those of subprocesses.
 os.environ["HOME"] = tempfile.mkdtemp(prefix="ngpt_jax_home")
-atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
 
 # Tests compile much and run little: skip the costly passes of XLA's CPU compiler.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +14,13 @@ import numpy as np
 import pytest
 
 from ngpt_jax import config as config_lib
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home():
+    """The tests' own, removed at their end."""
+    yield os.environ["HOME"]
+    shutil.rmtree(os.environ["HOME"], ignore_errors=True)
 
 
 @pytest.fixture
@@ -53,3 +58,17 @@ def book(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "book.txt"
     path.write_text("\n".join(" ".join(rng.choice(words, 8)) for _ in range(300)))
     return str(path)
+
+
+@pytest.fixture
+def small(tiny, book):
+    """A run of 12 steps on the book, with a row of metrics every 3."""
+
+    def make(**fields):
+        return tiny(**{
+            "data.source": "text", "data.paths": (book,), "model.vocab_size": None,
+            "train.steps": 12, "optimizer.learning_rate": 1e-2, "log.every": 3,
+            "eval.every": 4, "eval.batches": 1, "checkpoint.every": 5, "sample.tokens": 0, **fields,
+        })  # fmt: skip
+
+    return make

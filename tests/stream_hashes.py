@@ -49,6 +49,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from ngpt_jax import main as _  # its flags
 
     main(sys.argv[1:])

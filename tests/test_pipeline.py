@@ -135,7 +135,8 @@ def test_batches_in_a_new_process():
     code = (
         "import sys; sys.path.insert(0, 'tests'); import test_pipeline as t;"
         "print(t.fingerprint(t.batches(seed=3, position=13, threads=1)), flush=True);"
-        "it = t.pipeline.train_batches(t.pipeline.train_dataset(t.windows_in(t.TOKENS), 0), 4, 0, 2, 8);"
+        "dataset = t.pipeline.train_dataset(t.windows_in(t.TOKENS), 0);"
+        "it = t.pipeline.train_batches(dataset, 4, 0, 2, 8);"
         "next(it); assert t.prefetch_threads(); print('flax' in sys.modules)"
     )
     out = subprocess.run(

@@ -116,10 +116,9 @@ def test_a_stopped_preparation_goes_on(config, tmp_path, small_portions, format,
     monkeypatch.setattr(ByteTokenizer, "encode_batch", counting)
     starts = 0
     while not (tmp_path / "cut/manifest.json").exists():
-        polls = itertools.count(1)
         starts += 1
         try:
-            run(config, tmp_path / "cut", format=format, stopped=lambda: next(polls) == 7)
+            run(config, tmp_path / "cut", format=format, stopped=at_poll(7))
         except Stopped:
             shards = [f for f in os.listdir(tmp_path / "cut") if f.startswith("train")]
             assert len(shards) == starts
@@ -158,6 +157,12 @@ t.run(t.text_config(sys.argv[1]), sys.argv[2])
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
+def at_poll(number):
+    """A stop at the n-th poll."""
+    polls = itertools.count(1)
+    return lambda: next(polls) == number
+
+
 def test_named_held_out_sets(tmp_path):
     a, b = write(tmp_path / "a.txt", "train text"), write(tmp_path / "b.txt", "held out")
     made = run(text_config(a, eval_paths=(f"val={b}",)), tmp_path / "out")
@@ -192,9 +197,8 @@ def test_folders_of_something_else(config, tmp_path, small_portions):
         run(config, tmp_path / "in")
     with raises("cannot be written: (Not a directory|File exists)"):
         run(config, tmp_path / "in" / "c.jsonl")
-    polls = itertools.count(1)
     with pytest.raises(Stopped):
-        run(config, tmp_path / "cut", stopped=lambda: next(polls) == 7)
+        run(config, tmp_path / "cut", stopped=at_poll(7))
     with raises("holds the beginning of another text"):
         run(other, tmp_path / "cut")
     (tmp_path / "cut/train-00000.bin").write_bytes(b"short")

@@ -155,7 +155,8 @@ def load_tiktoken_tokenizer(path: str, end_of_document: str | None = None) -> Ti
         ranks = _parse_ranks(content, known)
     except ValueError as error:
         raise ConfigError(
-            f"data.tokenizer: {path!r} is damaged, or not {file_stem(path)} ({error}); give another."
+            f"data.tokenizer: {path!r} is damaged, or not {file_stem(path)} ({error}); give"
+            " another."
         ) from error
     return _tiktoken_tokenizer(
         path, end_of_document, known.pattern, ranks, known.special_tokens, content

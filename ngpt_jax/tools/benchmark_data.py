@@ -132,8 +132,9 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     print(f"library alone, one core        {best['library']:>14,.0f}")
     print(f"preparation, one process       {best['one']:>14,.0f}  ratio"
           f" {best['one'] / best['library']:.2f}")  # fmt: skip
+    a_core = best["all"] / busy
     print(f"preparation, {workers} workers{'':9}  {best['all']:>14,.0f}  a core"
-          f" {best['all'] / busy:,.0f}, ratio {best['all'] / busy / best['library']:.2f}")  # fmt: skip
+          f" {a_core:,.0f}, ratio {a_core / best['library']:.2f}")  # fmt: skip
     print(f"loader, one core               {best['loader']:>14,.0f}")
     print(f"peak memory of a process of the preparation: {peak:,.0f} MiB")
     if _JSON.value:
