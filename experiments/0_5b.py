@@ -1,7 +1,13 @@
 """The paper's 0.5B model: 468,491,520 parameters (the baseline has 468,239,360).
 
-    python -m ngpt_jax.main --config=experiments/0_5b.py \
-        --config.data.paths='openwebtext/*.jsonl.gz' --config.data.tokenizer=llama2.json
+    python -m ngpt_jax.data.prepare --source=text --paths='openwebtext/*.jsonl.gz' \
+        --tokenizer=llama2.json --out=owt_llama2
+    python -m ngpt_jax.main --config=experiments/0_5b.py --config.data.source=bin \
+        --config.data.paths=owt_llama2 --config.data.tokenizer=llama2.json
+
+OpenWebText from anywhere: .jsonl or .parquet files (the first start prepares them, if prepare did
+not), --source=tfds --tfds_name=..., or nanoGPT's train.bin as it is (GPT-2's tokens, so
+--config.data.tokenizer=gpt2/ --config.model.vocab_size=50257; README, "Data").
 
 24 layers, width 1024, 16 heads of 64, SwiGLU of 4096, LLaMA-2's 32,000 tokens, 512 windows a
 step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of the
