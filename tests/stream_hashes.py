@@ -49,5 +49,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-
     main(sys.argv[1:])
