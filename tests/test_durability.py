@@ -146,8 +146,10 @@ def test_the_schedule_changes_with_a_flag_alone(begun, small):
 def test_another_tokenizer_is_refused(begun, small, monkeypatch):
     folder, fields = begun
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
+    before = (folder / "config.json").read_text()
     with pytest.raises(ConfigError, match=r"data.tokenizer is not the one .* \(.*, not 12345678\)"):
-        loop.train(small(**fields), folder)
+        loop.train(small(**fields | {"log.every": 7}), folder)
+    assert (folder / "config.json").read_text() == before
 
 
 @pytest.mark.slow

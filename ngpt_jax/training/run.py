@@ -78,7 +78,7 @@ class Run:
             text=corpus.fingerprint,
             held_out=[(s.name, len(s.stream), s.fingerprint) for s in self.eval_sets],
         )
-        self._on_first(lambda: workdir_lib.claim_workdir(workdir, config))
+        self._on_first(lambda: workdir_lib.write_versions(workdir))
         workdir_lib.check_shared(workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
         distributed.check_same(newest_checkpoint=self.checkpoints.latest_step())
@@ -103,6 +103,8 @@ class Run:
                 f" {self.step} already; raise it."
             )
         self.steps = steps
+        # Last, so that a start that is refused leaves the folder as it was.
+        self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.pending: list[dict[str, jax.Array]] = []  # of steps not yet fetched
         self.dataset = make_dataset(config, corpus)
         self.writer: MetricWriter | NoWriter = NoWriter()

@@ -112,18 +112,22 @@ def _some(differences: list[str]) -> str:
     return "; ".join(differences[:3]) + rest
 
 
-def claim_workdir(workdir: epath.Path, config: Config) -> None:
-    """Writes config.json and versions.json."""
+def write_versions(workdir: epath.Path) -> None:
+    """Makes the folder, and says in it what the newest start runs with."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "config.json", config_lib.to_json(config))
     write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+
+
+def write_config(workdir: epath.Path, config: Config) -> None:
+    """Makes the folder that of this run."""
+    write_atomically(workdir / "config.json", config_lib.to_json(config))
 
 
 def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
     """Refuses a workdir that is not the same folder for all processes.
 
     Args:
-      workdir: claimed by process 0.
+      workdir: with versions.json by process 0.
       patience: seconds until what one host wrote is seen by the others; NFS keeps old entries
         for up to a minute.
     """

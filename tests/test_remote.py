@@ -1,0 +1,85 @@
+"""gs:// on a stand-in for a bucket: text, prepared folders and bin files."""
+
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from data_helpers import raises
+from etils import epath
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
+
+from ngpt_jax.config import DataConfig
+from ngpt_jax.data import corpus
+from ngpt_jax.data.preparation import prepare
+from ngpt_jax.data.sources import open_source
+from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.training.workdir import open_workdir
+
+
+class Bucket(MemoryFileSystem):
+    """In memory, under the names of Google's storage."""
+
+    protocol = ("gs", "gcs")
+    store: ClassVar[dict] = {}
+    pseudo_dirs: ClassVar[list] = [""]
+
+    def __init__(self, *args, finalize_on_close=None, **kwargs):
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").removeprefix("gcs://").strip("/")
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    for name in ("gs", "gcs"):
+        monkeypatch.setitem(_registry, name, Bucket)
+    Bucket.store.clear()
+    folder = epath.Path("gs://bucket/in")
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    backend.fsspec_backend._get_filesystem.cache_clear()  # it outlives the test
+
+
+def load(cache, **fields):
+    config = DataConfig(cache=str(cache), **fields)
+    return corpus.load_corpus(config, load_tokenizer(config), 4)
+
+
+def test_text_and_tokens_in_a_bucket(bucket, tmp_path):
+    for i in range(9):
+        (bucket / f"{i}.txt").write_text(f"document {i}\n")
+    (bucket / "t.bin").write_bytes(np.arange(250).astype("<u2").tobytes())
+    config = DataConfig(source="text", paths=("gs://bucket/in/*.txt",))
+    out = epath.Path("gs://bucket/out")
+    made = prepare(open_source(config), 0.3, config, out, shard_tokens=40, workers=1)
+    assert prepare(open_source(config), 0.3, config, out, shard_tokens=40) == made
+    assert sorted(p.name for p in out.iterdir()) == [
+        "held_out-00000.bin", "manifest.json", "train-00000.bin"
+    ]  # fmt: skip
+    by_text = load(tmp_path, source="text", paths=config.paths, held_out=0.3)
+    by_folder = load(tmp_path, source="bin", paths=("gs://bucket/out",))
+    assert by_folder.tokens == by_text.tokens
+    np.testing.assert_equal(by_folder.train[""][3], by_text.train[""][3])
+    by_file = load(tmp_path, source="bin", paths=("gs://bucket/in/t.bin",))
+    assert by_file.train[""][2]["targets"].tolist() == [9, 10, 11, 12]
+
+
+def test_what_is_not_in_a_bucket(bucket, tmp_path):
+    with raises("data.paths: no file matches 'gs://bucket/x/\\*.txt'; check"):
+        load(tmp_path, source="text", paths=("gs://bucket/x/*.txt",))
+    with raises("data.paths: there is no file or folder 'gs://bucket/x'"):
+        load(tmp_path, source="bin", paths=("gs://bucket/x",))
+    (bucket / "a.array_record").write_bytes(b"x")
+    with raises("data.paths: array_record files are read from local disks alone, not 'gs://"):
+        load(tmp_path, source="array_record", paths=("gs://bucket/in/a.array_record",))
+    with raises("data.cache = 'gs://bucket/cache' must be a folder of this machine"):
+        load("gs://bucket/cache")
+
+
+def test_storage_that_is_not_installed():
+    with raises(r"--workdir=gs://bucket/run cannot be reached \(.*\); gs:// needs pip install"):
+        open_workdir("gs://bucket/run")
