@@ -6,6 +6,7 @@ tests/test_stream.py compares them across processes, workers and resumes.
 """
 
 import hashlib
+import importlib
 import itertools
 import sys
 
@@ -49,4 +50,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    importlib.import_module("ngpt_jax.main")  # its flags
     main(sys.argv[1:])

@@ -613,10 +613,12 @@ while True:
     rng = random.Random(0)
     processes = [child(code, tmp_path / str(i)) for i in range(5)]
     for i, process in enumerate(processes):
-        process.stdout.readline()
+        first = process.stdout.readline()
         time.sleep(rng.uniform(0, 0.5))
         process.send_signal(signal.SIGKILL)
-        last = int(("0\n" + process.communicate(timeout=60)[0]).splitlines()[-1])
+        # Not communicate(), which would leave out what readline() has read ahead.
+        last = int([first, *process.stdout.readlines()][-1])
+        process.wait()
         checkpoints = Checkpoints(tmp_path / str(i), CheckpointConfig())
         latest = checkpoints.latest_step()
         assert last <= (latest or 0) <= last + 2

@@ -125,6 +125,19 @@ def test_a_batch_of_nans_is_skipped_from_the_first_step_on(tiny):
     assert int(state.guard.accepted) == 2 and int(state.opt_state[1].count) == 2
 
 
+def test_the_schedule_follows_the_step_not_the_updates_made(tiny):
+    config = tiny(**{"model.kind": "gpt", "optimizer.warmup_steps": 0})
+    step, first = runner(config)
+    (batch,) = batches(config, 1)
+    first = on_host(first)
+    for steps, still in ((0, False), (config.train.steps, True)):  # cosine ends at 0
+        state, metrics = step(on_device(first._replace(step=np.int32(steps))), batch)
+        assert (metrics["learning_rate"] == 0) == still
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), state.params, first.params)
+        assert set(jax.tree.leaves(moved)) == {not still}
+        assert int(state.opt_state[1].count) == int(state.guard.accepted) == 1
+
+
 # --------------------------------------------------------------------------------- spike guard
 
 

@@ -191,19 +191,22 @@ def _run(work: Coroutine[Any, Any, _T]) -> _T:
 
 class _Silence(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return "_SignalingThread.run() raised" not in str(record.msg)
+        text = str(record.msg)
+        never = "never retrieved" in text and "serialize" in text
+        return not never and "_SignalingThread.run() raised" not in text
 
 
 def _silence_orbax() -> None:
     """A failed write is told in one line; orbax would print its stack, of each array, before it.
 
-    Writes under way when the first one fails end after orbax closed their event loop; Python
-    prints that for each, though nobody waits for them.
+    Writes under way when the first one fails end with errors of their own, or after orbax closed
+    their event loop; Python prints that for each, though nobody waits for them.
     """
-    absl = logging.getLogger("absl")
-    if any(isinstance(f, _Silence) for f in absl.filters):
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    if any(isinstance(f, _Silence) for f in loggers[0].filters):
         return
-    absl.addFilter(_Silence())
+    for logger in loggers:
+        logger.addFilter(_Silence())
     tell = sys.unraisablehook
 
     def hook(args: Any) -> None:
