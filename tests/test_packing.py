@@ -249,6 +249,8 @@ def test_concatenated_windows(documents, context, masked):
             ids = window["segment_ids"]
             of_target = number[start + 1 : start + context + 1]
             assert (np.diff(ids) != 0).tolist() == (np.diff(of_target) != 0).tolist()
+            expected = [j - ids.tolist().index(i) for j, i in enumerate(ids)]
+            assert window["positions"].tolist() == expected
     if not len(windows):
         with raises(f"model.context = {context} needs a training text of {context + 1} tokens"):
             packing.check_windows(windows, stream_of(tokens), context)
@@ -310,6 +312,8 @@ def test_best_fit_windows(documents, context, masked):
             ids = window["segment_ids"]
             assert (ids[~real] == 0).all()
             assert (ids[real] > 0).all()
+            expected = [j - ids.tolist().index(i) for j, i in enumerate(ids[real])]
+            assert window["positions"][real].tolist() == expected
             starts = np.flatnonzero(np.diff(ids[real], prepend=0))
             assert (np.diff(ids[real]) >= 0).all()
             at = [pairs[len(pairs) - real.sum() + s][0] for s in starts]
@@ -326,7 +330,7 @@ def test_best_fit_through_the_config(tmp_path):
     windows = found.train[""]
     room = len(windows) * 16
     assert found.tokens <= room < found.tokens * 1.02
-    assert {"inputs", "targets", "weights", "segment_ids"} == set(windows[0])
+    assert {"inputs", "targets", "weights", "segment_ids", "positions"} == set(windows[0])
     again = load(packing="best_fit", **fields).train[""]
     np.testing.assert_array_equal(again[3]["targets"], windows[3]["targets"])
 

@@ -250,12 +250,8 @@ def test_each_eval_target_once(tokens, context, batch_size):
     eval_set = EvalSet("val", stream_of(tokens), 0, 256)
     some = list(pipeline.eval_batches(eval_set, context, batch_size, mask_documents=True))
     assert len(some) == pipeline.num_eval_batches(eval_set, context, batch_size)
-    kinds = {
-        "inputs": np.int32,
-        "targets": np.int32,
-        "weights": np.float32,
-        "segment_ids": np.int32,
-    }
+    kinds = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), np.int32)
+    kinds["weights"] = np.float32
     for batch in some:
         assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {
             k: ((batch_size, context), dtype) for k, dtype in kinds.items()

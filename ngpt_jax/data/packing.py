@@ -25,7 +25,8 @@ class Concatenated:
       stream: of documents, ``eod`` after each.
       context: pairs of a window.
       eod: id of the end-of-document token.
-      mask_documents: also give segment_ids: another number for each document of a window.
+      mask_documents: also give segment_ids, another number for each document of a window, and
+        positions within it.
     """
 
     def __init__(self, stream: TokenStream, context: int, eod: int, mask_documents: bool = False):
@@ -36,14 +37,25 @@ class Concatenated:
         return (len(self._stream) - 1) // self._context
 
     def __getitem__(self, index: int) -> Batch:
-        """{"inputs", "targets"} and, with a mask, "segment_ids": (context,) int32."""
+        """{"inputs", "targets"} and, with a mask, "segment_ids", "positions": (context,) int32."""
         start = index * self._context
         tokens = self._stream.read(start, start + self._context + 1)
         window = {"inputs": tokens[:-1], "targets": tokens[1:]}
         if self._mask_documents:
             # As an input, the end of a document belongs to the next one, which it predicts.
-            window["segment_ids"] = np.cumsum(tokens[:-1] == self._eod, dtype=np.int32)
+            window |= by_document(tokens[:-1] == self._eod)
         return window
+
+
+def by_document(starts: np.ndarray) -> Batch:
+    """{"segment_ids", "positions"}, (..., context) int32, from where documents start.
+
+    Positions are those within a document, or within the window where it began before.
+    """
+    indices = np.arange(starts.shape[-1])
+    first = np.maximum.accumulate(np.where(starts, indices, 0), axis=-1)
+    ids = np.cumsum(starts, axis=-1)
+    return {"segment_ids": ids.astype(np.int32), "positions": (indices - first).astype(np.int32)}
 
 
 class BestFitIndex(NamedTuple):
@@ -173,11 +185,12 @@ class BestFit:
 
     def __getitem__(self, index: int) -> Batch:
         """{"inputs", "targets": int32, "weights": float32 (0 where there is padding)} and, with
-        a mask, "segment_ids": int32 (0 where there is padding); (context,) each.
+        a mask, "segment_ids" (0 where there is padding), "positions": int32; (context,) each.
         """
         shape, at = self._context, 0
         inputs, targets = np.full(shape, self._eod, np.int32), np.full(shape, self._eod, np.int32)
-        segments, weights = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        weights = np.zeros(shape, np.float32)
         pieces = range(self._index.offsets[index], self._index.offsets[index + 1])
         for number, piece in enumerate(pieces, start=1):
             start, length = int(self._index.starts[piece]), int(self._index.lengths[piece])
@@ -185,9 +198,12 @@ class BestFit:
             inputs[at + length - len(tokens) + 1 : at + length] = tokens[:-1]
             targets[at : at + length] = tokens[len(tokens) - length :]
             segments[at : at + length], weights[at : at + length] = number, 1
+            positions[at : at + length] = np.arange(length)
             at += length
         window = {"inputs": inputs, "targets": targets, "weights": weights}
-        return window | {"segment_ids": segments} if self._mask_documents else window
+        if self._mask_documents:
+            window |= {"segment_ids": segments, "positions": positions}
+        return window
 
 
 def check_windows(windows: Concatenated | BestFit, stream: TokenStream, context: int) -> None:

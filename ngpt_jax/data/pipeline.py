@@ -15,6 +15,7 @@ from absl import flags
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus import EvalSet, Windows
+from ngpt_jax.data.packing import by_document
 
 Batch = dict[str, np.ndarray]
 
@@ -97,7 +98,7 @@ def train_batches(
     prefetch: int,
     rows: np.ndarray | None = None,
     workers: int = 0,
-) -> Iterator[Batch]:
+) -> grain.DatasetIterator:
     """Batches of consecutive elements of ``dataset``, read ahead in threads or processes.
 
     Batch k holds elements ``position + k * batch_size`` and on, whatever ``threads``,
@@ -147,8 +148,8 @@ def eval_batches(
 
     Returns:
       An iterator over {"inputs", "targets": int32, "weights": float32} and, with
-      ``mask_documents``, "segment_ids": int32, each of shape (batch_size, context); a weight is
-      1 for a target, 0 for the padding at the end.
+      ``mask_documents``, "segment_ids", "positions": int32, each (batch_size, context); a weight
+      is 1 for a target, 0 for the padding at the end.
     """
     shape, size, stream = (batch_size, context), batch_size * context, eval_set.stream
     batches = num_eval_batches(eval_set, context, batch_size)
@@ -163,6 +164,5 @@ def eval_batches(
         batch = {"inputs": inputs, "targets": targets, "weights": weights}
         batch = {name: x.reshape(shape) for name, x in batch.items()}
         if mask_documents:
-            ends = batch["inputs"] == eval_set.eod
-            batch["segment_ids"] = np.cumsum(ends, axis=1, dtype=np.int32)
+            batch |= by_document(batch["inputs"] == eval_set.eod)
         yield batch

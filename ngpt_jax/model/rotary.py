@@ -18,22 +18,22 @@ from ngpt_jax import sphere
 def rope_tables(
     positions: jax.Array, head_dim: int, base: float, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of t * base^(-2j/head_dim), each (T, head_dim/2).
+    """Cosines and sines of t * base^(-2j/head_dim), each (T, head_dim/2) or (B, T, head_dim/2).
 
     Args:
-      positions: (T,) integer positions t.
+      positions: (T,) or (B, T) integer positions t.
       head_dim: channels of a head, even.
       base: 10000 in the paper.
       dtype: of the tables, at least float32.
     """
     frequencies = base ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = positions.astype(dtype)[:, None] * jnp.asarray(frequencies, dtype)
+    angles = positions.astype(dtype)[..., None] * jnp.asarray(frequencies, dtype)
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotates x (B, T, heads, head_dim) by the angles of its positions."""
-    cos, sin = (t[:, None, :] for t in tables)  # (T, 1, head_dim/2)
+    cos, sin = (t[..., None, :] for t in tables)  # (T, 1, head_dim/2) or (B, T, 1, head_dim/2)
     a, b = jnp.split(sphere.promote(x), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 

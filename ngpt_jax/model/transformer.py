@@ -259,31 +259,46 @@ class Transformer(nn.Module):
             self.final_gain = gain(self, c, "final_norm", "embed")
         self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"), factor=s_z)
 
-    def hidden(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    def hidden(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
         """The last hidden states (B, T, embed), ready for the output table.
 
         Args:
           tokens: (B, T) ids.
           segment_ids: (B, T); attention stays within positions of the same id.
+          positions: (B, T) for RoPE; None: 0 to T - 1 in each window.
         """
         c = self.config
         assert c.head_dim is not None
         h = embed_tokens(self.input_table, tokens)
         self.sow("intermediates", "embedded", h)
         dtype = jnp.promote_types(c.dtype, jnp.float32)
-        tables = rope_tables(jnp.arange(tokens.shape[1]), c.head_dim, c.rope_base, dtype)
+        where = jnp.arange(tokens.shape[1]) if positions is None else positions
+        tables = rope_tables(where, c.head_dim, c.rope_base, dtype)
         h, _ = self.layers(h, tables, segment_ids)
         return rms_norm(h, self.final_gain, c.rms_eps) if c.kind == "gpt" else h
 
     def hidden_and_table(
-        self, tokens: jax.Array, segment_ids: jax.Array | None = None
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """The last hidden states and the output table (vocab, embed), times s_z in nGPT."""
-        return self.hidden(tokens, segment_ids), self.output_table
+        return self.hidden(tokens, segment_ids, positions), self.output_table
 
-    def __call__(self, tokens: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
-        h, table = self.hidden_and_table(tokens, segment_ids)
+        h, table = self.hidden_and_table(tokens, segment_ids, positions)
         assert self.config.vocab_size is not None
         dtype = jnp.promote_types(self.config.dtype, jnp.float32)
         logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)

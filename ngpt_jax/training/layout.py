@@ -86,7 +86,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
     if config.data.packing == "best_fit":
         batch["weights"] = tokens.update(dtype=jnp.float32)
     if config.data.mask_documents:
-        batch["segment_ids"] = tokens
+        batch["segment_ids"] = batch["positions"] = tokens
     return batch
 
 

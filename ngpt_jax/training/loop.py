@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from ngpt_jax.config import Config, ConfigError
@@ -77,14 +77,20 @@ def _train(run: Run) -> int:
 
 
 def _train_loop(run: Run) -> None:
+    with contextlib.ExitStack() as stack:
+        _steps(run, stack)
+
+
+def _steps(run: Run, stack: contextlib.ExitStack) -> None:
     config = run.config
     interval: _Interval | None = None
     if run.step < run.steps:
         start = time.perf_counter()
-        batches: Iterator[dict[str, np.ndarray]] = pipeline.train_batches(
+        batches = pipeline.train_batches(
             run.dataset, config.train.batch_size, run.progress["position"], config.data.threads,
             config.data.prefetch, run.placer.rows, config.data.workers,
         )  # fmt: skip
+        stack.callback(batches.close)  # ends its threads or processes
         compiled = layout.lower_train_step(config, run.mesh).compile()
         compile_seconds = time.perf_counter() - start
         run.terminal.say(f"compiled the step in {compile_seconds:.1f} s")

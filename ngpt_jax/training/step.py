@@ -26,8 +26,8 @@ from ngpt_jax.training.guard import Guard, check, init_guard
 
 # inputs, targets (B, T) int32; weights (B, T) float32 where some targets don't count, 0 on padding;
 # segment_ids (B, T) int32 where attention stays within documents, padding with an id of its own.
-# Positions run on from document to document. GPT sees differences of positions alone; so does nGPT
-# as long as s_qk, which scales rotated channels, is the same for both channels of a rotated pair.
+# positions (B, T) int32 within the documents then. GPT sees differences of positions alone, but
+# nGPT scales rotated channels by s_qk: where a document lies in its window would count.
 Batch = dict[str, jax.Array]
 
 
@@ -49,8 +49,9 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     """Sum over the batch's (weighted) targets of -log p(target), in nats."""
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
-        {"params": params}, batch["inputs"], batch.get("segment_ids"), method="hidden_and_table"
-    )
+        {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
+        method="hidden_and_table",
+    )  # fmt: skip
     h, table = outputs
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
