@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -236,6 +237,8 @@ def resolve(config: Config) -> Config:
     _one_of("checkpoint.on_error", config.checkpoint.on_error, ("stop", "continue"))
     for name, _, value, _ in fields(config):
         leaf = name.rsplit(".", 1)[-1]
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{name} must be finite, got {value}.")
         if leaf in _POSITIVE and value is not None:
             _require(value > 0, f"{name} must be positive, got {value}.")
         if leaf in _NOT_NEGATIVE and value is not None:
@@ -246,6 +249,8 @@ def resolve(config: Config) -> Config:
     for name in ("b1", "b2"):
         value = getattr(o, name)
         _require(0 <= value < 1, f"optimizer.{name} must lie in [0, 1), got {value}.")
+    _require(d.seed >= 0, f"data.seed must not be negative, got {d.seed}.")
+    _require(bool(d.cache), "data.cache must name a folder.")
     _check_data(d)
 
     mesh = dataclasses.asdict(config.mesh)

@@ -198,18 +198,22 @@ def test_array_record_of_token_ids(tmp_path, dtype):
         load(paths=(str(odd),), **config)
 
 
-def test_damaged_indices(tmp_path):
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:50], lambda b: b[:-1] + b"x"])
+def test_damaged_indices_are_made_anew(tmp_path, damage):
     file = tmp_path / "a.array_record"
-    write_array_record(file, [np.full(400, 7, "<u4").tobytes()])
+    write_array_record(file, [np.full(n, 7, "<u4").tobytes() for n in (100, 300)])
     config = {
         "source": "array_record", "token_dtype": "uint32", "cache": tmp_path / "c",
         "paths": (str(file),),
     }  # fmt: skip
-    load(**config)
-    for index in (tmp_path / "c/indices").glob("*/0.npy"):
-        index.write_bytes(index.read_bytes()[:50])
-    with raises("data.cache: .*indices.*; delete it"):
-        load(**config)
+    first = load(**config)
+    indices = list((tmp_path / "c/indices").glob("*/0.npy"))
+    before = [index.read_bytes() for index in indices]
+    for index in indices:
+        index.write_bytes(damage(index.read_bytes()))
+    again = load(**config)
+    assert again.fingerprint == first.fingerprint
+    assert [index.read_bytes() for index in indices] == before
 
 
 def test_fingerprints_of_files_follow_the_content(tmp_path):

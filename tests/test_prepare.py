@@ -308,13 +308,13 @@ def test_the_command(config, tmp_path):
     assert "held_out: " in done.stdout
     assert command("--verify", out).returncode == 0
     for flags, message in [
-        (["--source=text", out], "data.source=text needs data.paths"),
+        (["--source=text", out], "--source=text needs --paths, e.g. --paths=book.txt"),
         (["--source=text", "--paths=x"], "--out is missing"),
-        (["--source=bin", "--paths=x", out], "data.source must be one of stdlib, text, tfds, arr"),
-        (["--source=text", "--paths=gone", out], "data.paths: there is no file or folder 'gone'"),
-        (["--source=text", "--paths=x", "--held_out=2", out], "data.held_out must lie between"),
-        (["--source=stdlib", "--paths=x", out], "data.paths is for data.source=text"),
-        (["--source=stdlib", "--tokenizer=gone", out], "data.tokenizer: "),
+        (["--source=bin", "--paths=x", out], "--source must be one of stdlib, text, tfds, arr"),
+        (["--source=text", "--paths=gone", out], "--paths: there is no file or folder 'gone'"),
+        (["--source=text", "--paths=x", "--held_out=2", out], "--held_out must lie between"),
+        (["--source=stdlib", "--paths=x", out], "--paths is for --source=text"),
+        (["--source=stdlib", "--tokenizer=gone", out], "--tokenizer: "),
         (["--source=stdlib", "--workers=0", out], "workers"),
         (["--verify", f"--out={tmp_path}"], "there is no manifest.json in it"),
         (["--config.data.seed=1", out], "--config.data.seed is a flag of training"),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import secrets
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +18,7 @@ from etils import epath
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data import packing, sources
-from ngpt_jax.data.corpus_files import stamp
+from ngpt_jax.data.corpus_files import real_path, stamp
 from ngpt_jax.data.preparation import SHARD_TOKENS, prepare, source_key
 from ngpt_jax.data.shards import (
     ArrayRecordShard,
@@ -25,11 +28,13 @@ from ngpt_jax.data.shards import (
     open_bin,
     record_lengths,
 )
+from ngpt_jax.data.text_files import SUFFIXES
 from ngpt_jax.data.tokenizers import Tokenizer, utf8
-from ngpt_jax.files import digest_of, is_remote, write_atomically
+from ngpt_jax.files import digest_of, is_remote, reason, write_atomically
 from ngpt_jax.terminal import Terminal
 
 _CUT_SEARCH = 2**24  # tokens before a cut in which the end of a document is looked for
+_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|test|held_?out|eval)([^a-z]|$)"
 
 Windows = packing.Concatenated | packing.BestFit
 
@@ -85,8 +90,7 @@ def load_corpus(
 
     Raises ConfigError.
     """
-    if is_remote(config.cache):
-        raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
+    check_corpus(config, tokenizer)
     cache = Path(config.cache).expanduser()
     train: dict[str, Windows] = {}
     held_out: list[EvalSet] = []
@@ -100,19 +104,58 @@ def load_corpus(
         held_out += [dataclasses.replace(s, name=prefix + s.name) for s in opened.held_out]
         tokens += len(stream)
         prints.append(f"{name} {opened.fingerprint}")
+    if not held_out:
+        raise ConfigError("data: there is no held-out set; prepare the folder anew with one.")
+    for eval_set in held_out:
+        if eval_set.num_bytes < 1:
+            raise ConfigError(f"data: the held-out set {eval_set.name!r} holds no text.")
     return Corpus(train, held_out, tokens, digest_of(prints))
 
 
-def check_corpus(config: DataConfig) -> None:
-    """Refuses files that are not there, without reading or preparing them."""
+def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Refuses what can be seen to be wrong without reading or preparing text.
+
+    Files that are not there, another tokenizer, and text that is held out here and trained on there.
+    """
+    if is_remote(config.cache):
+        raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
+    train: dict[str, str] = {}  # real path -> field
+    held_out: dict[str, str] = {}
     for name, source in _named_sources(config).items():
         prefix = _prefix(name)
         if source.source == "tfds":
             sources.tfds_builder(source, prefix)
         elif not _is_tokens(source):
             sources.open_source(source, prefix)
-        elif _prepared_folder(source, prefix) is None:
-            sources.find_all_files(source, prefix, _suffixes(source))
+        elif (folder := _prepared_folder(source, prefix)) is not None:
+            _check_prepared(folder, source, prefix, tokenizer)
+        elif source.source == "bin":
+            for file in sources.find_all_files(source, prefix, _suffixes(source))[0]:
+                open_bin(file, f"{prefix}.paths", source.token_dtype)
+        if source.source in ("text", "bin", "array_record") and not _prepared_folder(
+            source, prefix
+        ):
+            files, eval_files = sources.find_all_files(source, prefix, _suffixes(source))
+            train |= {real_path(file): f"{prefix}.paths" for file in files}
+            held_out |= {
+                real_path(f): f"{prefix}.eval_paths" for held in eval_files.values() for f in held
+            }
+    for path in sorted(train.keys() & held_out.keys()):
+        raise ConfigError(
+            f"{held_out[path]}: {path!r} is in {train[path]} too; take it out of one of them."
+        )
+
+
+def _check_prepared(
+    folder: epath.Path, source: SourceConfig, prefix: str, tokenizer: Tokenizer
+) -> None:
+    manifest = manifest_lib.read_manifest(folder, f"{prefix}.paths")
+    if source.source != manifest.format:
+        raise ConfigError(
+            f"{prefix}.source={source.source}, but {str(folder)!r} holds {manifest.format}; set"
+            f" {prefix}.source={manifest.format}."
+        )
+    manifest_lib.check_manifest(manifest, folder, tokenizer, f"{prefix}.paths")
 
 
 def _named_sources(config: DataConfig) -> Mapping[str, SourceConfig]:
@@ -124,7 +167,7 @@ def _prefix(name: str) -> str:
 
 
 def _suffixes(source: SourceConfig) -> tuple[str, ...]:
-    return (".bin",) if source.source == "bin" else ("",)
+    return {"bin": (".bin",), "text": SUFFIXES}.get(source.source, ("",))
 
 
 def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
@@ -181,22 +224,15 @@ class _Opened:
             prepare(raw, source.held_out, config, folder, terminal=terminal, stopped=stopped)
             self._open_folder(folder)
         elif (prepared := _prepared_folder(source, self._prefix)) is not None:
-            self._check_format(prepared)
             self._open_folder(prepared)
         else:
             self._open_files()
 
-    def _check_format(self, folder: epath.Path) -> None:
-        format = manifest_lib.read_manifest(folder, self._field).format
-        if self._source.source != format:
-            raise ConfigError(
-                f"{self._prefix}.source={self._source.source}, but {str(folder)!r} holds"
-                f" {format}; set {self._prefix}.source={format}."
-            )
-
     def _open_folder(self, folder: epath.Path) -> None:
         manifest = manifest_lib.read_manifest(folder, self._field)
         manifest_lib.check_manifest(manifest, folder, self._tokenizer, self._field)
+        if not is_remote(folder):
+            self._verify(manifest, folder)
         dtype, streams = np.dtype(manifest.dtype).newbyteorder("<"), {}
         for name, facts in manifest.sets.items():
             shards: list[Shard] = []
@@ -217,8 +253,7 @@ class _Opened:
     def _open_files(self) -> None:
         source, vocab_size = self._source, self._tokenizer.vocab_size
         files, eval_files = sources.find_all_files(source, self._prefix, _suffixes(source))
-        if not eval_files:
-            self._refuse_held_out_names(files)
+        self._refuse_held_out_files(files)
         stream = TokenStream([self._shard(file, self._field) for file in files], vocab_size)
         field = f"{self._prefix}.eval_paths"
         held_out = {
@@ -243,10 +278,26 @@ class _Opened:
     ) -> EvalSet:
         return EvalSet(name, stream, num_bytes, self._tokenizer.eod, fingerprint)
 
-    def _refuse_held_out_names(self, files: list[epath.Path]) -> None:
+    def _verify(self, manifest: Manifest, folder: epath.Path) -> None:
+        """Compares the sha256 of every shard, once for a file of this name, size and time."""
+        shards = [shard for facts in manifest.sets.values() for shard in facts.shards]
+        stamps = [f"{stamp(folder / shard.file)} {shard.sha256}" for shard in shards]
+
+        def verify() -> list[np.ndarray]:
+            manifest_lib.verify(manifest, folder, self._field)
+            return []
+
+        cached_arrays(self._cache, digest_of(["verified", *stamps]), verify)
+
+    def _refuse_held_out_files(self, files: list[epath.Path]) -> None:
         """Nobody wants to train on val.bin because it lies in the same folder."""
         for file in files:
-            if any(word in file.stem.lower() for word in ("val", "test")) and len(files) > 1:
+            if (file.parent / manifest_lib.NAME).exists():
+                raise ConfigError(
+                    f"{self._field}: {str(file)!r} is of a prepared folder, which knows what is"
+                    f" held out; give {str(file.parent)!r} itself."
+                )
+            if re.search(_HELD_OUT_WORDS, file.stem.lower()) and len(files) > 1:
                 raise ConfigError(
                     f"{self._field}: {str(file)!r} looks like held-out tokens; give a glob without"
                     f" it, and --config.{self._prefix}.eval_paths=val={file}"
@@ -270,7 +321,7 @@ class _Opened:
         target = min(max(round(len(stream) * (1 - share)), 1), len(stream) - 1)
         if target < 1:
             raise ConfigError(f"{self._field}: there are too few tokens to hold any out.")
-        start = max(target - _CUT_SEARCH, 0)
+        start = max(target - min(_CUT_SEARCH, (len(stream) - target) // 2), 0)
         ends = np.flatnonzero(stream.read(start, target) == self._tokenizer.eod)
         return start + int(ends[-1]) + 1 if len(ends) else target
 
@@ -311,23 +362,33 @@ def _windows(
 def cached_arrays(
     cache: Path, key: str, compute: Callable[[], list[np.ndarray]]
 ) -> list[np.ndarray]:
-    """What ``compute`` gave the first time, mapped from a file."""
+    """What ``compute`` gave the first time, mapped from files; a damaged copy is made anew."""
     folder = cache / "indices" / key[:32]
-    done = folder / "count.json"
     try:
-        if not done.exists():
-            arrays = compute()
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, array in enumerate(arrays):
-                temporary = folder / f".{number}.{os.getpid()}.npy"
-                np.save(temporary, array)
-                os.replace(temporary, folder / f"{number}.npy")
-            write_atomically(done, json.dumps(len(arrays)))
-        return [
-            np.load(folder / f"{number}.npy", mmap_mode="r")
-            for number in range(json.loads(done.read_text()))
-        ]
-    except (OSError, ValueError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(f"data.cache: {str(folder)!r}: {e}; delete it.") from e
+        return _load_arrays(folder)
+    except (OSError, ValueError, EOFError, TypeError):
+        arrays = compute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, array in enumerate(arrays):
+            temporary = folder / f".{number}.{secrets.token_hex(8)}.npy"
+            with open(temporary, "wb") as f:
+                np.save(f, array)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, folder / f"{number}.npy")
+        crcs = [zlib.crc32((folder / f"{n}.npy").read_bytes()) for n in range(len(arrays))]
+        write_atomically(folder / "crc32.json", json.dumps(crcs))
+        return _load_arrays(folder)
+    except OSError as e:
+        raise ConfigError(f"data.cache: {str(folder)!r} cannot be written: {reason(e)}.") from e
+
+
+def _load_arrays(folder: Path) -> list[np.ndarray]:
+    arrays = []
+    for number, crc in enumerate(json.loads((folder / "crc32.json").read_text())):
+        file = folder / f"{number}.npy"
+        if zlib.crc32(file.read_bytes()) != crc:
+            raise ValueError("damaged")
+        arrays.append(np.load(file, mmap_mode="r"))
+    return arrays

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from etils import epath
@@ -29,6 +30,10 @@ def find_files(patterns: Iterable[str], field: str, suffixes: Sequence[str]) -> 
                     f"{field}: {str(file)!r} has none of the known suffixes {', '.join(suffixes)};"
                     " convert or rename it."
                 )
+            if not is_remote(file) and not os.path.isfile(file):
+                raise ConfigError(
+                    f"{field}: {str(file)!r} is a link to nothing, or no regular file; drop it."
+                )
             found.setdefault(real_path(file), file)
     if not found:
         raise ConfigError(f"{field} is empty; give it a file, a folder or a glob.")
@@ -41,8 +46,8 @@ def real_path(path: epath.Path) -> str:
 
 
 def _matches(pattern: str, field: str, suffixes: Sequence[str]) -> list[epath.Path]:
-    path = epath.Path(pattern).expanduser()
     try:
+        path = epath.Path(pattern).expanduser()
         if path.is_file() and pattern:  # first, as its name may look like a glob
             return [path]
         if path.is_dir() and pattern:
@@ -55,7 +60,7 @@ def _matches(pattern: str, field: str, suffixes: Sequence[str]) -> list[epath.Pa
         files = []
         for match in _glob(path):
             files += files_below(match, suffixes) if match.is_dir() else [match]
-    except (OSError, ImportError, ValueError, NotImplementedError) as e:
+    except (OSError, ImportError, LookupError, ValueError, NotImplementedError) as e:
         if isinstance(e, ConfigError):
             raise
         raise ConfigError(f"{field}: cannot list {pattern!r}: {reason(e)}.") from e
@@ -70,16 +75,22 @@ def _has_magic(pattern: str) -> bool:
 
 
 def _glob(path: epath.Path) -> list[epath.Path]:
-    """Matches in sorted order; ``..`` after a wildcard is allowed."""
+    """Matches in sorted order, without hidden ones; ``**`` follows no links to folders."""
     if not _has_magic(str(path)):
         return []
-    if not is_remote(path):
-        import glob
-
-        return [epath.Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     parts = str(path).split("/")
     fixed = next(i for i, part in enumerate(parts) if _has_magic(part))
-    return sorted(epath.Path("/".join(parts[:fixed])).glob("/".join(parts[fixed:])))
+    base, pattern = "/".join(parts[:fixed]) or "/", "/".join(parts[fixed:])
+    if not path.is_absolute() and not fixed:
+        base = "."
+    if is_remote(path):
+        return sorted(epath.Path(base).glob(pattern))
+    hidden = any(part.startswith(".") for part in parts[fixed:])
+    matches = sorted(Path(base).glob(pattern))
+    if not hidden:
+        above = len(Path(base).parts)
+        matches = [m for m in matches if not any(p.startswith(".") for p in m.parts[above:])]
+    return [epath.Path(match) for match in matches]
 
 
 def files_below(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
@@ -110,6 +121,36 @@ def open_binary(path: epath.Path) -> IO[Any]:
     return path.open("rb") if is_remote(path) else open(path, "rb")
 
 
+class _Zstandard(io.RawIOBase):
+    """The bytes that frames one after another stand for; EOFError where the last is cut short."""
+
+    def __init__(self, raw: IO[Any]):
+        import zstandard
+
+        self._new = zstandard.ZstdDecompressor().decompressobj
+        self._raw, self._frame, self._left = raw, self._new(), b""
+        self._between = False  # the end of a frame is a place to end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._left:
+            data = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame, self._between = self._new(), True
+            if not (data := data or self._raw.read(2**17)):
+                if self._between:
+                    return 0
+                raise EOFError("it is cut short")
+            self._between = False
+            self._left = self._frame.decompress(data)
+            self._between = self._frame.eof and not self._frame.unused_data
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
 class Opened:
     """A file open for reading, unpacked by its suffix (.gz, .zst).
 
@@ -124,10 +165,7 @@ class Opened:
         if name.endswith(".gz"):
             self.stream = gzip.GzipFile(fileobj=self._raw)
         elif name.endswith(".zst"):
-            import zstandard
-
-            reader = zstandard.ZstdDecompressor().stream_reader(self._raw, read_across_frames=True)
-            self.stream = io.BufferedReader(reader)
+            self.stream = io.BufferedReader(_Zstandard(self._raw), 2**17)
         else:
             self.stream = self._raw
 

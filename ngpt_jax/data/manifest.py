@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -69,7 +70,7 @@ class Manifest:
         return digest_of([head, *(f"{shard.tokens} {shard.sha256}" for shard in shards)])
 
 
-def tokenizer_facts(tokenizer: Tokenizer) -> dict[str, Any]:
+def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
     names = ("name", "fingerprint", "vocab_size", "eod")
     return {name: getattr(tokenizer, name) for name in names}
 
@@ -86,15 +87,29 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
             for name, facts in values.pop("sets").items()
         }
         manifest = Manifest(sets=sets, **values)
-        np.dtype(manifest.dtype)
-        if manifest.format not in FORMATS or "train" not in sets:
-            raise ValueError("a field is wrong")
+        if manifest.format not in FORMATS or manifest.dtype not in ("uint16", "uint32"):
+            raise ValueError("format or dtype is wrong")
+        for name in ("train", *sets):
+            check_set(sets[name], manifest)
+        tokenizer_facts(SimpleNamespace(**manifest.tokenizer))
         [manifest.fingerprint(name) for name in sets]
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(
             f"{field}: {str(file)!r} is damaged ({type(e).__name__}: {e}); prepare the folder anew."
         ) from e
+
+
+def check_set(facts: SetFacts, manifest: Manifest) -> None:
+    """Raises ValueError or TypeError for facts that cannot be."""
+    counts = [facts.documents, facts.bytes, *(n for s in facts.shards for n in (s.tokens, s.bytes))]
+    if not facts.shards or any(type(n) is not int or n < 1 for n in counts):
+        raise ValueError("a number is wrong")
+    if any(type(s.file) is not str or type(s.sha256) is not str for s in facts.shards):
+        raise ValueError("a name is wrong")
+    size = np.dtype(manifest.dtype).itemsize
+    if manifest.format == "bin" and any(s.tokens * size != s.bytes for s in facts.shards):
+        raise ValueError("tokens and bytes of a shard disagree")
 
 
 def check_manifest(manifest: Manifest, folder: epath.Path, tokenizer: Tokenizer, field: str):
@@ -107,10 +122,15 @@ def check_manifest(manifest: Manifest, folder: epath.Path, tokenizer: Tokenizer,
             f" {made_with['fingerprint'][:8]}), not {tokenizer.name!r} ({tokenizer.vocab_size:,},"
             f" {tokenizer.fingerprint[:8]}); give that one, or prepare anew."
         )
+    check_shards(manifest, folder, field)
+
+
+def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
+    """Refuses shards that are missing or have another size."""
     for facts in manifest.sets.values():
         for shard in facts.shards:
             file = folder / shard.file
-            if not file.exists():
+            if not file.is_file():
                 raise ConfigError(f"{field}: {str(file)!r} is missing; prepare the folder anew.")
             if (size := file.stat().length) != shard.bytes:
                 raise ConfigError(

@@ -13,9 +13,9 @@ import grain
 import numpy as np
 from absl import flags
 
-from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus import EvalSet, Windows
 from ngpt_jax.data.packing import by_document
+from ngpt_jax.workers import follow_parent
 
 Batch = dict[str, np.ndarray]
 
@@ -30,8 +30,6 @@ def train_dataset(windows: Windows, seed: int) -> grain.MapDataset:
       windows: at least one, of {"inputs", "targets", ...}, each (context,).
       seed: of the shuffle, not negative.
     """
-    if seed < 0:
-        raise ConfigError(f"data.seed must not be negative, got {seed}.")
     # grain shuffles epoch e with seed + e. Hashed, the epochs of seed 0 are not those of seed 1.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     indices = grain.MapDataset.range(len(windows)).shuffle(seed=hashed)
@@ -60,7 +58,7 @@ class _Mixed(grain.MapDataset):
 
     def __init__(self, parents: Sequence[grain.MapDataset], weights: Sequence[float]):
         super().__init__(parents)
-        exact = [Fraction(weight).limit_denominator(10**6) for weight in weights]
+        exact = [Fraction(weight) for weight in weights]
         self._shares = [w / sum(exact[i:]) for i, w in enumerate(exact)]
 
     def __len__(self) -> int:
@@ -125,7 +123,7 @@ def train_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's workers read flags: in a script there are none
         each = max(1, prefetch // workers)
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, each))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, each), follow_parent)
     return iter(batches)
 
 

@@ -11,11 +11,9 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -23,17 +21,19 @@ from etils import epath
 from ngpt_jax.config import ConfigError, DataConfig
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.manifest import Manifest, SetFacts, ShardFacts
+from ngpt_jax.data.shard_writer import SEGMENT, ShardWriter, Tokens
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.sources import RawSource, Unit
 from ngpt_jax.data.splits import Split, choose_split
 from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
 from ngpt_jax.files import digest_of, is_remote, reason, write_atomically
 from ngpt_jax.terminal import Terminal, format_duration
+from ngpt_jax.workers import follow_parent
 
 SHARD_TOKENS = 100_000_000
 _CHARACTERS_AT_ONCE = 2**20  # given to the tokenizer: bounds what its results take in memory
 _PORTIONS_BEFORE_WORKERS = 16  # a small text is done before a worker has started
-_PROGRESS, _SEGMENT = "progress.json", ".segment"
+_PROGRESS = "progress.json"
 
 
 class Stopped(Exception):
@@ -60,15 +60,6 @@ class _Portion(NamedTuple):
     texts: list[str]
     after: _Place
     done: int  # how much of the flow's size has been read
-
-
-class _Tokens(NamedTuple):
-    """Of some documents of a set: ids with ``eod`` after each, and where documents end."""
-
-    name: str
-    ids: np.ndarray
-    ends: np.ndarray
-    bytes: int
 
 
 def prepare(
@@ -101,9 +92,10 @@ def prepare(
     tokenizer = load_tokenizer(config)
     key = source_key(source, held_out, tokenizer, format, shard_tokens)
     try:
+        _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out):
-            for left in out.glob(f"{_SEGMENT}*"):
+        with _locked(out, terminal, stopped):
+            for left in out.glob(f"{SEGMENT}*"):
                 left.rmtree()  # of a run that was killed
             if (out / manifest_lib.NAME).exists():
                 done = manifest_lib.read_manifest(out, "--out")
@@ -112,11 +104,24 @@ def prepare(
                         f"{str(out)!r} holds tokens of another text, tokenizer or split; choose"
                         " another --out, or delete it."
                     )
+                manifest_lib.check_manifest(done, out, tokenizer, "--out")
                 return done
             job = _Job(source, held_out, config, tokenizer, out, format, shard_tokens, key)
             return job.run(workers or os.cpu_count() or 1, terminal, stopped)
-    except OSError as e:
+    except (OSError, ImportError, LookupError) as e:  # the last for a storage that is not known
         raise ConfigError(f"{str(out)!r} cannot be written: {reason(e)}.") from e
+
+
+def _refuse_occupied(out: epath.Path) -> None:
+    """A folder of something else is not touched."""
+    try:
+        names = {entry.name for entry in out.iterdir()}
+    except FileNotFoundError:  # also a new "folder" of a bucket
+        return
+    if names - {".lock"} and not names & {manifest_lib.NAME, _PROGRESS}:
+        if all(name.startswith((".lock", SEGMENT)) for name in names):
+            return  # a run was killed before its first words
+        raise ConfigError(f"{str(out)!r} is not empty; choose another --out, or delete it.")
 
 
 def source_key(
@@ -133,13 +138,26 @@ def source_key(
 
 
 @contextlib.contextmanager
-def _locked(out: epath.Path) -> Iterator[None]:
+def _locked(
+    out: epath.Path, terminal: Terminal | None, stopped: Callable[[], bool]
+) -> Iterator[None]:
     """One preparation of a folder at a time; the lock ends with its process."""
     if is_remote(out):
         yield
         return
     with open(out / ".lock", "w") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
+        told = False
+        while True:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if terminal is not None and not told:
+                    terminal.say(f"waiting for another process, which prepares {out}")
+                told = True
+                if stopped():
+                    raise Stopped from None
+                time.sleep(0.2)
         yield
 
 
@@ -161,7 +179,8 @@ class _Job:
         self.format, self.shard_tokens = format, shard_tokens
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.place, self.sets = _Place(0, 0, 0), dict[str, SetFacts]()
-        self._read_progress()
+        if (out / _PROGRESS).exists():
+            self._read_progress()
         if source.held_out:
             self.flows = [_Flow("train", source.train, None)]
             self.flows += [_Flow(name, units, None) for name, units in source.held_out.items()]
@@ -172,20 +191,21 @@ class _Job:
                 source.field,
             )
             self.flows = [_Flow("train", source.train, split)]
+        self._write_progress()  # before the first shard: so it is known whose that is
 
     def run(self, workers: int, terminal: Terminal | None, stopped: Callable[[], bool]) -> Manifest:
         report = _Report(self.flows, terminal)
         with contextlib.ExitStack() as stack:
-            segment = stack.enter_context(_Segment(self))
+            segment = stack.enter_context(ShardWriter(self.out, self.format))
             for portion, some in self._tokenized(workers):
                 segment.add(some)
                 report.show(portion, sum(len(tokens.ids) for tokens in some))
                 if segment.tokens("train") >= self.shard_tokens:
-                    segment.commit(portion.after)
-                    segment = stack.enter_context(_Segment(self))
+                    self._commit(segment, portion.after)
+                    segment = stack.enter_context(ShardWriter(self.out, self.format))
                 if stopped():
                     raise Stopped
-            segment.commit(_Place(len(self.flows), 0, 0))
+            self._commit(segment, _Place(len(self.flows), 0, 0))
         for flow in self.flows:
             if flow.name not in self.sets:
                 raise ConfigError(f"{flow.name}: there is no text in it; give files with text.")
@@ -194,7 +214,7 @@ class _Job:
         (self.out / _PROGRESS).unlink(missing_ok=True)
         return manifest
 
-    def _tokenized(self, workers: int) -> Iterator[tuple[_Portion, list[_Tokens]]]:
+    def _tokenized(self, workers: int) -> Iterator[tuple[_Portion, list[Tokens]]]:
         """Portions from the place on, in order, with their tokens."""
         for number in range(self.place.flow, len(self.flows)):
             flow = self.flows[number]
@@ -210,7 +230,7 @@ class _Job:
 
     def _in_workers(
         self, portions: Iterator[_Portion], flow: _Flow, workers: int
-    ) -> Iterator[tuple[_Portion, list[_Tokens]]]:
+    ) -> Iterator[tuple[_Portion, list[Tokens]]]:
         # Spawned: a fork of a process with threads, jax's among them, may hang.
         pool = concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), _start_worker, (self.config,)
@@ -237,12 +257,6 @@ class _Job:
 
     def _read_progress(self) -> None:
         file = self.out / _PROGRESS
-        if not file.exists():
-            if any(not entry.name.startswith(".") for entry in self.out.iterdir()):
-                raise ConfigError(
-                    f"{str(self.out)!r} is not empty; choose another --out, or delete it."
-                )
-            return
         try:
             progress = json.loads(file.read_text())
             if progress["source"] != self.key:
@@ -251,25 +265,33 @@ class _Job:
                     " choose another --out, or delete it."
                 )
             self.place = _Place(*progress["place"])
+            if any(type(n) is not int or n < 0 for n in self.place):
+                raise ValueError("place")
             for name, facts in progress["sets"].items():
                 shards = tuple(ShardFacts(**shard) for shard in facts["shards"])
                 self.sets[name] = SetFacts(facts["documents"], facts["bytes"], shards)
-        except (ValueError, KeyError, TypeError) as e:
+            for facts in self.sets.values():
+                manifest_lib.check_set(facts, self._manifest())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             if isinstance(e, ConfigError):
                 raise
             raise ConfigError(f"{str(file)!r} is damaged; delete {str(self.out)!r}.") from e
         manifest_lib.check_manifest(self._manifest(), self.out, self.tokenizer, "--out")
 
-    def commit(self, after: _Place, new: dict[str, SetFacts]) -> None:
+    def _commit(self, writer: ShardWriter, after: _Place) -> None:
         """Adds finished shards to what is done."""
+        new = writer.commit({name: len(facts.shards) for name, facts in self.sets.items()})
         for name, facts in new.items():
             old = self.sets.get(name, SetFacts(0, 0, ()))
             self.sets[name] = SetFacts(
                 old.documents + facts.documents, old.bytes + facts.bytes, old.shards + facts.shards
             )
         self.place = after
+        self._write_progress()
+
+    def _write_progress(self) -> None:
         sets = {name: dataclasses.asdict(facts) for name, facts in self.sets.items()}
-        text = json.dumps({"source": self.key, "place": after, "sets": sets})
+        text = json.dumps({"source": self.key, "place": self.place, "sets": sets})
         write_atomically(self.out / _PROGRESS, text)
 
     def _manifest(self) -> Manifest:
@@ -303,7 +325,7 @@ def _portions(flow: _Flow, start: _Place) -> Iterator[_Portion]:
 
 def _tokenize(
     texts: Sequence[str], name: str, split: Split | None, tokenizer: Tokenizer
-) -> list[_Tokens]:
+) -> list[Tokens]:
     """Tokens of documents by the set that they belong to."""
     sets: dict[str, list[str]] = {name: []}
     for text in texts:
@@ -313,13 +335,19 @@ def _tokenize(
     for part, pieces in sets.items():
         if not pieces:
             continue
-        encoded = tokenizer.encode_batch(pieces)
+        try:
+            encoded = tokenizer.encode_batch(pieces)
+        except Exception as e:  # the libraries raise nothing more special
+            raise ConfigError(
+                f"data.tokenizer: {tokenizer.name!r} cannot encode the text ({reason(e)}); give"
+                " another."
+            ) from e
         ends = np.cumsum([len(ids) + 1 for ids in encoded])
         ids = np.full(ends[-1], tokenizer.eod, dtype)
         for some, end in zip(encoded, ends):
             ids[end - 1 - len(some) : end - 1] = some
         num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in pieces)
-        out.append(_Tokens(part, ids, ends, num_bytes))
+        out.append(Tokens(part, ids, ends, num_bytes))
     return out
 
 
@@ -328,81 +356,13 @@ _worker_tokenizer: Tokenizer
 
 def _start_worker(config: DataConfig) -> None:
     global _worker_tokenizer
+    follow_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core each
     _worker_tokenizer = load_tokenizer(config)
 
 
-def _tokenize_in_worker(texts: Sequence[str], name: str, split: Split | None) -> list[_Tokens]:
+def _tokenize_in_worker(texts: Sequence[str], name: str, split: Split | None) -> list[Tokens]:
     return _tokenize(texts, name, split, _worker_tokenizer)
-
-
-class _Segment:
-    """The shards that are being written, one a set: they appear together, or not at all."""
-
-    def __init__(self, job: _Job):
-        self._job = job
-        self._folder = tempfile.mkdtemp(
-            prefix=_SEGMENT, dir=None if is_remote(job.out) else str(job.out)
-        )
-        self._files: dict[str, Any] = {}
-        self._facts: dict[str, list[int]] = {}  # documents, bytes of text, tokens
-
-    def __enter__(self) -> _Segment:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def tokens(self, name: str) -> int:
-        return self._facts.get(name, [0, 0, 0])[2]
-
-    def add(self, some: Iterable[_Tokens]) -> None:
-        for tokens in some:
-            if tokens.name not in self._files:
-                self._files[tokens.name] = _open_writer(self._path(tokens.name), self._job.format)
-                self._facts[tokens.name] = [0, 0, 0]
-            file = self._files[tokens.name]
-            if self._job.format == "bin":
-                file.write(tokens.ids.tobytes())
-            else:
-                for start, end in itertools.pairwise([0, *tokens.ends]):
-                    file.write(tokens.ids[start:end].tobytes())
-            more = (len(tokens.ends), tokens.bytes, len(tokens.ids))
-            self._facts[tokens.name] = [a + b for a, b in zip(self._facts[tokens.name], more)]
-
-    def _path(self, name: str) -> epath.Path:
-        return epath.Path(self._folder) / name
-
-    def commit(self, after: _Place) -> None:
-        """Moves the shards into the folder and says so in its progress."""
-        new = {}
-        for name, file in self._files.items():
-            file.close()
-            documents, num_bytes, tokens = self._facts[name]
-            path = self._path(name)
-            number = len(self._job.sets[name].shards) if name in self._job.sets else 0
-            shard = f"{name}-{number:05}.{self._job.format}"
-            facts = ShardFacts(shard, tokens, path.stat().length, manifest_lib.sha256_of(path))
-            if is_remote(self._job.out):
-                path.copy(self._job.out / shard, overwrite=True)
-            else:
-                with open(path, "rb") as f:
-                    os.fsync(f.fileno())
-                os.replace(path, self._job.out / shard)
-            new[name] = SetFacts(documents, num_bytes, (facts,))
-        self._files = {}
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._job.commit(after, new)
-
-
-def _open_writer(path: epath.Path, format: str) -> Any:
-    if format == "bin":
-        return open(path, "wb")
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    return ArrayRecordWriter(str(path), "group_size:1")
 
 
 class _Report:
@@ -427,4 +387,5 @@ class _Report:
             status += f"  eta {format_duration(left)}"
         label = f"preparing tokens {share:4.0%}"
         self._terminal.show(label, share, status)
-        self._terminal.tell(f"{label}  {status}", seconds=10)
+        if seconds > 5:
+            self._terminal.tell(f"{label}  {status}", seconds=10)

@@ -14,6 +14,8 @@ tokenizer give the same bytes, whatever the number of workers.
 from __future__ import annotations
 
 import dataclasses
+import re
+import signal
 from typing import Any
 
 from absl import flags
@@ -53,10 +55,22 @@ _SOURCE_FLAGS = {
 }
 
 
+def _command(overrides: list[tuple[str, str]]) -> int:
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return _main(overrides)
+    except ConfigError as e:  # the same fields are called otherwise here
+        message = str(e).replace("--config.data.", "--")
+        raise ConfigError(re.sub(r"\bdata\.(?=[a-z_]+\b)", "--", message)) from e
+
+
 def _main(overrides: list[tuple[str, str]]) -> int:
     if overrides:
         raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
-    if _OUT.value is None:
+    if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
     out = epath.Path(_OUT.value).expanduser()
     terminal = Terminal()
@@ -64,6 +78,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         if not (out / manifest_lib.NAME).exists():
             raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
         manifest = manifest_lib.read_manifest(out, "--out")
+        manifest_lib.check_shards(manifest, out, "--out")
         manifest_lib.verify(manifest, out, "--out")
         terminal.say(f"{out}: all shards are as the manifest says")
     else:
@@ -94,4 +109,4 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    config_file.run_command(_command)

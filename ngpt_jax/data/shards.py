@@ -114,7 +114,7 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
         kind, offset = _HEADERS[magic, version], _HEADER_BYTES
         if dtype not in (None, kind.name):
             raise ConfigError(f"{field}: {name!r} holds {kind.name}, not data.token_dtype={dtype}.")
-        tokens = (size - offset) // kind.itemsize
+        tokens = max(size - offset, 0) // kind.itemsize
         if size != offset + count * kind.itemsize:
             raise ConfigError(
                 f"{field}: {name!r} should hold {count:,} tokens but holds {tokens:,}; it is cut"
@@ -130,7 +130,15 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
             )
     if not tokens:
         raise ConfigError(f"{field}: {name!r} holds no tokens; drop it.")
-    return BinShard(name, kind, offset, tokens, stamp(file))
+    shard = BinShard(name, kind, offset, tokens, stamp(file))
+    if not offset and dtype is None:
+        first = shard.read(0, min(tokens, 2**14))
+        if len(first) > 16 and not first[1::2].any() and first.any():
+            raise ConfigError(
+                f"{field}: every second token of {name!r} is 0: it seems to hold uint32; set"
+                " token_dtype=uint32 (or uint16, if it does not)."
+            )
+    return shard
 
 
 def _first_bytes(name: str, count: int) -> bytes:

@@ -70,7 +70,8 @@ def open_source(config: SourceConfig, prefix: str = "data") -> RawSource:
 
         def unit(file: epath.Path, field: str) -> Unit:
             read = functools.partial(read_documents, file, field, config.text_key)
-            return Unit(stamp(file), file.stat().length, read)
+            stamps = f"{stamp(file)} {config.text_key}"
+            return Unit(stamps, file.stat().length, read)
 
     else:
         suffixes = ("",)
@@ -100,10 +101,11 @@ def find_all_files(
     held_out: dict[str, list[epath.Path]] = {}
     for item in config.eval_paths:
         name, _, pattern = (part.strip() for part in item.partition("="))
-        if not name or not pattern or name == "train" or set(name) & set("/\\."):
+        bad = not name or name == "train" or set(name) & set("/\\.") or len(name) > 64
+        if bad or not pattern:
             raise ConfigError(
-                f"{field} must be name=path, got {item!r}, e.g. val=held_out.txt; a name has no"
-                " / or . and is not train."
+                f"{field} must be name=path, got {item[:99]!r}, e.g. val=held_out.txt; a name has no"
+                " / or ., is short, and is not train."
             )
         if name in held_out:
             raise ConfigError(f"{field}: two sets are called {name!r}; rename one.")
@@ -230,15 +232,25 @@ def _tfds(config: SourceConfig, prefix: str) -> RawSource:
             known = ", ".join(sorted(builder.info.features or ()))
             raise ConfigError(f"{prefix}.text_key: {config.text_key!r} is none of {known}.")
         info = builder.info.splits[split]
-        stamps = "\n".join(stamp(epath.Path(file)) for file in info.filepaths)
-
-        def records() -> Iterator[Any]:
-            source = builder.as_data_source(split)
-            for start in range(0, len(source), _RECORDS_AT_ONCE):
-                stop = min(start + _RECORDS_AT_ONCE, len(source))
-                yield from (row[config.text_key] for row in source.__getitems__(range(start, stop)))
+        try:
+            files = [stamp(epath.Path(file)) for file in info.filepaths]
+        except OSError as e:
+            raise ConfigError(f"{prefix}.{field}: {e.filename} cannot be read: {reason(e)}.") from e
 
         where = f"{prefix}.{field}: split {split!r}"
+
+        def records() -> Iterator[Any]:
+            try:
+                source = builder.as_data_source(split)
+                for start in range(0, len(source), _RECORDS_AT_ONCE):
+                    rows = range(start, min(start + _RECORDS_AT_ONCE, len(source)))
+                    yield from (row[config.text_key] for row in source.__getitems__(rows))
+            except Exception as e:  # of many kinds
+                raise ConfigError(
+                    f"{where} cannot be read: {reason(e)}; prepare the set anew, as array_record."
+                ) from e
+
+        stamps = "\n".join([config.text_key, *files])
         return Unit(stamps, info.num_examples, lambda: _decode(records(), where))
 
     held_out = {}

@@ -48,7 +48,7 @@ def choose_split(read: Callable[[], Iterable[str]], share: float, field: str) ->
     Raises ConfigError: no documents, or a single one without a line end to cut it at.
     """
     counts: dict[str, int] = collections.Counter()
-    few = max(_DOCUMENTS, math.ceil(50 / share))
+    few = max(_DOCUMENTS, math.ceil(min(50 / share, 1e6)))
     only = ""
     for text in read():
         only = only or text

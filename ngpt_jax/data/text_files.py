@@ -76,7 +76,7 @@ def _why_no_text(line: str, found: object, text_key: str) -> str:
     if not isinstance(record, dict):
         return f"is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it"
     if text_key not in record:
-        keys = ", ".join(map(repr, sorted(record)[:9])) or "nothing"
+        keys = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
         return f"has no {text_key!r} but {keys}; set data.text_key"
     return f"has {text_key!r} of type {type(found).__name__}, not str; set data.text_key"
 
@@ -107,5 +107,5 @@ def _parquet_texts(file: epath.Path, field: str, text_key: str) -> Iterator[tupl
                     yield text or "", size * done // rows
     except UnicodeDecodeError as error:
         raise ConfigError(f"{where} is not UTF-8; convert it to UTF-8.") from error
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, LookupError, pyarrow.ArrowException) as error:
         raise ConfigError(f"{where} cannot be read: {reason(error)}; mend or drop it.") from error

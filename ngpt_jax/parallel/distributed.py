@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -24,8 +24,8 @@ _ADVICE = (
     " --worker=all --command=...)"
 )
 _MESSAGE_BYTES = 2048
-_BARRIER_MILLISECONDS = 7 * 24 * 3600 * 1000
-_barriers = itertools.count()
+_PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds
+_rounds = itertools.count()
 
 
 def initialize(
@@ -188,11 +188,12 @@ def stop_agreed(poll: int) -> bool:
 def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
     """Runs ``fn`` on process 0, which may take hours, and then on the others.
 
-    What process 0 writes to a shared disk is there for the others.
+    What process 0 writes to a shared disk is there for the others. Where it fails, they do not
+    begin.
 
     Args:
       fn: local work, without collectives.
-      errors: types to share, as :func:`together` does.
+      errors: types to share, as :func:`together` does; others end all processes too.
     """
     if jax.process_count() == 1:
         return fn()
@@ -202,7 +203,7 @@ def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
         try:
             result = fn()
             outcome.append(lambda: result)
-        except errors as e:
+        except Exception as e:
             error = e
 
             def fail() -> T:
@@ -210,19 +211,22 @@ def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
 
             outcome.append(fail)
 
+    # By the runtime's own service: collectives give up after some minutes.
+    number = next(_rounds)
     if is_first():
         run()
-    # The barriers of the runtime's own service: collectives give up after some minutes.
-    _barrier("ngpt_jax_first")
+        first_failed = outcome[0].__name__ == "fail"
+        _runtime().key_value_set(f"ngpt_jax/first/{number}", str(first_failed))
+    failed = _runtime().blocking_key_value_get(f"ngpt_jax/first/{number}", _PATIENCE)
     if not is_first():
-        run()
-    _barrier("ngpt_jax_rest")
-    return together(outcome[0], *errors)
+        # Nothing, where process 0 failed: its error is raised here too.
+        outcome.append(lambda: cast(T, None)) if failed == "True" else run()
+    _runtime().wait_at_barrier(f"ngpt_jax_rest_{number}", _PATIENCE)
+    return together(outcome[0], *errors, Exception)
 
 
-def _barrier(name: str) -> None:
+def _runtime() -> Any:
     from jax._src import distributed as runtime  # there is no public name for it
 
-    client = runtime.global_state.client
-    assert client is not None
-    client.wait_at_barrier(f"{name}_{next(_barriers)}", _BARRIER_MILLISECONDS)
+    assert runtime.global_state.client is not None
+    return runtime.global_state.client

@@ -39,7 +39,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     try:
         config, tokenizer = with_tokenizer(config)
         name = tokenizer.name
-        check_corpus(config.data)
+        check_corpus(config.data, tokenizer)
     except ConfigError as e:
         if config.model.vocab_size is None:
             raise
