@@ -18,7 +18,8 @@ from etils import epath
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data import packing, sources
-from ngpt_jax.data.corpus_files import real_path, stamp
+from ngpt_jax.data.corpus_files import parse_path, real_path, stamp
+from ngpt_jax.data.manifest import Manifest
 from ngpt_jax.data.preparation import SHARD_TOKENS, prepare, source_key
 from ngpt_jax.data.shards import (
     ArrayRecordShard,
@@ -115,7 +116,7 @@ def load_corpus(
 def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Refuses what can be seen to be wrong without reading or preparing text.
 
-    Files that are not there, another tokenizer, and text that is held out here and trained on there.
+    Files that are not there, another tokenizer, text that is held out here and trained on there.
     """
     if is_remote(config.cache):
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
@@ -125,21 +126,19 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         prefix = _prefix(name)
         if source.source == "tfds":
             sources.tfds_builder(source, prefix)
-        elif not _is_tokens(source):
+        elif source.source == "stdlib":
             sources.open_source(source, prefix)
-        elif (folder := _prepared_folder(source, prefix)) is not None:
+        elif _is_tokens(source) and (folder := _prepared_folder(source, prefix)) is not None:
             _check_prepared(folder, source, prefix, tokenizer)
-        elif source.source == "bin":
-            for file in sources.find_all_files(source, prefix, _suffixes(source))[0]:
-                open_bin(file, f"{prefix}.paths", source.token_dtype)
-        if source.source in ("text", "bin", "array_record") and not _prepared_folder(
-            source, prefix
-        ):
+        else:
             files, eval_files = sources.find_all_files(source, prefix, _suffixes(source))
             train |= {real_path(file): f"{prefix}.paths" for file in files}
             held_out |= {
                 real_path(f): f"{prefix}.eval_paths" for held in eval_files.values() for f in held
             }
+            if source.source == "bin":
+                for file in files:
+                    open_bin(file, f"{prefix}.paths", source.token_dtype)
     for path in sorted(train.keys() & held_out.keys()):
         raise ConfigError(
             f"{held_out[path]}: {path!r} is in {train[path]} too; take it out of one of them."
@@ -172,7 +171,7 @@ def _suffixes(source: SourceConfig) -> tuple[str, ...]:
 
 def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
     """The folder of data.prepare that the paths name, if they do."""
-    folders = [epath.Path(path).expanduser() for path in source.paths]
+    folders = [parse_path(path, f"{prefix}.paths") for path in source.paths]
     prepared = [folder for folder in folders if (folder / manifest_lib.NAME).exists()]
     if not prepared:
         return None
@@ -192,7 +191,7 @@ def _is_tokens(source: SourceConfig) -> bool:
     """Whether a source holds token ids already."""
     if source.source == "array_record":
         return source.token_dtype is not None or any(
-            (epath.Path(path).expanduser() / manifest_lib.NAME).exists() for path in source.paths
+            (parse_path(path, "data.paths") / manifest_lib.NAME).exists() for path in source.paths
         )
     return source.source == "bin"
 

@@ -16,6 +16,17 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.files import is_remote, reason
 
 
+def parse_path(text: str, field: str) -> epath.Path:
+    """A path, ``~`` expanded; raises ConfigError for a storage that is not known."""
+    try:
+        return epath.Path(text).expanduser()
+    except (LookupError, ImportError) as e:
+        raise ConfigError(
+            f"{field}: {text!r} is on a storage that is not known ({reason(e)}); local paths and"
+            " gs:// are."
+        ) from e
+
+
 def find_files(patterns: Iterable[str], field: str, suffixes: Sequence[str]) -> list[epath.Path]:
     """The files that ``patterns`` (files, folders or globs, ``~`` allowed) stand for.
 
@@ -46,8 +57,8 @@ def real_path(path: epath.Path) -> str:
 
 
 def _matches(pattern: str, field: str, suffixes: Sequence[str]) -> list[epath.Path]:
+    path = parse_path(pattern, field)
     try:
-        path = epath.Path(pattern).expanduser()
         if path.is_file() and pattern:  # first, as its name may look like a glob
             return [path]
         if path.is_dir() and pattern:

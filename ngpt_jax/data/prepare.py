@@ -19,12 +19,12 @@ import signal
 from typing import Any
 
 from absl import flags
-from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import config_file
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
+from ngpt_jax.data.corpus_files import parse_path
 from ngpt_jax.data.preparation import SHARD_TOKENS, prepare
 from ngpt_jax.data.sources import open_source
 from ngpt_jax.data.tokenizers import load_tokenizer
@@ -72,7 +72,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
-    out = epath.Path(_OUT.value).expanduser()
+    out = parse_path(_OUT.value, "--out")
     terminal = Terminal()
     if _VERIFY.value:
         if not (out / manifest_lib.NAME).exists():

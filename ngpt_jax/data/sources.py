@@ -17,7 +17,7 @@ from typing import Any
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
-from ngpt_jax.data.corpus_files import find_files, real_path, stamp
+from ngpt_jax.data.corpus_files import find_files, parse_path, real_path, stamp
 from ngpt_jax.data.stdlib import StdlibCorpus, stdlib_corpus, stdlib_files
 from ngpt_jax.data.text_files import SUFFIXES, read_documents
 from ngpt_jax.files import is_remote, reason
@@ -104,8 +104,8 @@ def find_all_files(
         bad = not name or name == "train" or set(name) & set("/\\.") or len(name) > 64
         if bad or not pattern:
             raise ConfigError(
-                f"{field} must be name=path, got {item[:99]!r}, e.g. val=held_out.txt; a name has no"
-                " / or ., is short, and is not train."
+                f"{field} must be name=path, got {item[:99]!r}, e.g. val=held_out.txt; a name"
+                " has no / or ., is short, and is not train."
             )
         if name in held_out:
             raise ConfigError(f"{field}: two sets are called {name!r}; rename one.")
@@ -205,15 +205,15 @@ def _texts(records: ArrayRecord) -> Iterator[tuple[str, int]]:
     return _decode(itertools.chain.from_iterable(read), where)
 
 
-def _decode(records: Iterable[bytes | str], where: str) -> Iterator[tuple[str, int]]:
+def _decode(
+    records: Iterable[Any], where: str, advice: str = "set token_dtype if it holds token ids"
+) -> Iterator[tuple[str, int]]:
     """Texts that are not blank, with how many records were read."""
     for number, record in enumerate(records, start=1):
         try:
             text = record if isinstance(record, str) else record.decode()
         except (UnicodeDecodeError, AttributeError):
-            raise ConfigError(
-                f"{where}, record {number} is not UTF-8 text (token ids need token_dtype)."
-            ) from None
+            raise ConfigError(f"{where}, record {number} is not UTF-8 text; {advice}.") from None
         if text.strip():
             yield text, number
 
@@ -235,9 +235,11 @@ def _tfds(config: SourceConfig, prefix: str) -> RawSource:
         try:
             files = [stamp(epath.Path(file)) for file in info.filepaths]
         except OSError as e:
-            raise ConfigError(f"{prefix}.{field}: {e.filename} cannot be read: {reason(e)}.") from e
+            name = f"{prefix}.{field}"
+            raise ConfigError(f"{name}: {e.filename} cannot be read: {reason(e)}.") from e
 
         where = f"{prefix}.{field}: split {split!r}"
+        mend = "set text_key, or prepare the set anew"
 
         def records() -> Iterator[Any]:
             try:
@@ -251,7 +253,7 @@ def _tfds(config: SourceConfig, prefix: str) -> RawSource:
                 ) from e
 
         stamps = "\n".join([config.text_key, *files])
-        return Unit(stamps, info.num_examples, lambda: _decode(records(), where))
+        return Unit(stamps, info.num_examples, lambda: _decode(records(), where, mend))
 
     held_out = {}
     if (split := config.tfds_eval_split) is not None:
@@ -270,7 +272,7 @@ def tfds_builder(config: SourceConfig, prefix: str, download: bool = False) -> A
     """
     import tensorflow_datasets as tfds
 
-    folder = epath.Path(config.paths[0]).expanduser() if config.paths else None
+    folder = parse_path(config.paths[0], f"{prefix}.paths") if config.paths else None
     field = f"{prefix}.tfds_name" if config.tfds_name else f"{prefix}.paths"
     try:
         if config.tfds_name is None:
