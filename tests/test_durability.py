@@ -172,6 +172,23 @@ def test_damaged_checkpoints_are_set_aside(finished, begun, small, capsys):
         assert np.array_equal(x, y)
 
 
+@pytest.mark.slow
+def test_a_workdir_in_use_is_refused(begun, small):
+    folder, fields = begun
+    code = "import sys, time; from etils import epath; from ngpt_jax.training import workdir;"
+    code += "f = workdir.lock_workdir(epath.Path(sys.argv[1])); print(flush=True); time.sleep(99)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], cwd=ROOT, stdout=subprocess.PIPE,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )  # fmt: skip
+    other.stdout.readline()
+    with pytest.raises(ConfigError, match="is in use by another process; wait for its end"):
+        loop.train(small(**fields), folder)
+    other.kill()
+    other.wait()
+    assert loop.train(small(**fields), folder) == 0
+
+
 # ------------------------------------------------------------------------------------- init_from
 
 

@@ -78,6 +78,7 @@ class Run:
             text=corpus.fingerprint,
             held_out=[(s.name, len(s.stream), s.fingerprint) for s in self.eval_sets],
         )
+        self._lock = self._on_first(lambda: workdir_lib.lock_workdir(workdir))
         self._on_first(lambda: workdir_lib.write_versions(workdir))
         workdir_lib.check_shared(workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
@@ -205,6 +206,8 @@ class Run:
         self.writer.close()
         with self._save_errors():
             self.checkpoints.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def poll(self) -> bool:
         """Whether to stop; says that this process is alive, and tells of saves that failed."""

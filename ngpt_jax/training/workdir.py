@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import importlib.metadata
 import json
 import platform
 import sys
 import time
 import zlib
-from typing import Any
+from typing import IO, Any
 
 import jax
 from etils import epath
@@ -112,9 +113,30 @@ def _some(differences: list[str]) -> str:
     return "; ".join(differences[:3]) + rest
 
 
-def write_versions(workdir: epath.Path) -> None:
-    """Makes the folder, and says in it what the newest start runs with."""
+def lock_workdir(workdir: epath.Path) -> IO[str] | None:
+    """Makes the folder, and keeps other programs out of it while the file that it returns is open.
+
+    The lock ends with the process. None where the storage has none. Raises ConfigError, OSError.
+    """
     workdir.mkdir(parents=True, exist_ok=True)
+    if is_remote(workdir):
+        return None
+    file = open(workdir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:  # both mean that another has it
+        file.close()
+        raise ConfigError(
+            f"--workdir={workdir} is in use by another process; wait for its end, or choose another"
+            " --workdir."
+        ) from e
+    except OSError:
+        pass
+    return file
+
+
+def write_versions(workdir: epath.Path) -> None:
+    """Says what the newest start runs with."""
     write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
 
 
