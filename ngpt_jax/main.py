@@ -22,6 +22,7 @@ from absl import flags, logging
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.parallel import xla_flags
+from ngpt_jax.training.stop_signal import StopSignal
 
 _CONFIG = flags.DEFINE_string(
     "config", None, "Experiment FILE[:variant,...]; set a field with --config.section.field=value."
@@ -67,6 +68,8 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
     xla_flags.set_flags(config.runtime.xla_flags)
+    # Before jax, so that no signal is lost while it loads.
+    stop = None if _DRY_RUN.value else StopSignal()
     # jax and the rest are slow to load: only once the input is known to be good.
     from ngpt_jax.parallel import distributed
     from ngpt_jax.training import dry_run, loop
@@ -83,12 +86,12 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         return 0
     workdir = _WORKDIR.value or _default_workdir(_CONFIG.value)
     try:
-        return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value)
+        return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
     except loop.RunError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return distributed.leave(1)
     except KeyboardInterrupt:
-        return 130
+        return distributed.leave(130)
 
 
 if __name__ == "__main__":

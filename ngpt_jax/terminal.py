@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 
@@ -26,11 +27,12 @@ class Terminal:
         self._status = ""
 
     def say(self, text: str) -> None:
-        """A line that stays."""
-        if self._bar:
-            self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
-        elif not self._quiet:
-            print(text, flush=True)
+        """A line that stays. Nobody reading, or a full disk, is no reason to end a run."""
+        with contextlib.suppress(OSError):
+            if self._bar:
+                self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
+            elif not self._quiet:
+                print(text, flush=True)
 
     def show(self, label: str, share: float, status: str | None = None) -> None:
         """Moves the bar; without a new status only now and then, as that costs time."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -146,10 +147,10 @@ def test_the_schedule_changes_with_a_flag_alone(begun, small):
 def test_another_tokenizer_is_refused(begun, small, monkeypatch):
     folder, fields = begun
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
-    before = (folder / "config.json").read_text()
+    before = [(folder / name).read_text() for name in ("config.json", "versions.json")]
     with pytest.raises(ConfigError, match=r"data.tokenizer is not the one .* \(.*, not 12345678\)"):
         loop.train(small(**fields | {"log.every": 7}), folder)
-    assert (folder / "config.json").read_text() == before
+    assert [(folder / n).read_text() for n in ("config.json", "versions.json")] == before
 
 
 @pytest.mark.slow
@@ -173,7 +174,7 @@ def test_damaged_checkpoints_are_set_aside(finished, begun, small, capsys):
 
 
 @pytest.mark.slow
-def test_a_workdir_in_use_is_refused(begun, small):
+def test_a_workdir_in_use_is_refused(begun, small, monkeypatch):
     folder, fields = begun
     code = "import sys, time; from etils import epath; from ngpt_jax.training import workdir;"
     code += "f = workdir.lock_workdir(epath.Path(sys.argv[1])); print(flush=True); time.sleep(99)"
@@ -182,11 +183,82 @@ def test_a_workdir_in_use_is_refused(begun, small):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     other.stdout.readline()
-    with pytest.raises(ConfigError, match="is in use by another process; wait for its end"):
+    monkeypatch.setattr(workdir.lock_workdir, "__defaults__", (0.5,))
+    with pytest.raises(run.RunError, match="is in use by another process; wait for its end"):
         loop.train(small(**fields), folder)
     other.kill()
     other.wait()
     assert loop.train(small(**fields), folder) == 0
+
+
+@pytest.mark.slow
+def test_metrics_that_are_damaged_or_of_another_evaluation(begun, small, finished):
+    """Whole rows stay; what is no row is dropped; the last evaluation is made on all of it."""
+    folder, fields = begun
+    shutil.copytree(finished[0] / "checkpoints/8", folder / "checkpoints/8")
+    good = (folder / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    partial = [json.loads(r) for r in good if b"bits_per_byte" in r]
+    (row,) = partial
+    del row["eval/held_out/bits_per_byte"]
+    kept = [r for r in good if b"bits_per_byte" not in r]
+    garbage = [b"\xff\x00garbage\n", b"[1]\n", b'{"step": "x"}\n']
+    (folder / "metrics.jsonl").write_bytes(
+        b"".join([*kept[:2], *garbage, *kept[2:], json.dumps(row).encode()])
+    )
+    assert loop.train(small(**fields), folder) == 0
+    found = rows(folder)
+    assert [json.dumps(r) for r in found[: len(kept)]] == [r.decode().strip() for r in kept]
+    assert "eval/held_out/bits_per_byte" in found[-1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_is_evaluated_later_may_be_the_best(small, tmp_path, monkeypatch):
+    config = small(**{"train.steps": 8, "eval.every": 4, "checkpoint.every": 4,
+                      "checkpoint.keep_best": 1, "checkpoint.keep": 1})  # fmt: skip
+    real = run.evaluate
+
+    def stopping(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "evaluate", stopping)
+        assert loop.train(config, tmp_path) == loop.EXIT_RESUME
+    losses = iter([1.0, 2.0])
+    monkeypatch.setattr(
+        run, "evaluate", lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0}
+    )
+    assert loop.train(config, tmp_path) == 0
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 1.0), (signal.SIGTERM, 2.5)])
+def test_a_signal_while_a_run_starts(tmp_path, number, seconds):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ngpt_jax.main", "--config=experiments/quickstart.py:debug",
+         f"--workdir={tmp_path}/run", "--config.train.steps=100000"],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    time.sleep(seconds)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (loop.EXIT_RESUME, "")
+    assert f"{signal.Signals(number).name}: s" in out
+
+
+@pytest.mark.slow
+def test_where_nobody_reads_what_is_said(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "ngpt_jax.main", "--config=experiments/quickstart.py:debug",
+             f"--workdir={tmp_path}/run", "--config.sample.tokens=0"],
+            cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True, stdout=full,
+            stderr=subprocess.PIPE, check=False,
+        )  # fmt: skip
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()], done.stderr
+    assert "Traceback" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------- init_from

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -31,10 +32,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(processes, devices, workdir, book, *arguments):
+def start(processes, devices, workdir, book, *arguments, program=("-m", "ngpt_jax.main")):
     """The debug model in float64 on ``processes`` of ``devices`` each."""
     command = [
-        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+        sys.executable, *program, f"--config={ROOT}/experiments/1b.py:debug",
         f"--workdir={workdir}", "--config.data.source=text", f"--config.data.paths={book}",
         "--config.model.dtype=float64", "--config.model.param_dtype=float64",
         f"--config.train.steps={STEPS}", "--config.log.every=1", "--config.eval.every=10",
@@ -154,6 +155,25 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_full_disk_on_the_first_process_ends_all(book, tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, "{ROOT}")
+from ngpt_jax.training import metrics
+def write(self, step, row): raise OSError(28, "No space left on device", "metrics.jsonl")
+metrics.MetricWriter.write = write
+from ngpt_jax import config_file, main
+config_file.run_command(main._main)
+"""
+    (tmp_path / "program.py").write_text(code)
+    running = start(2, 1, tmp_path / "run", book, program=[str(tmp_path / "program.py")])
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert [process.returncode for process in running] == [1, 1], outputs
+    for _, err in outputs:
+        assert "metrics.jsonl cannot be written: No space left on device; make room" in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -189,9 +209,13 @@ def test_what_is_wrong_with_one_process_ends_all(book, tmp_path, change, message
 
 
 def test_a_workdir_that_others_do_not_see_is_refused(tmp_path, monkeypatch):
-    (tmp_path / "versions.json").write_text("{}")
+    (tmp_path / ".lock").write_text("what process 0 wrote")
+    monkeypatch.setattr(workdir.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(workdir.distributed, "together", lambda fn, error: fn())
+    told = str(zlib.crc32(b"what process 0 wrote"))
+    monkeypatch.setattr(workdir.distributed, "of_first", lambda fn: told)
     workdir.check_shared(tmp_path, patience=0)
-    monkeypatch.setattr(workdir.distributed, "of_first", lambda fn: "what process 0 wrote")
+    (tmp_path / ".lock").write_text("what another wrote")
     with pytest.raises(ConfigError, match="is not the folder of process 0; give one on storage"):
         workdir.check_shared(tmp_path, patience=0)
 

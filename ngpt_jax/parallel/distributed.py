@@ -123,28 +123,28 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def together(fn: Callable[[], T], *errors: type[Exception]) -> T:
+def together(fn: Callable[[], T], error: type[Exception]) -> T:
     """Runs ``fn`` on every process; where it fails on one, all end with its message.
 
     Without this the others would wait for the failed one.
 
     Args:
       fn: local work, without collectives.
-      errors: types to share; the others raise the first of them.
+      error: what the others raise.
     """
     if jax.process_count() == 1:
         return fn()
     failed: Exception | None = None
     try:
         result = fn()
-    except errors as e:
+    except Exception as e:
         failed = e
     messages = _all_messages("" if failed is None else str(failed) or type(failed).__name__)
     if failed is not None:
         raise failed
     for process, message in enumerate(messages):
         if message:
-            raise errors[0](f"process {process}: {message}")
+            raise error(f"process {process}: {message}")
     return result
 
 
@@ -157,8 +157,8 @@ def _all_messages(message: str) -> list[str]:
 
 
 def of_first(fn: Callable[[], str]) -> str:
-    """What ``fn`` says on process 0, at most 2 KiB, on all of them."""
-    text = fn() if is_first() else ""
+    """What ``fn`` says on process 0, at most 2 KiB, on all of them; so also its errors."""
+    text = together(lambda: fn() if is_first() else "", ConfigError)
     return text if jax.process_count() == 1 else _all_messages(text)[0]
 
 
@@ -185,7 +185,7 @@ def stop_agreed(poll: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(poll)
 
 
-def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
+def first_then_rest(fn: Callable[[], T], error: type[Exception]) -> T:
     """Runs ``fn`` on process 0, which may take hours, and then on the others.
 
     What process 0 writes to a shared disk is there for the others. Where it fails, they do not
@@ -193,7 +193,7 @@ def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
 
     Args:
       fn: local work, without collectives.
-      errors: types to share, as :func:`together` does; others end all processes too.
+      error: what the processes raise on which it did not fail.
     """
     if jax.process_count() == 1:
         return fn()
@@ -204,10 +204,10 @@ def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
             result = fn()
             outcome.append(lambda: result)
         except Exception as e:
-            error = e
+            failure = e
 
             def fail() -> T:
-                raise error
+                raise failure
 
             outcome.append(fail)
 
@@ -222,7 +222,7 @@ def first_then_rest(fn: Callable[[], T], *errors: type[Exception]) -> T:
         # Nothing, where process 0 failed: its error is raised here too.
         outcome.append(lambda: cast(T, None)) if failed == "True" else run()
     _runtime().wait_at_barrier(f"ngpt_jax_rest_{number}", _PATIENCE)
-    return together(outcome[0], *errors, Exception)
+    return together(outcome[0], error)
 
 
 def _runtime() -> Any:
@@ -230,3 +230,16 @@ def _runtime() -> Any:
 
     assert runtime.global_state.client is not None
     return runtime.global_state.client
+
+
+def leave(code: int) -> int:
+    """The exit code of a program that others may still be waiting for.
+
+    With several processes it ends here: jax's shutdown would wait for the others, who wait for this
+    one. They are ended by the runtime, which misses it.
+    """
+    if jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code

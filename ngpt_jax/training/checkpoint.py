@@ -74,10 +74,15 @@ class Checkpoints:
         """
         earlier = self._finish()
         step, text, tree = int(state.step), json.dumps(progress), state._asdict()
-        if step not in self._held_out:
+        loss = held_out if held_out is not None and math.isfinite(held_out) else None
+        if step in self._held_out:
+            if loss is not None and self._held_out[step] is None:  # evaluated since it was saved
+                self._held_out[step] = loss
+                if distributed.is_first():
+                    self._folder.set_held_out(step, loss)
+        else:
             if problem := distributed.of_first(lambda: self._prepare(step, tree)):
                 raise self._failed(step, problem) from earlier
-            loss = held_out if held_out is not None and math.isfinite(held_out) else None
             facts = {"step": step, "held_out": loss}
             with self._lock:  # the save may end before it is known here
                 self._save = saving.Save(self._folder, step, tree, text, facts, self._done)

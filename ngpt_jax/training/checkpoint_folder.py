@@ -109,6 +109,10 @@ class CheckpointFolder:
         except Damaged:  # told, and set aside, when it is needed
             return None
 
+    def set_held_out(self, step: int, loss: float) -> None:
+        """Adds to a whole checkpoint what was measured after it was saved."""
+        manifest.change(self.checkpoint(step), held_out=loss)
+
     def _set_aside(self, step: int) -> epath.Path:
         self.damaged.mkdir(parents=True, exist_ok=True)
         target, again = self.damaged / str(step), 2

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from etils import epath
 
+from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.preparation import Stopped
+from ngpt_jax.files import reason
 from ngpt_jax.model.sampling import sample
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
@@ -32,28 +35,41 @@ def enable_x64_if_used(config: Config) -> None:
         jax.config.update("jax_enable_x64", True)
 
 
-def train(config: Config, workdir: epath.PathLike, allow_schedule_change: bool = False) -> int:
+def train(
+    config: Config,
+    workdir: epath.PathLike,
+    allow_schedule_change: bool = False,
+    stop: StopSignal | None = None,
+) -> int:
     """Trains to the end of the schedule, or until SIGTERM or Ctrl-C.
 
     Args:
       config: resolved.
       workdir: the run's folder, new or of this very run, which is then gone on with.
       allow_schedule_change: go on with another length, batch size or learning rate.
+      stop: what was made before to hear of signals; None: made here.
 
     Returns:
       The exit code: 0 at the end, EXIT_RESUME when stopped by a signal after saving.
     """
-    config, tokenizer = distributed.together(lambda: with_tokenizer(config), ConfigError)
-    mesh = make_mesh(config)
-    check_eval_batch(config, mesh)
-    if jax.default_backend() != "cpu" and config.runtime.compilation_cache:
-        cache = epath.Path(config.runtime.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-    folder = workdir_lib.open_workdir(str(workdir))
-    stop, terminal = StopSignal(), Terminal(quiet=not distributed.is_first())
+    stop = stop or StopSignal()
+    terminal = Terminal(quiet=not distributed.is_first())
     try:
+        stop.attach()
+        distributed.check_same(config=zlib.crc32(config_lib.to_json(config).encode()))
+
+        def check():
+            with_vocab, tokenizer = with_tokenizer(config)
+            mesh = make_mesh(with_vocab)
+            check_eval_batch(with_vocab, mesh)
+            return with_vocab, tokenizer, mesh, workdir_lib.open_workdir(str(workdir))
+
+        config_, tokenizer, mesh, folder = distributed.together(check, ConfigError)
+        if jax.default_backend() != "cpu" and config.runtime.compilation_cache:
+            cache = epath.Path(config.runtime.compilation_cache).expanduser()
+            jax.config.update("jax_compilation_cache_dir", str(cache))
         with jax.set_mesh(mesh):
-            run = Run(config, tokenizer, mesh, folder, stop, terminal, allow_schedule_change)
+            run = Run(config_, tokenizer, mesh, folder, stop, terminal, allow_schedule_change)
             try:
                 return _train(run)
             finally:
@@ -68,6 +84,7 @@ def train(config: Config, workdir: epath.PathLike, allow_schedule_change: bool =
 
 def _train(run: Run) -> int:
     _train_loop(run)
+    run.end_saves()
     if run.step < run.steps or run.evaluated < run.steps:
         saved = f"saved step {run.step}" if run.step else "stopped before the first step"
         run.terminal.say(f"{run.stop.name}: {saved}; the same command goes on from there")
@@ -140,6 +157,10 @@ class _Interval:
             batch = next(batches)
         except ConfigError as e:  # a file that was damaged since the start
             raise RunError(str(e)) from e
+        except Exception as e:  # of grain, where a worker was killed
+            raise RunError(
+                f"The windows of step {run.step + 1} cannot be read: {reason(e)}."
+            ) from e
         self.waited += time.perf_counter() - before
         self._profile()
         run.state, metrics = compiled(run.state, run.placer(batch))

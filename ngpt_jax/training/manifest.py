@@ -10,6 +10,8 @@ from typing import Any
 
 from etils import epath
 
+from ngpt_jax.files import write_atomically
+
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22  # bytes; zlib lets other threads run while it counts one
 _THREADS = 4
@@ -44,6 +46,11 @@ def read(folder: epath.Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         pass
     raise Damaged(f"{MANIFEST} is not as it was written")
+
+
+def change(folder: epath.Path, **facts: Any) -> None:
+    """Other facts in a manifest, at once."""
+    write_atomically(folder / MANIFEST, _text(read(folder) | facts))
 
 
 def verify(folder: epath.Path) -> dict[str, Any]:

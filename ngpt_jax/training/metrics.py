@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import secrets
 import time
 from typing import Any
@@ -33,30 +34,32 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: epath.Path, start_step: int, config: Config):
-        old = sorted(workdir.glob("metrics*.jsonl"))
+        # First, as it may refuse to start.
+        self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
+        found = {_start_number(path.name): path for path in workdir.glob("metrics*.jsonl")}
+        old = [path for number, path in sorted(found.items()) if number >= -1]
         self.results: Results = {}
         for path in old:
             self._keep_rows_up_to(start_step, path)
         self._remote = is_remote(workdir)
-        name = f"metrics-{len(old):04}.jsonl" if self._remote else "metrics.jsonl"
+        name = f"metrics-{max([-1, *found]) + 1:04}.jsonl" if self._remote else "metrics.jsonl"
         self._path, self._text = workdir / name, ""
         self._file = None if self._remote else open(self._path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None if self._remote else _TensorBoard(workdir, start_step)
-        self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
 
     def _keep_rows_up_to(self, step: int, path: epath.Path) -> None:
-        text, kept = path.read_text(), []
+        text, kept = path.read_bytes(), []
         for line in text.splitlines(keepends=True):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
                 if row["step"] <= step and step > 0:
-                    kept.append(line)
+                    kept.append(line if line.endswith(b"\n") else line + b"\n")
                 if row["step"] == step:
                     self._remember(row)
             except (ValueError, KeyError, TypeError):
-                break  # the half line of a crash; nothing whole follows it
-        if (new := "".join(kept)) != text:
-            write_atomically(path, new)
+                continue  # the half line of a crash
+        if (new := b"".join(kept)) != text:
+            write_atomically(path, new.decode())
 
     def _remember(self, row: dict[str, float]) -> None:
         for key, value in row.items():
@@ -88,6 +91,12 @@ class MetricWriter:
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _start_number(name: str) -> int:
+    """Of a file of metrics: -1 for metrics.jsonl, N for metrics-N.jsonl; -2 for other files."""
+    found = re.fullmatch(r"metrics(?:-(\d{4,}))?\.jsonl", name)
+    return -2 if found is None else int(found[1] or -1)
 
 
 class _TensorBoard:

@@ -7,7 +7,6 @@ import dataclasses
 import faulthandler
 import statistics
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +14,6 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
@@ -33,10 +31,7 @@ from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter, NoWriter
 from ngpt_jax.training.step import TrainState, summarize_params
 from ngpt_jax.training.stop_signal import StopSignal
-
-
-class RunError(RuntimeError):
-    """The run cannot go on; one line says why and what to do."""
+from ngpt_jax.training.workdir import RunError
 
 
 def with_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
@@ -67,19 +62,22 @@ class Run:
     ):
         self.tokenizer, self.stop, self.mesh, self.workdir = tokenizer, stop, mesh, workdir
         self.terminal = terminal
-        self.config, kernel = layout.for_mesh(config, mesh)
-        changed = distributed.together(
-            lambda: workdir_lib.check_workdir(workdir, config, allow_schedule_change), ConfigError
+        self.config, kernel = distributed.together(
+            lambda: layout.for_mesh(config, mesh), ConfigError
         )
+
+        def check_workdir() -> list[str]:
+            return workdir_lib.check_workdir(workdir, config, allow_schedule_change)
+
+        distributed.together(check_workdir, ConfigError)
         corpus = self._load_corpus()
         self.eval_sets = corpus.held_out
         distributed.check_same(
-            config=zlib.crc32(config_lib.to_json(config).encode()),
             text=corpus.fingerprint,
             held_out=[(s.name, len(s.stream), s.fingerprint) for s in self.eval_sets],
         )
         self._lock = self._on_first(lambda: workdir_lib.lock_workdir(workdir))
-        self._on_first(lambda: workdir_lib.write_versions(workdir))
+        changed = distributed.together(check_workdir, ConfigError)  # nobody came in between
         workdir_lib.check_shared(workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoint)
         distributed.check_same(newest_checkpoint=self.checkpoints.latest_step())
@@ -104,13 +102,14 @@ class Run:
                 f" {self.step} already; raise it."
             )
         self.steps = steps
-        # Last, so that a start that is refused leaves the folder as it was.
-        self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.pending: list[dict[str, jax.Array]] = []  # of steps not yet fetched
         self.dataset = make_dataset(config, corpus)
         self.writer: MetricWriter | NoWriter = NoWriter()
         if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
             self.writer = writer
+        # Last, so that a start that is refused leaves the folder as it was.
+        self._on_first(lambda: workdir_lib.write_versions(workdir))
+        self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.results = self.writer.results  # of the last evaluation, on process 0
         # The steps last evaluated and saved, and when, by process 0's clock.
         self.evaluated = self.step if self._were_evaluated() else -1
@@ -168,7 +167,13 @@ class Run:
     def _were_evaluated(self) -> bool:
         """Whether metrics of all held-out sets are there for the restored step."""
         names = {s.name for s in self.eval_sets}
-        return distributed.of_first(lambda: str(names <= set(self.results))) == "True"
+        # The last step's evaluation is that of the whole sets.
+        needs = {"loss", "bits_per_byte"} if self.step == self.steps else {"loss"}
+
+        def known() -> str:
+            return str(all(needs <= set(self.results.get(name, {})) for name in names))
+
+        return distributed.of_first(known) == "True"
 
     def _on_first(self, fn: Callable[[], Any]) -> Any:
         """Runs fn, which writes into the workdir, on process 0; its errors end all."""
@@ -203,9 +208,11 @@ class Run:
     def close(self) -> None:
         faulthandler.cancel_dump_traceback_later()
         self.terminal.close()
-        self.writer.close()
-        with self._save_errors():
-            self.checkpoints.close()
+        try:
+            self.writer.close()
+        finally:
+            with self._save_errors():
+                self.checkpoints.close()
         if self._lock is not None:
             self._lock.close()
 
@@ -234,6 +241,18 @@ class Run:
         self.saved_at = time.monotonic()
         with self._save_errors():
             self.checkpoints.save(self.state, self.progress | self._facts, held_out)
+
+    def end_saves(self) -> None:
+        """Waits for the last save; raises RunError where this step could not be saved."""
+        with self._save_errors():
+            self.checkpoints.close()
+        saved = self.checkpoints.latest_step()
+        if self.step and saved != self.step:
+            raise RunError(
+                f"Step {self.step} could not be saved; the last checkpoint is"
+                f" {'none' if saved is None else f'step {saved}'}. The same command goes on from"
+                " there."
+            )
 
     def held_out_loss(self) -> float | None:
         """Mean over the held-out sets of the last evaluation, as process 0 knows it."""
@@ -286,13 +305,17 @@ class Run:
 
     def write(self, row: dict[str, float | None]) -> None:
         """A row of metrics; a full disk ends the run in a line."""
-        try:
-            self.writer.write(self.step, row)
-        except OSError as e:
-            raise RunError(
-                f"{e.filename or self.workdir / 'metrics.jsonl'} cannot be written: {reason(e)};"
-                " make room, and start the same command again."
-            ) from e
+
+        def write() -> None:
+            try:
+                self.writer.write(self.step, row)
+            except OSError as e:
+                raise RunError(
+                    f"{e.filename or self.workdir / 'metrics.jsonl'} cannot be written:"
+                    f" {reason(e)}; make room, and start the same command again."
+                ) from e
+
+        distributed.together(write, RunError)
 
     def evaluate(self) -> None:
         """Evaluates every held-out set once for this step; the last step reads all of it."""

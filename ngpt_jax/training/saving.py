@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -207,6 +208,7 @@ def _silence_orbax() -> None:
         return
     for logger in loggers:
         logger.addFilter(_Silence())
+    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited", RuntimeWarning)
     tell = sys.unraisablehook
 
     def hook(args: Any) -> None:

@@ -6,30 +6,38 @@ import os
 import signal
 from typing import Any
 
-import jax
-
-from ngpt_jax.parallel import distributed
-
 
 class StopSignal:
     """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
 
-    With several processes, a signal to one of them stops all at the same poll: jax's runtime
-    has the handler of SIGTERM then, and Ctrl-C is passed on to it.
+    Made before jax is loaded, so that a signal at any time is heard. With several processes, a
+    signal to one of them stops all at the same poll: jax's runtime has the handler of SIGTERM then,
+    and Ctrl-C is passed on to it.
+
+    Attributes:
+      name: of the signal, None before.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._polls, self._several = 0, jax.process_count() > 1
-        signals = (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM)
-        self._old = {s: signal.signal(s, self._on) for s in signals}
-        self._interrupted = False
+        self._polls, self._several, self._interrupted = 0, False, False
+        self._old = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def attach(self) -> None:
+        """Called once the processes have met."""
+        import jax
+
+        self._several = jax.process_count() > 1
+        if self._several and self.name is not None:  # the others have to hear of it too
+            self.name = None
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _on(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        if self._several:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            self._interrupted = True
+        if self._several and number == signal.SIGINT:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.name = signal.Signals(number).name
@@ -37,6 +45,8 @@ class StopSignal:
     def __call__(self) -> bool:
         """Whether to stop. With several processes all have to ask equally often."""
         if self._several and self.name is None:
+            from ngpt_jax.parallel import distributed
+
             self._polls += 1
             if distributed.stop_agreed(self._polls):
                 self.name = "SIGTERM"

@@ -7,6 +7,7 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import secrets
 import sys
 import time
 import zlib
@@ -19,6 +20,11 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.files import is_remote, reason, write_atomically
 from ngpt_jax.parallel import distributed
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; one line says why and what to do."""
+
 
 # What a run may change when it goes on, by the names of fields; the longest prefix decides.
 _RUN, _SCHEDULE, _FREE = "the run's own", "schedule", "free"
@@ -113,25 +119,39 @@ def _some(differences: list[str]) -> str:
     return "; ".join(differences[:3]) + rest
 
 
-def lock_workdir(workdir: epath.Path) -> IO[str] | None:
+def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
     """Makes the folder, and keeps other programs out of it while the file that it returns is open.
 
-    The lock ends with the process. None where the storage has none. Raises ConfigError, OSError.
+    The lock ends with the process. None where the storage has none.
+
+    Args:
+      workdir: the folder.
+      patience: seconds to wait for a process that is about to end.
+
+    Raises RunError, OSError.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         return None
     file = open(workdir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as e:  # both mean that another has it
-        file.close()
-        raise ConfigError(
-            f"--workdir={workdir} is in use by another process; wait for its end, or choose another"
-            " --workdir."
-        ) from e
-    except OSError:
-        pass
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError) as e:  # both mean that another has it
+            if time.monotonic() > deadline:
+                file.close()
+                raise RunError(
+                    f"--workdir={workdir} is in use by another process; wait for its end, or choose"
+                    " another --workdir."
+                ) from e
+            time.sleep(0.2)
+        except OSError:
+            return None
+    file.truncate(0)
+    file.write(secrets.token_hex(16))  # by which other hosts know the folder
+    file.flush()
     return file
 
 
@@ -149,11 +169,13 @@ def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
     """Refuses a workdir that is not the same folder for all processes.
 
     Args:
-      workdir: with versions.json by process 0.
+      workdir: locked by process 0.
       patience: seconds until what one host wrote is seen by the others; NFS keeps old entries
         for up to a minute.
     """
-    file = workdir / "versions.json"
+    file = workdir / ".lock"
+    if is_remote(workdir) or jax.process_count() == 1:
+        return
     text = distributed.of_first(lambda: str(zlib.crc32(file.read_bytes())))
 
     def look() -> None:
