@@ -319,12 +319,22 @@ def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
 
 
 def test_the_same_step_twice(run):
-    checkpoints = Checkpoints(run, CheckpointConfig())
-    before = [(p, p.stat().st_ino) for p in sorted((run / "checkpoints").rglob("*"))]
+    """Nothing is written again; a loss that was measured since is added to the manifest."""
+
+    def files():
+        return [(p, p.stat().st_ino) for p in sorted((run / "checkpoints").rglob("*"))]
+
+    checkpoints, before = Checkpoints(run, CheckpointConfig()), files()
     state, _ = checkpoints.restore(like(first_state()))
+    checkpoints.save(state, {"position": "another"})
+    checkpoints.close()
+    assert files() == before
     checkpoints.save(state, {"position": "another"}, 0.5)
     checkpoints.close()
-    assert before == [(p, p.stat().st_ino) for p in sorted((run / "checkpoints").rglob("*"))]
+    manifest = run / "checkpoints/6/manifest.json"
+    assert [f for f in files() if f not in before] == [(manifest, manifest.stat().st_ino)]
+    assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.6) is False
+    assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.4) is True
 
 
 NEVER = dict.fromkeys(range(1, 13))
