@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import tokenizers as hf
 import zstandard
 from data_helpers import (
     ROOT,
@@ -314,6 +315,14 @@ def test_array_record_on_a_full_disk(tmp_path):
         assert re.fullmatch(rf"error: '.*{kind}' cannot be written: .*\n", done.stderr)
 
 
+def words_file(folder):
+    """A tokenizers JSON file: what bytes are tokenized with has no workers."""
+    words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    words.save(str(folder / "words.json"))
+    return folder / "words.json"
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import sys; sys.path.insert(0, "tests")
@@ -326,13 +335,13 @@ if __name__ == "__main__":
         import time; time.sleep(60)
     preparation._Report.show = lambda self, portion, tokens: (
         told() if len(multiprocessing.active_children()) == 2 else None)
-    t.run(t.text_config(sys.argv[1]), sys.argv[2], workers=2)
+    t.run(t.text_config(sys.argv[1], tokenizer=sys.argv[3]), sys.argv[2], workers=2)
 """
     write(tmp_path / "a.jsonl", json_lines(*TEXTS))
     (tmp_path / "program.py").write_text(code)
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "a.jsonl"),
-         str(tmp_path / "out")],
+         str(tmp_path / "out"), str(words_file(tmp_path))],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, stdout=subprocess.PIPE,
     )  # fmt: skip
     pids = [int(pid) for pid in process.stdout.readline().split()]

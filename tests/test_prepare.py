@@ -1,5 +1,6 @@
 """Preparation: token counts, identical bytes, going on after a stop, manifests, packing."""
 
+import dataclasses
 import gzip
 import hashlib
 import itertools
@@ -101,6 +102,25 @@ def test_two_runs_give_identical_bytes(config, tmp_path, small_portions, format)
     assert contents(tmp_path / "a") == first
     run(config, tmp_path / "b", format=format, workers=2)
     assert contents(tmp_path / "b") == first
+
+
+@pytest.mark.slow
+def test_workers_give_the_same_bytes(config, tmp_path, small_portions, monkeypatch):
+    words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "words.json"))
+    config = dataclasses.replace(config, tokenizer=str(tmp_path / "words.json"))
+    run(config, tmp_path / "one", workers=1)
+    used, real = [], preparation._Job._in_workers
+
+    def in_workers(self, *args):
+        used.append(1)
+        return real(self, *args)
+
+    monkeypatch.setattr(preparation._Job, "_in_workers", in_workers)
+    run(config, tmp_path / "two", workers=2)
+    assert used
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.parametrize("format", ["bin", "array_record"])

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from etils import epath
 
@@ -174,7 +174,8 @@ class Opened:
         name = path.name.lower()
         self.stream: Any
         if name.endswith(".gz"):
-            self.stream = gzip.GzipFile(fileobj=self._raw)
+            # A buffer of our own: lines are read from it without Python's help.
+            self.stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=self._raw)), 2**18)
         elif name.endswith(".zst"):
             self.stream = io.BufferedReader(_Zstandard(self._raw), 2**17)
         else:

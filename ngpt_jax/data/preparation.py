@@ -25,14 +25,16 @@ from ngpt_jax.data.shard_writer import SEGMENT, ShardWriter, Tokens
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.sources import RawSource, Unit
 from ngpt_jax.data.splits import Split, choose_split
-from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer, utf8
 from ngpt_jax.files import digest_of, is_remote, reason, write_atomically
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.workers import follow_parent
 
 SHARD_TOKENS = 100_000_000
 _CHARACTERS_AT_ONCE = 2**20  # given to the tokenizer: bounds what its results take in memory
-_PORTIONS_BEFORE_WORKERS = 16  # a small text is done before a worker has started
+# A small text is done before a worker has started.
+_SMALL = 4 * 2**20  # bytes of files, or records
+_PORTIONS_BEFORE_WORKERS = 16  # where less than that is packed, or records are long
 _PROGRESS = "progress.json"
 
 
@@ -220,9 +222,10 @@ class _Job:
             flow = self.flows[number]
             start = self.place if number == self.place.flow else _Place(number, 0, 0)
             portions = _portions(flow, start)
-            for portion in itertools.islice(portions, _PORTIONS_BEFORE_WORKERS):
+            small = sum(unit.size for unit in flow.units) < _SMALL
+            for portion in itertools.islice(portions, _PORTIONS_BEFORE_WORKERS if small else 0):
                 yield portion, _tokenize(portion.texts, flow.name, flow.split, self.tokenizer)
-            if workers == 1:
+            if workers == 1 or self.tokenizer.name == "byte":  # bytes cost less than workers
                 for portion in portions:
                     yield portion, _tokenize(portion.texts, flow.name, flow.split, self.tokenizer)
             elif (first := next(portions, None)) is not None:
@@ -247,8 +250,8 @@ class _Job:
                 yield portion, job.result()
         except concurrent.futures.process.BrokenProcessPool as e:
             raise ConfigError(
-                "A worker was killed (out of memory?); the same command goes on, with fewer"
-                " --workers."
+                "A worker was killed (out of memory?) or could not start (a program of your own"
+                " needs if __name__ == '__main__'); the same command goes on."
             ) from e
         finally:
             pool.shutdown(cancel_futures=True)
@@ -346,7 +349,7 @@ def _tokenize(
         ids = np.full(ends[-1], tokenizer.eod, dtype)
         for some, end in zip(encoded, ends):
             ids[end - 1 - len(some) : end - 1] = some
-        num_bytes = sum(len(piece.encode("utf-8", "replace")) for piece in pieces)
+        num_bytes = sum(len(p) if p.isascii() else len(utf8(p)) for p in pieces)
         out.append(Tokens(part, ids, ends, num_bytes))
     return out
 
