@@ -76,9 +76,11 @@ def start(workdir: Path, book: Path, kill_in: str = "-", seed: int = 0) -> subpr
 def one_life(workdir: Path, book: Path, kill_in: str, seed: int, say) -> bool:
     """A start that is killed; whether it was before it came to its end."""
     process = start(workdir, book, kill_in, seed)
+    before = []
     if kill_in == "-":
         assert process.stdout is not None
         for line in process.stdout:
+            before.append(line.rstrip())
             if line.startswith("compiled"):
                 break
         time.sleep(random.Random(seed).uniform(0, 1.0))
@@ -86,7 +88,8 @@ def one_life(workdir: Path, book: Path, kill_in: str, seed: int, say) -> bool:
     out, err = process.communicate(timeout=300)
     if process.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(f"exit code {process.returncode}\n{out}\n{err}")
-    resumed = next((row for row in out.splitlines() if row.startswith("resumed")), "from the start")
+    lines = before + out.splitlines()
+    resumed = next((line for line in lines if line.startswith("resumed")), "from the start")
     killed = process.returncode == -signal.SIGKILL
     where = {"-": "anywhere"}.get(kill_in, kill_in)
     say(f"{resumed}; {f'killed in {where}' if killed else 'came to its end'}  {err.strip()}")
