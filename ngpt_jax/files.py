@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 from collections.abc import Iterable
 
 
@@ -20,11 +22,24 @@ def write_atomically(path: os.PathLike[str], text: str) -> None:
         return
     folder, name = os.path.split(os.fspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Removes what killed calls of :func:`write_atomically` have left; nobody else may write."""
+    if not is_remote(folder):
+        for name in os.listdir(folder):
+            if re.fullmatch(r"\..+\.\d+\.tmp", name):
+                os.unlink(os.path.join(folder, name))
 
 
 def digest_of(lines: Iterable[str]) -> str:

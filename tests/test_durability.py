@@ -201,6 +201,7 @@ def test_metrics_that_are_damaged_or_of_another_evaluation(begun, small, finishe
     (row,) = partial
     del row["eval/held_out/bits_per_byte"]
     kept = [r for r in good if b"bits_per_byte" not in r]
+    (folder / ".metrics.jsonl.77.tmp").write_text("of a kill while it was written")
     garbage = [b"\xff\x00garbage\n", b"[1]\n", b'{"step": "x"}\n']
     (folder / "metrics.jsonl").write_bytes(
         b"".join([*kept[:2], *garbage, *kept[2:], json.dumps(row).encode()])
@@ -209,6 +210,7 @@ def test_metrics_that_are_damaged_or_of_another_evaluation(begun, small, finishe
     found = rows(folder)
     assert [json.dumps(r) for r in found[: len(kept)]] == [r.decode().strip() for r in kept]
     assert "eval/held_out/bits_per_byte" in found[-1]
+    assert not list(folder.glob(".*.tmp"))
 
 
 @pytest.mark.slow

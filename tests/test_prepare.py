@@ -160,14 +160,14 @@ import test_prepare as t
 t.run(t.text_config(sys.argv[1]), sys.argv[2])
 """
     rng = np.random.default_rng(0)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/.progress.json.77.tmp").write_text("of a kill while it was written")
     for _attempt in range(40):
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "cut")], cwd=ROOT
         )
         if _attempt < 5:
-            while not (tmp_path / "cut").exists():
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0.4, 1.4))  # Python has started after half a second
             process.send_signal(signal.SIGKILL)
         if process.wait() == 0:
             break

@@ -26,7 +26,7 @@ from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.sources import RawSource, Unit
 from ngpt_jax.data.splits import Split, choose_split
 from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer, utf8
-from ngpt_jax.files import digest_of, is_remote, reason, write_atomically
+from ngpt_jax.files import digest_of, is_remote, reason, remove_leftovers, write_atomically
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.workers import follow_parent
 
@@ -99,6 +99,7 @@ def prepare(
         with _locked(out, terminal, stopped):
             for left in out.glob(f"{SEGMENT}*"):
                 left.rmtree()  # of a run that was killed
+            remove_leftovers(out)
             if (out / manifest_lib.NAME).exists():
                 done = manifest_lib.read_manifest(out, "--out")
                 if done.source != key:
@@ -121,7 +122,7 @@ def _refuse_occupied(out: epath.Path) -> None:
     except FileNotFoundError:  # also a new "folder" of a bucket
         return
     if names - {".lock"} and not names & {manifest_lib.NAME, _PROGRESS}:
-        if all(name.startswith((".lock", SEGMENT)) for name in names):
+        if all(name.startswith((".lock", SEGMENT, f".{_PROGRESS}")) for name in names):
             return  # a run was killed before its first words
         raise ConfigError(f"{str(out)!r} is not empty; choose another --out, or delete it.")
 

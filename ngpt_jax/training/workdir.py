@@ -18,7 +18,7 @@ from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.files import is_remote, reason, write_atomically
+from ngpt_jax.files import is_remote, reason, remove_leftovers, write_atomically
 from ngpt_jax.parallel import distributed
 
 
@@ -149,6 +149,7 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
             time.sleep(0.2)
         except OSError:
             return None
+    remove_leftovers(workdir)
     file.truncate(0)
     file.write(secrets.token_hex(16))  # by which other hosts know the folder
     file.flush()
