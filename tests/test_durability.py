@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from data_helpers import ROOT, write_array_record, write_bin
 from test_sources import TinySet
-from test_training import numbers, rows
+from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers import ByteTokenizer
@@ -217,14 +217,8 @@ def test_metrics_that_are_damaged_or_of_another_evaluation(begun, small, finishe
 def test_a_checkpoint_that_is_evaluated_later_may_be_the_best(small, tmp_path, monkeypatch):
     config = small(**{"train.steps": 8, "eval.every": 4, "checkpoint.every": 4,
                       "checkpoint.keep_best": 1, "checkpoint.keep": 1})  # fmt: skip
-    real = run.evaluate
-
-    def stopping(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", stopping)
+        stop_in_evaluation(patch)
         assert loop.train(config, tmp_path) == loop.EXIT_RESUME
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(

@@ -66,6 +66,17 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(loop._Interval, "step", stopping)
 
 
+def stop_in_evaluation(monkeypatch):
+    """Sends this process SIGTERM as an evaluation begins."""
+    real = run.evaluate
+
+    def stopping(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(run, "evaluate", stopping)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_a_stopped_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch, kind):
@@ -108,14 +119,8 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(small, tmp_path,
 @pytest.mark.slow
 def test_a_stop_in_the_last_evaluation_is_made_up_for(small, tmp_path, monkeypatch, capsys):
     config = small(**{"train.steps": 3, "checkpoint.every": 3})
-    real = run.evaluate
-
-    def stopping(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return real(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run, "evaluate", stopping)
+        stop_in_evaluation(patch)
         assert loop.train(config, tmp_path) == loop.EXIT_RESUME
     for _ in range(2):
         assert loop.train(config, tmp_path) == 0

@@ -216,20 +216,21 @@ def first_then_rest(fn: Callable[[], T], error: type[Exception]) -> T:
     if is_first():
         run()
         first_failed = outcome[0].__name__ == "fail"
-        _runtime().key_value_set(f"ngpt_jax/first/{number}", str(first_failed))
-    failed = _runtime().blocking_key_value_get(f"ngpt_jax/first/{number}", _PATIENCE)
+        runtime().key_value_set(f"ngpt_jax/first/{number}", str(first_failed))
+    failed = runtime().blocking_key_value_get(f"ngpt_jax/first/{number}", _PATIENCE)
     if not is_first():
         # Nothing, where process 0 failed: its error is raised here too.
         outcome.append(lambda: cast(T, None)) if failed == "True" else run()
-    _runtime().wait_at_barrier(f"ngpt_jax_rest_{number}", _PATIENCE)
+    runtime().wait_at_barrier(f"ngpt_jax_rest_{number}", _PATIENCE)
     return together(outcome[0], error)
 
 
-def _runtime() -> Any:
-    from jax._src import distributed as runtime  # there is no public name for it
+def runtime() -> Any:
+    """The client of jax's own service: keys with values, barriers; also for threads."""
+    from jax._src import distributed as jax_distributed  # there is no public name for it
 
-    assert runtime.global_state.client is not None
-    return runtime.global_state.client
+    assert jax_distributed.global_state.client is not None
+    return jax_distributed.global_state.client
 
 
 def leave(code: int) -> int:

@@ -12,6 +12,7 @@ from etils import epath
 from orbax.checkpoint.path import atomicity, atomicity_defaults
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.files import is_remote
 from ngpt_jax.training import manifest
 from ngpt_jax.training.manifest import Damaged
 
@@ -25,7 +26,7 @@ class CheckpointFolder:
 
     def __init__(self, workdir: epath.PathLike):
         self.workdir = absolute(workdir)
-        self.local = "://" not in self.workdir.as_posix()
+        self.local = not is_remote(self.workdir)
         self.path = self.workdir / "checkpoints"
         self.damaged = self.workdir / "damaged"
         self._kind: Any = atomicity_defaults.get_default_temporary_path_class(self.path)
@@ -123,7 +124,7 @@ class CheckpointFolder:
 
 def absolute(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path).expanduser()
-    return path if "://" in path.as_posix() else path.absolute()
+    return path if is_remote(path) else path.absolute()
 
 
 def warn(line: str) -> None:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from jax._src import distributed as jax_distributed  # its key-value store has no public name
 
 from ngpt_jax.parallel import distributed
 from ngpt_jax.training import manifest
@@ -137,20 +136,16 @@ def share(key: str, text: str) -> list[str]:
     """The texts of all processes, by the coordinator: threads may not use the devices for it."""
     if jax.process_count() == 1:
         return [text]
-    client = _client()
+    client = distributed.runtime()
     client.key_value_set(f"{key}/{jax.process_index():08}", f"={text}")
     client.wait_at_barrier(key, _TIMEOUT * 1000)
     return [value[1:] for _, value in sorted(client.key_value_dir_get(key))]
 
 
-def _client() -> Any:
-    return jax_distributed.global_state.client
-
-
 def _forget(key: str) -> None:
     """Takes from the coordinator's memory what all processes have read."""
     if jax.process_count() > 1 and distributed.is_first():
-        _client().key_value_delete(key + "/")
+        distributed.runtime().key_value_delete(key + "/")
 
 
 def state_bytes(state: dict[str, Any]) -> int:
