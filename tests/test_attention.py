@@ -69,9 +69,10 @@ def test_splash_equals_xla_forward_and_backward(heads, kv_heads, head_dim, docum
         np.testing.assert_allclose(a, b, atol=1e-5 * np.max(np.abs(a)))
 
 
+@pytest.mark.parametrize("length", [12, 384, 301])  # one, three and two (unequal) blocks
 @pytest.mark.parametrize("documents", [False, True])
-def test_xla_equals_the_plain_softmax(x64, documents):
-    q, k, v, segments = inputs(4, 2, 8, length=12, dtype=jnp.float64)
+def test_xla_equals_the_plain_softmax(x64, documents, length):
+    q, k, v, segments = inputs(4, 2, 8, length, dtype=jnp.float64)
     segments = segments if documents else None
     a = with_grads(lambda *x: causal_attention(*x, 8**0.5, segments), q, k, v)
     b = with_grads(lambda *x: plain(*x, 8**0.5, segments), q, k, v)

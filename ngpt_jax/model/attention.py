@@ -212,18 +212,34 @@ def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.A
     length, kv_heads = k.shape[1:3]
     # Heads before positions: then both products are batched matmuls without further copies.
     q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
-    q = q.reshape(batch, kv_heads, heads // kv_heads, num_queries, head_dim)
+    group = heads // kv_heads  # queries of a group share their keys: they are one matrix
+    q = q.reshape(batch, kv_heads, group, num_queries, head_dim)
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    logits = jnp.einsum("bkgtc,bksc->bkgts", q, k, preferred_element_type=dtype)
-    rows = positions.first() + jnp.arange(num_queries)
-    visible = jnp.arange(length) <= rows[:, None]
-    if segments is not None:
-        own = positions.cut(segments)[:, :, None] == segments[:, None, :]
-        visible = (visible & own)[:, None, None]
-    # -inf, not a large number: every row sees at least itself, and exp(-inf) is exactly 0.
-    probs = jax.nn.softmax(jnp.where(visible, scale * logits, -jnp.inf), axis=-1)
-    out = jnp.einsum("bkgts,bksc->bkgtc", probs.astype(v.dtype), v)
-    return jnp.moveaxis(out.reshape(batch, heads, num_queries, head_dim), 1, 2)
+    queries = None if segments is None else positions.cut(segments)
+
+    def attend(first: int, last: int, seen: int) -> jax.Array:
+        """Of the queries from first to last to the keys before ``seen``."""
+        block = q[..., first:last, :].reshape(batch, kv_heads, -1, head_dim)
+        logits = scale * jnp.matmul(block, k[:, :, :seen].mT, preferred_element_type=dtype)
+        rows = positions.first() + jnp.arange(first, last)
+        visible = jnp.arange(seen) <= rows[:, None]
+        if queries is not None:
+            own = queries[:, first:last, None] == segments[:, None, :seen]
+            visible = (visible & own)[:, None]
+        visible = jnp.concatenate([visible] * group, axis=-2)  # (..., group * t, seen)
+        # -inf, not a large number: every row sees at least itself, and exp(-inf) is exactly 0.
+        probs = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+        out = probs.astype(v.dtype) @ v[:, :, :seen]
+        return out.reshape(batch, heads, -1, head_dim)
+
+    # In blocks of queries, each with the keys that it can see: down to half of the work, and of
+    # the memory at one time. Where positions are cut, a device learns its own only when it runs.
+    count = 1 if positions.shards > 1 else max(1, min(8, length // 128))
+    size = -(-length // count)
+    ends = [num_queries] if count == 1 else [min(size * (i + 1), length) for i in range(count)]
+    starts = [0, *ends[:-1]]
+    parts = [attend(i, j, length if count == 1 else j) for i, j in zip(starts, ends)]
+    return jnp.moveaxis(jnp.concatenate(parts, axis=2), 1, 2)
 
 
 def block_size(length: int) -> int:
