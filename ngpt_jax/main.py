@@ -89,7 +89,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
     except loop.RunError as e:
         print(f"error: {e}", file=sys.stderr)
-        return distributed.leave(1)
+        return distributed.leave(e.exit_code)
     except KeyboardInterrupt:
         return distributed.leave(130)
 

@@ -149,8 +149,11 @@ class Block(nn.Module):
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
             h = sphere.normalize(h)
-        h = self._step(h, proposal, "alpha_a")
-        h = self._step(h, self._mlp(self._norm(h, "mlp_norm")), "alpha_m")
+        middle = self._step(h, proposal, "alpha_a")
+        self._sow_angles("attention", h, proposal, middle)
+        proposal = self._mlp(self._norm(middle, "mlp_norm"))
+        h = self._step(middle, proposal, "alpha_m")
+        self._sow_angles("mlp", middle, proposal, h)
         h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
         return h.astype(c.dtype), None  # (carry, nothing to stack): the form nn.scan wants
@@ -165,6 +168,15 @@ class Block(nn.Module):
             return h + proposal
         alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
         return sphere.lerp(h, sphere.normalize(sphere.promote(proposal)), alpha)
+
+    def _sow_angles(self, name: str, h: jax.Array, proposal: jax.Array, moved: jax.Array) -> None:
+        """(B, T, 2) radians from h to the proposal and to where the step leads, where asked for.
+
+        Angles, not the states: those of all layers together would be large.
+        """
+        if self.is_mutable_collection("angles"):
+            a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, proposal, moved))
+            self.sow("angles", name, jnp.stack([sphere.angle(a, b), sphere.angle(a, c)], axis=-1))
 
     def _linear(self, x: jax.Array, name: str, axes: Axes, contracted: int = 1, **how) -> jax.Array:
         """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
@@ -200,6 +212,8 @@ class Block(nn.Module):
                 k = self._norm(k, "key_norm", "head_dim")
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             softmax_scale = 1 / math.sqrt(c.head_dim)
+        self.sow("intermediates", "query", q)
+        self.sow("intermediates", "key", k)
         # (B, T, heads, head_dim)
         kernel_name = kernel_of(c, h.shape[1])
         out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
@@ -245,7 +259,7 @@ class Transformer(nn.Module):
             block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
         self.layers = nn.scan(
             block,
-            variable_axes={"params": 0, "intermediates": 0},
+            variable_axes={"params": 0, "intermediates": 0, "angles": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,

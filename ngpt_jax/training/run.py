@@ -108,7 +108,8 @@ class Run:
         if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
             self.writer = writer
         # Last, so that a start that is refused leaves the folder as it was.
-        self._on_first(lambda: workdir_lib.write_versions(workdir))
+        facts = {name: self._facts[name] for name in ("data", "tokenizer")}
+        self._on_first(lambda: workdir_lib.write_versions(workdir, **facts))
         self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.results = self.writer.results  # of the last evaluation, on process 0
         # The steps last evaluated and saved, and when, by process 0's clock.
@@ -287,7 +288,7 @@ class Run:
             if not metrics["skipped_in_row"]:
                 self.progress["losses"].append(metrics["loss"])
             elif metrics["skipped_in_row"] >= self.config.train.max_skipped:
-                raise RunError(self._too_many_skipped(step, metrics))
+                raise workdir_lib.Diverged(self._too_many_skipped(step, metrics))
         return fetched[-1] if fetched else {}
 
     def _too_many_skipped(self, step: int, metrics: dict[str, float]) -> str:

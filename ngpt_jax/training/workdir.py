@@ -6,6 +6,7 @@ import datetime
 import fcntl
 import importlib.metadata
 import json
+import os
 import platform
 import secrets
 import sys
@@ -24,6 +25,14 @@ from ngpt_jax.parallel import distributed
 
 class RunError(RuntimeError):
     """The run cannot go on; one line says why and what to do."""
+
+    exit_code = 1
+
+
+class Diverged(RunError):
+    """Too many steps in a row had no finite loss or gradient."""
+
+    exit_code = 3
 
 
 # What a run may change when it goes on, by the names of fields; the longest prefix decides.
@@ -68,6 +77,15 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
             kind = _FREE  # the end of a run without a schedule is no part of it
         found[kind].append(difference)
     return found
+
+
+def identity(config: Config) -> str:
+    """The fields that make a run what it is, where they are not the defaults: 'name: value' lines.
+
+    What may change freely when a run goes on is left out.
+    """
+    differences = changes(Config(), config)
+    return "\n".join(sorted(differences[_RUN] + differences[_SCHEDULE]))
 
 
 def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bool) -> list[str]:
@@ -156,9 +174,9 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
     return file
 
 
-def write_versions(workdir: epath.Path) -> None:
-    """Says what the newest start runs with."""
-    write_atomically(workdir / "versions.json", json.dumps(versions(), indent=2) + "\n")
+def write_versions(workdir: epath.Path, **facts: str) -> None:
+    """Says what the newest start runs with; ``facts`` are further lines."""
+    write_atomically(workdir / "versions.json", json.dumps(versions() | facts, indent=2) + "\n")
 
 
 def write_config(workdir: epath.Path, config: Config) -> None:
@@ -206,6 +224,18 @@ def open_workdir(path: str) -> epath.Path:
     return workdir
 
 
+def cpu_model() -> str:
+    """Name, family, model and stepping where Linux tells them: what compiled code depends on."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as f:
+            pairs = (line.partition(":") for line in f.read().split("\n\n")[0].splitlines())
+        facts = {name.strip(): value.strip() for name, _, value in pairs}
+        numbers = "/".join(facts[name] for name in ("cpu family", "model", "stepping"))
+        return f"{facts['model name']} {numbers}"
+    except (OSError, KeyError):
+        return platform.processor() or platform.machine()
+
+
 def versions() -> dict[str, Any]:
     """Of what runs here, for people and for checkpoints."""
     packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy tokenizers".split()
@@ -219,6 +249,8 @@ def versions() -> dict[str, Any]:
         "started": datetime.datetime.now(datetime.UTC).isoformat(),
         "command": sys.argv,
         "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         **found,

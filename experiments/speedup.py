@@ -1,0 +1,102 @@
+"""Does nGPT learn faster? nGPT, GPT and GPT with QK-norm, each tuned, at four budgets.
+
+    python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py
+
+0.25 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
+run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
+(prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
+Variant search: the search for the three recipes, on a budget and a seed that the study does not use.
+One run by hand: the column "command" of the table, with a --workdir.
+"""
+
+import os
+
+from ngpt_jax.config import default_config
+from ngpt_jax.config_file import apply_variants
+from ngpt_jax.tools.study import Study
+
+PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
+SETTINGS = {
+    "stdlib128": {"data.source": "stdlib", "data.held_out": 0.02},
+    "prose128": {
+        "data.source": "text",
+        "data.paths": (f"{PROSE}/prose.train.jsonl.gz",),
+        "data.eval_paths": (f"val={PROSE}/prose.val.jsonl.gz",),
+    },
+}
+SETTINGS["prose512"] = SETTINGS["prose128"] | {"model.context": 512, "train.batch_size": 4}
+
+
+def get_config(variants: str = ""):
+    config = default_config()
+    config.model.layers = 3
+    config.model.width = 64
+    config.model.heads = 2
+    config.model.context = 128
+    config.model.scan_layers = False
+    config.train.batch_size = 16
+    config.train.steps = 500
+    config.eval.every = 1_000_000  # at the end alone
+    config.eval.batch_size = 16
+    config.checkpoint.every = 1_000_000
+    config.checkpoint.minutes = 3.0
+    config.checkpoint.keep = 1
+    config.log.every = 50
+    config.sample.tokens = 0
+    return apply_variants(config, variants, {"search": lambda config: None})
+
+
+def share(part: float):
+    """Warm-up over a part of the run."""
+    return lambda steps: round(part * steps)
+
+
+def get_study(variants: str = ""):
+    return {"search": search}[variants]()
+
+
+def search():
+    """One field at a time from a first guess, then what helped together, over rates."""
+    gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
+    changed = {
+        "": {},
+        "lr6e-3": {"optimizer.learning_rate": 6e-3},
+        "lr2.4e-2": {"optimizer.learning_rate": 2.4e-2},
+        "warmup5": {"optimizer.warmup_steps": share(0.05)},
+        "warmup20": {"optimizer.warmup_steps": share(0.2)},
+        "decay0.01": {"optimizer.weight_decay": 0.01},
+        "decay0.3": {"optimizer.weight_decay": 0.3},
+        "init0.06": {"model.init_std": 0.06},
+        "init0.125": {"model.init_std": 0.125},
+        "b2_0.99": {"optimizer.b2": 0.99},
+    }
+    models = {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}
+    qk = {"model.qk_norm": True}
+    models |= {f"gpt_qk{name and '+' + name}": gpt | qk | f for name, f in changed.items()}
+    ngpt = {
+        "optimizer.learning_rate": 2e-2,
+        "model.s_z.init": 10.0,
+        "model.alpha_a.init": 0.2,
+        "model.alpha_m.init": 0.2,
+    }
+    changed = {
+        "": {},
+        "lr1e-2": {"optimizer.learning_rate": 1e-2},
+        "lr4e-2": {"optimizer.learning_rate": 4e-2},
+        "s_z5": {"model.s_z.init": 5.0},
+        "s_z20": {"model.s_z.init": 20.0},
+        "alpha0.4": {"model.alpha_a.init": 0.4, "model.alpha_m.init": 0.4},
+        "alpha0.05": {"model.alpha_a.init": 0.05, "model.alpha_m.init": 0.05},
+        "warmup5": {"optimizer.warmup_steps": share(0.05)},
+        "on_read": {"model.normalize_on_read": True},
+        "b2_0.99": {"optimizer.b2": 0.99},
+    }
+    models |= {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
+    return Study(
+        title="Search for the recipes of speedup.py",
+        settings={name: SETTINGS[name] for name in ("prose512", "stdlib128")},
+        models=models,
+        budgets=(750,),
+        seeds=(7,),
+        cores=1,
+    )

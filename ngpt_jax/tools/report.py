@@ -1,0 +1,2 @@
+def spread_of(*a): return None
+def write(*a): return None
