@@ -5,7 +5,7 @@
 0.25 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
 run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
 (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
-Variant search: the search for the three recipes, on a budget and a seed that the study does not use.
+Variant search: the search for the three recipes, on a budget and a seed that the study has not.
 One run by hand: the column "command" of the table, with a --workdir.
 """
 
@@ -57,22 +57,6 @@ def get_study(variants: str = ""):
 
 def search():
     """One field at a time from a first guess, then what helped together, over rates."""
-    gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
-    changed = {
-        "": {},
-        "lr6e-3": {"optimizer.learning_rate": 6e-3},
-        "lr2.4e-2": {"optimizer.learning_rate": 2.4e-2},
-        "warmup5": {"optimizer.warmup_steps": share(0.05)},
-        "warmup20": {"optimizer.warmup_steps": share(0.2)},
-        "decay0.01": {"optimizer.weight_decay": 0.01},
-        "decay0.3": {"optimizer.weight_decay": 0.3},
-        "init0.06": {"model.init_std": 0.06},
-        "init0.125": {"model.init_std": 0.125},
-        "b2_0.99": {"optimizer.b2": 0.99},
-    }
-    models = {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}
-    qk = {"model.qk_norm": True}
-    models |= {f"gpt_qk{name and '+' + name}": gpt | qk | f for name, f in changed.items()}
     ngpt = {
         "optimizer.learning_rate": 2e-2,
         "model.s_z.init": 10.0,
@@ -91,7 +75,23 @@ def search():
         "on_read": {"model.normalize_on_read": True},
         "b2_0.99": {"optimizer.b2": 0.99},
     }
-    models |= {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
+    models = {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
+    gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
+    changed = {
+        "": {},
+        "lr6e-3": {"optimizer.learning_rate": 6e-3},
+        "lr2.4e-2": {"optimizer.learning_rate": 2.4e-2},
+        "warmup5": {"optimizer.warmup_steps": share(0.05)},
+        "warmup20": {"optimizer.warmup_steps": share(0.2)},
+        "decay0.01": {"optimizer.weight_decay": 0.01},
+        "decay0.3": {"optimizer.weight_decay": 0.3},
+        "init0.06": {"model.init_std": 0.06},
+        "init0.125": {"model.init_std": 0.125},
+        "b2_0.99": {"optimizer.b2": 0.99},
+    }
+    models |= {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}
+    qk = {"model.qk_norm": True}
+    models |= {f"gpt_qk{name and '+' + name}": gpt | qk | f for name, f in changed.items()}
     return Study(
         title="Search for the recipes of speedup.py",
         settings={name: SETTINGS[name] for name in ("prose512", "stdlib128")},

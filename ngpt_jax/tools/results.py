@@ -17,7 +17,6 @@ from typing import Any
 
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.files import write_atomically
 from ngpt_jax.tools import plots
 from ngpt_jax.tools.study import Losses, Point, Study, overrides_of
 
@@ -64,7 +63,9 @@ def read(path: Path) -> list[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as f:
             lines = list(csv.DictReader(f))
-        return [{c: kind(row[c]) if row[c] else None for c, kind in COLUMNS.items()} for row in lines]
+        return [
+            {c: kind(row[c]) if row[c] else None for c, kind in COLUMNS.items()} for row in lines
+        ]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise ConfigError(
             f"{path} cannot be read ({type(e).__name__}: {e}); mend or delete it."
@@ -114,7 +115,7 @@ def add(path: Path, study: Study, row: Row) -> None:
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
         names = list(study.settings), list(study.models)
 
-        def place(row: Row) -> tuple:
+        def place(row: Any) -> tuple:
             setting, model = (
                 known.index(name) if name in known else len(known)
                 for known, name in zip(names, (row["setting"], row["model"]))

@@ -116,8 +116,8 @@ def run_all(
       Whether the study is complete. Raises PointFailed.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    free, running = slots(plan.cores), []
-    waiting = False
+    free, waiting = slots(plan.cores), False
+    running: list[Running] = []
     try:
         while True:
             rows = results.read(table)

@@ -1,0 +1,436 @@
+"""Studies: which runs are due, speed-ups, the table, the runner, the command."""
+
+import dataclasses
+import json
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.terminal import Terminal
+from ngpt_jax.tools import compare, report, results, runner, speedup, study
+from ngpt_jax.tools.speedup import Cell, cost_at, speed_up
+from ngpt_jax.tools.study import Point, Study
+
+REPO = Path(__file__).parent.parent
+
+PLAN = Study(
+    models={"gpt": {"model.kind": "gpt"}, "ngpt": {"optimizer.warmup_steps": lambda n: n // 4}},
+    settings={"short": {}, "long": {"model.context": 64}},
+    budgets=(10, 20, 40, 80),
+    seeds=(0, 1, 2),
+    tuned="optimizer.learning_rate",
+    ladders={"gpt": (1e-3, 2e-3, 4e-3, 8e-3), "ngpt": (5e-3, 1e-2, 2e-2)},
+    baseline="gpt",
+)
+
+
+def made_up_loss(point, best):
+    """Falls with the budget, is least at the rate ``best`` and differs a little between seeds."""
+    speed = 2.0 if point.model == "ngpt" else 1.0
+    off = math.log(point.value / best[point.model]) ** 2 if point.value else 0.0
+    return 3 - 0.3 * math.log(speed * point.steps) + 0.1 * off + 0.001 * point.seed
+
+
+def run_in_disorder(plan, loss, seed):
+    """Runs a study as several programs might: any of the due runs may end next."""
+    rng, losses = random.Random(seed), {}
+    while points := study.due(plan, losses):
+        for point in rng.sample(points, rng.randint(1, len(points))):
+            assert point not in losses
+            losses[point] = loss(point)
+    return losses
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    gpt=st.floats(3e-4, 3e-2), ngpt=st.floats(2e-3, 1e-1), seed=st.integers(0, 5),
+)  # fmt: skip
+def test_a_study_ends_with_the_same_runs_in_any_order_and_no_best_value_at_an_edge(gpt, ngpt, seed):
+    def loss(point):
+        return made_up_loss(point, {"gpt": gpt, "ngpt": ngpt})
+
+    losses = run_in_disorder(PLAN, loss, seed)
+    assert losses == run_in_disorder(PLAN, loss, seed + 1)
+    cells = study.chosen(PLAN, losses)
+    assert len(cells) == 2 * 2 * 4
+    for (setting, model, steps), points in cells.items():
+        assert [p.seed for p in points] == [0, 1, 2]
+        assert not study.at_edge(PLAN, losses, points)
+        tried = sorted(
+            p.value
+            for p in losses
+            if (p.setting, p.model, p.steps, p.seed) == (setting, model, steps, 0)
+        )
+        assert len(tried) >= (len(PLAN.ladders[model]) if steps in (10, 80) else 3)
+        factor = 2.0
+        best = {"gpt": gpt, "ngpt": ngpt}[model]
+        assert abs(math.log(points[0].value / best)) < math.log(factor) * 0.52
+        np.testing.assert_allclose(np.diff(np.log(tried)), math.log(factor), rtol=0.02)
+
+
+def test_values_that_diverge_are_an_edge_to_walk_away_from():
+    def loss(point):
+        return (
+            math.inf if point.value > 1.2e-3 else made_up_loss(point, {"gpt": 1e-3, "ngpt": 1e-3})
+        )
+
+    losses = run_in_disorder(PLAN, loss, 0)
+    assert all(p[0].value <= 1.2e-3 for p in study.chosen(PLAN, losses).values())
+
+
+def test_a_ladder_far_from_the_best_value_is_refused():
+    with pytest.raises(ConfigError, match=r"no best optimizer.learning_rate within 8 rungs"):
+        run_in_disorder(PLAN, lambda p: p.value, 0)
+
+
+def test_the_runs_still_to_come_are_counted():
+    assert len(study.forecast(PLAN, {})) == 2 * ((4 + 2) * 2 + (3 + 2) * 2 + (3 + 2) * 4)
+    losses = run_in_disorder(PLAN, lambda p: made_up_loss(p, {"gpt": 3e-3, "ngpt": 1e-2}), 0)
+    assert study.forecast(PLAN, losses) == []
+
+
+def test_nothing_is_tuned_where_no_field_is_named():
+    plan = dataclasses.replace(PLAN, tuned=None, ladders={}, budgets=(10,))
+    points = study.due(plan, {})
+    assert len(points) == 2 * 2 * 3 and points[0] == Point("short", "gpt", 10, None, 0)
+    assert dict(study.overrides_of(plan, points[0]))["model.kind"] == "gpt"
+
+
+def test_overrides_are_those_of_setting_model_budget_value_and_seed():
+    point = Point("long", "ngpt", 40, 2e-2, 3)
+    assert dict(study.overrides_of(PLAN, point)) == {
+        "model.context": "64", "optimizer.warmup_steps": "10", "train.steps": "40",
+        "train.seed": "3", "data.seed": "3", "optimizer.learning_rate": "0.02",
+    }  # fmt: skip
+    assert point.name == "long-ngpt-40-0.02-seed3"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budgets": (20, 10)}, "budgets must be ascending"),
+        ({"seeds": ()}, "seeds must be ascending"),
+        ({"models": {}}, "must not be empty"),
+        ({"models": {"a/b": {}}}, "a name is made of"),
+        ({"baseline": "gtp"}, "baseline 'gtp' is none of the models gpt, ngpt"),
+        ({"tuned": None}, "ladders need a field"),
+        ({"ladders": {"gpt": (1e-3, 2e-3)}}, "three or more"),
+        ({"ladders": {"gpt": (1e-3, 2e-3, 3e-3), "ngpt": (1, 2, 4)}}, "constant factor"),
+    ],
+)
+def test_studies_that_make_no_sense_are_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        study.check(dataclasses.replace(PLAN, **change))
+
+
+# ----------------------------------------------------------------------------------- speed-up
+
+
+def test_cost_is_read_off_straight_lines_in_the_logarithm():
+    costs, losses = [100, 200, 400], [3.0, 2.0, 1.5]
+    assert cost_at(costs, losses, 2.0) == (pytest.approx(200), "")
+    assert cost_at(costs, losses, 2.5) == (pytest.approx(100 * 2**0.5), "")
+    assert cost_at(costs, losses, 1.75) == (pytest.approx(200 * 2**0.5), "")
+    assert cost_at(costs, losses, 3.5) == (100, ">")
+    assert cost_at(costs, losses, 1.0) == (400, "<")
+    # A curve that rises again counts where it first comes down.
+    assert cost_at([1, 2, 4], [3.0, 2.0, 2.5], 2.0) == (pytest.approx(2), "")
+
+
+@given(gain=st.floats(1.05, 6), slope=st.floats(0.05, 1), budget=st.integers(1, 3))
+def test_a_model_so_many_times_faster_has_that_speed_up(gain, slope, budget):
+    costs = [100.0, 200.0, 400.0, 800.0]
+
+    def curve(factor):
+        return [Cell(c, [5 - slope * math.log(factor * c)] * 3) for c in costs]
+
+    found = speed_up(curve(1)[budget], curve(gain), resamples=20)
+    if gain <= 2**budget:
+        assert found.bound == "" and found.value == pytest.approx(gain)
+        assert found.low == pytest.approx(gain) == found.high
+    else:  # faster than the smallest budget can show
+        assert found.bound == ">" and found.value == pytest.approx(2**budget)
+    slower = speed_up(curve(1)[3], curve(1 / gain), resamples=20)
+    assert slower.bound == "<" and slower.value == pytest.approx(1)
+
+
+def test_the_interval_is_that_of_resampled_seeds():
+    base = Cell(400.0, [1.0, 1.02, 0.98])
+    curve = [Cell(100.0, [1.5, 1.52, 1.48]), Cell(200.0, [1.0, 1.04, 0.96]), Cell(400.0, [0.7] * 3)]
+    found = speed_up(base, curve, resamples=4000)
+    assert found.value == pytest.approx(2.0)
+    # All 27 ** 3 resamples, one after another.
+    ratios = []
+    every = np.stack(np.meshgrid(*[range(3)] * 3), axis=-1).reshape(-1, 3)
+    means = [np.asarray(c.losses)[every].mean(axis=1) for c in (base, curve[0], curve[1])]
+    for target in means[0]:
+        for a in means[1]:
+            for b in means[2]:
+                if b <= target:
+                    cost = 100 * 2 ** ((a - target) / (a - b))
+                else:
+                    cost = 200 * 2 ** ((b - target) / (b - 0.7))
+                ratios.append(400 / cost)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    assert found.low == pytest.approx(low, abs=0.02) and found.high == pytest.approx(high, abs=0.02)
+    assert found.low < 1.95 and found.high > 2.05
+    assert speedup.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
+
+
+# ------------------------------------------------------------------------- table and runner
+
+EXPERIMENT = """
+from ngpt_jax.config import default_config
+from ngpt_jax.tools.study import Study
+
+def get_config(variants=""):
+    config = default_config()
+    config.model.width = 16
+    config.model.heads = 2
+    config.model.layers = 1
+    config.model.context = 32
+    config.train.steps = 8
+    config.eval.every = 1000
+    config.eval.batch_size = 64
+    config.sample.tokens = 0
+    config.data.source = "text"
+    config.data.paths = (BOOK,)
+    return config
+
+def get_study(variants=""):
+    return Study(
+        models={"gpt": {"model.kind": "gpt"}, "ngpt": {}}, settings={"book": {}},
+        budgets=(8, 16), seeds=(0, 1), tuned="optimizer.learning_rate",
+        ladders={"gpt": (1e-3, 2e-3, 4e-3), "ngpt": (5e-3, 1e-2, 2e-2)}, baseline="gpt",
+        title="A book", notes="Small & <quick>.",
+    )
+"""
+
+FAKE_RUN = """
+import json, math, pathlib, signal, sys, time
+workdir, config, point = pathlib.Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+time.sleep(0.1)
+workdir.mkdir(parents=True, exist_ok=True)
+(workdir / "starts").open("a").write("x")
+model, steps, value, seed = point
+if value == 4e-3:
+    code = 3
+else:
+    code = 0
+loss = 3 - 0.3 * math.log(steps * (2 if model == "ngpt" else 1)) + seed / 1000
+loss += abs(math.log(value / (2e-3 if model == "gpt" else 1e-2)))
+versions = dict(cpu="c", cores=1, devices="1 x cpu", python="3", jax="0", jaxlib="0", data="d" * 64)
+(workdir / "versions.json").write_text(json.dumps(versions))
+(workdir / "config.json").write_text(config)
+rows = [{"step": 8, "train/tokens_per_second": 100.0, "train/seconds": 2.0 * steps}]
+if code == 0:
+    rows.append({"step": steps, "eval/a/loss": loss - 1, "eval/b/loss": loss + 1,
+                 "eval/a/bits_per_byte": 1.0, "eval/b/bits_per_byte": 3.0})
+(workdir / "metrics.jsonl").write_text("".join(json.dumps(r) + "\\n" for r in rows))
+sys.exit(code)
+"""
+
+
+@pytest.fixture
+def experiment(tmp_path, book):
+    path = tmp_path / "tiny_study.py"
+    path.write_text(EXPERIMENT.replace("BOOK", repr(str(book))))
+    return str(path)
+
+
+@pytest.fixture
+def fake_runs(tmp_path, monkeypatch):
+    """Runs that end at once: with a made-up loss, or diverged at the rate 4e-3."""
+    from ngpt_jax import config as config_lib
+
+    script = tmp_path / "fake_run.py"
+    script.write_text(FAKE_RUN)
+
+    def start(experiment, plan, point, runs, cores, held):
+        config = dataclasses.replace(results.config_of(experiment, plan, point))
+        model = dataclasses.replace(config.model, vocab_size=257)
+        text = config_lib.to_json(dataclasses.replace(config, model=model))
+        what = json.dumps([point.model, point.steps, point.value, point.seed])
+        command = [sys.executable, str(script), str(runs / point.name), text, what]
+        process = subprocess.Popen(command, pass_fds=[held.fileno()], start_new_session=True)
+        return runner.Running(point, process, held, cores)
+
+    monkeypatch.setattr(runner, "start", start)
+
+
+def run_study(experiment, out, stopped=lambda: None):
+    plan = compare.load_study(experiment)
+    out.mkdir(exist_ok=True)
+    return runner.run_all(
+        experiment, plan, out / "results.csv", out / "runs", Terminal(quiet=True), stopped
+    )
+
+
+def losses_in(out):
+    return [
+        (results.point_of(r), r["status"], r["loss"]) for r in results.read(out / "results.csv")
+    ]
+
+
+def test_a_study_that_is_stopped_again_and_again_ends_with_the_same_table(
+    experiment, fake_runs, tmp_path
+):
+    assert run_study(experiment, tmp_path / "whole")
+    starts = 0
+    while True:
+        starts += 1
+        end = time.monotonic() + random.Random(starts).uniform(0.05, 0.4)
+
+        def stopped(end=end):
+            return "SIGTERM" if time.monotonic() > end else None
+
+        if run_study(experiment, tmp_path / "cut", stopped):
+            break
+        assert starts < 200
+    assert starts > 3
+    assert losses_in(tmp_path / "cut") == losses_in(tmp_path / "whole")
+    rows = results.read(tmp_path / "whole" / "results.csv")
+    assert len(rows) == 2 * 2 * (3 + 1)
+    diverged = [r for r in rows if r["status"] == "diverged"]
+    assert {r["value"] for r in diverged} == {4e-3} and diverged[0]["loss"] is None
+    first = rows[0]
+    assert first["bits_per_byte"] == 2.0 and first["tokens"] == 8 * 16 * 32
+    assert first["flops"] > 6 * first["tokens"] * 16 * 16 * 16
+    assert "--config.optimizer.learning_rate=0.001" in first["command"]
+
+
+def test_two_programs_share_the_work_and_do_nothing_twice(experiment, fake_runs, tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    out = tmp_path / "shared"
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(lambda _: run_study(experiment, out), range(2)))
+    assert len(losses_in(out)) == 16
+    starts = [p.read_text() for p in (out / "runs").glob("*/starts")]
+    assert starts == ["x"] * 16
+
+
+def test_a_run_that_fails_ends_the_study_with_its_last_line(experiment, tmp_path, monkeypatch):
+    def start(experiment, plan, point, runs, cores, held):
+        log = runs / f"{point.name}.log"
+        log.write_text("much\nerror: no text\n")
+        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
+        return runner.Running(point, process, held, cores)
+
+    monkeypatch.setattr(runner, "start", start)
+    with pytest.raises(runner.PointFailed, match="ended with code 2: error: no text"):
+        run_study(experiment, tmp_path / "out")
+
+
+def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
+    experiment, fake_runs, tmp_path
+):
+    out = tmp_path / "out"
+    run_study(experiment, out)
+    plan = compare.load_study(experiment)
+    page = report.write(experiment, plan, results.read(out / "results.csv"), out)
+    text = page.read_text()
+    assert "Small &amp; &lt;quick&gt;." in text
+    assert not re.search(r'(src|href)=(?!"data:)', text) and "<script" not in text
+    names = {p.name for p in out.glob("*.png")}
+    assert names == {"speedup.png", "tuning.png", *(f"loss_{c}.png" for c in report.COSTS)}
+    assert text.count("data:image/png;base64,") == len(names)
+    # Twice as fast at equal steps: exactly 2, as the made-up losses fall by the same law.
+    rows = report.speedups_of(plan, report.cells_of(plan, results.read(out / "results.csv")))
+    last = next(r for r in rows if r["steps"] == 16 and r["cost"] == "steps")
+    assert last["speed_up"] == pytest.approx(2.0) and "2.00 (" in text
+    cells = report.cells_of(plan, results.read(out / "results.csv"))
+    assert [c["value"] for c in cells] == [2e-3, 2e-3, 1e-2, 1e-2]
+    assert not any(c["at_edge"] for c in cells)
+    assert cells[0]["loss"] == pytest.approx(3 - 0.3 * math.log(8) + 0.0005)
+    assert report.spread_of(plan, results.read(out / "results.csv"), Point(
+        "book", "gpt", 8, 2e-3, 0)) == pytest.approx(0.001)  # fmt: skip
+
+
+def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
+    out = tmp_path / "out"
+    run_study(experiment, out)
+    plan = compare.load_study(experiment)
+    rows = results.read(out / "results.csv")
+    results.check_rows(experiment, plan, rows, out / "results.csv")
+    other = Path(experiment).with_name("other.py")
+    other.write_text(Path(experiment).read_text().replace("model.layers = 1", "model.layers = 2"))
+    with pytest.raises(ConfigError, match=r"16 of 16 rows were made with other settings"):
+        results.check_rows(str(other), plan, rows, out / "results.csv")
+
+
+def test_a_table_that_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "results.csv"
+    path.write_text("setting,model\na,b\n")
+    with pytest.raises(ConfigError, match=r"results.csv cannot be read"):
+        results.read(path)
+
+
+def command(*arguments, **how):
+    return subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.tools.compare", *arguments],
+        capture_output=True, text=True, cwd=REPO, **how,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "error: Give --experiment="),
+        (["--experiment=no.py"], "error: --experiment: no file 'no.py'"),
+        (["--experiment=experiments/quickstart.py"], "defines no function get_study"),
+        (["--experiment=x.py", "--config.train.steps=3"], "error: --config.… is for training"),
+    ],
+)
+def test_bad_arguments_get_one_line(arguments, message):
+    done = command(*arguments)
+    assert done.returncode == 2 and message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_real_runs_can_be_stopped_and_every_point_can_be_made_again(experiment, tmp_path, home):
+    path = Path(experiment)
+    path.write_text(
+        textwrap.dedent(
+            path.read_text().split("def get_study")[0] + "def get_study(variants=''):\n"
+            "    return Study(models={'gpt': {'model.kind': 'gpt'}, 'ngpt': {}},"
+            " settings={'book': {}}, budgets=(100,), cores=1)\n"
+        )
+    )
+    out = tmp_path / "out"
+    arguments = [
+        sys.executable, "-m", "ngpt_jax.tools.compare", f"--experiment={path}", f"--out={out}",
+    ]  # fmt: skip
+    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not list(out.glob("runs/*/metrics.jsonl")) and time.monotonic() < end:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate()
+    assert process.returncode == 75, said
+    assert "save their state" in said
+    done = command(*arguments[3:])
+    assert done.returncode == 0, done.stderr
+    rows = results.read(out / "results.csv")
+    assert [(r["model"], r["status"], r["cores"]) for r in rows] == [
+        ("gpt", "done", 1), ("ngpt", "done", 1)
+    ]  # fmt: skip
+    name = results.point_of(rows[1]).name
+    done = command(*arguments[3:], f"--check={name}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the same to the last bit" in done.stdout
+    assert (out / "report.html").exists()
