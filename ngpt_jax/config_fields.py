@@ -93,6 +93,9 @@ class OptimizerConfig:
     weight_decay: float | None = _field(None, "on matrices; None: 0 for nGPT, 0.1 for GPT")
     clip_norm: float = _field(1.0, "global norm above which gradients are scaled down; 0: never")
     clip_eps: float = _field(0.0, "added to the norm: 0 is optax's form, 1e-6 PyTorch's")
+    project: bool = _field(
+        True, "nGPT: put matrices back onto the sphere after each step (False: for ablations)"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

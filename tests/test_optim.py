@@ -146,6 +146,16 @@ def test_every_unit_vector_stays_on_the_sphere_for_200_steps(tiny):
     np.testing.assert_allclose(padding, start["output_embedding"][60:], atol=1e-6)
 
 
+def test_without_projection_the_vectors_leave_the_sphere(tiny):
+    config = tiny(**{"optimizer.learning_rate": 1e-2, "optimizer.project": False})
+    tx, schedule = make_optimizer(config)
+    state, _ = jax.jit(make_train_step(config, tx, schedule))(
+        init_state(config, tx), next(batches(config))
+    )
+    off = jax.tree.leaves(sphere_deviation(state.params, unit_axes(config.model)))
+    assert min(float(jnp.max(x)) for x in off) > 1e-4
+
+
 def test_summary_shows_effective_values(tiny):
     config = tiny(**{"model.s_z.init": 7.0})
     tx, _ = make_optimizer(config)

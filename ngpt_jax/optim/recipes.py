@@ -75,7 +75,7 @@ def ngpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformati
         *_clipped_adam(config.optimizer),
         *([optax.add_decayed_weights(decay, matrix_mask(config.model))] if decay else []),
         scale_by_learning_rate(schedule),
-        keep_params_on_sphere(unit_axes(config.model)),
+        *([keep_params_on_sphere(unit_axes(config.model))] if config.optimizer.project else []),
     )
 
 
