@@ -11,7 +11,7 @@ One run by hand: the column "command" of the table, with a --workdir.
 
 import os
 
-from ngpt_jax.config import default_config
+from ngpt_jax.config import ConfigError, default_config
 from ngpt_jax.config_file import apply_variants
 from ngpt_jax.tools.study import Study
 
@@ -43,7 +43,11 @@ def get_config(variants: str = ""):
     config.checkpoint.keep = 1
     config.log.every = 50
     config.sample.tokens = 0
-    return apply_variants(config, variants, {"search": lambda config: None})
+    return apply_variants(config, variants, {"search": _same, "ablation": _same})
+
+
+def _same(config):
+    """The studies differ in get_study alone."""
 
 
 def share(part: float):
@@ -51,8 +55,79 @@ def share(part: float):
     return lambda steps: round(part * steps)
 
 
+# What the search found, for each model.
+MODELS = {
+    "gpt": {"model.kind": "gpt"},
+    "gpt_qk": {"model.kind": "gpt", "model.qk_norm": True},
+    "ngpt": {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2},
+}
+RATES = {
+    "gpt": (6e-3, 1.2e-2, 2.4e-2),
+    "gpt_qk": (6e-3, 1.2e-2, 2.4e-2),
+    "ngpt": (1e-2, 2e-2, 4e-2),
+}
+
+
 def get_study(variants: str = ""):
-    return {"search": search}[variants]()
+    studies = {"": speedup, "search": search, "ablation": ablation}
+    if variants not in studies:
+        raise ConfigError(f"Unknown variant {variants!r}; known are search and ablation.")
+    return studies[variants]()
+
+
+def speedup():
+    return Study(
+        title="Does nGPT learn faster?",
+        models=MODELS,
+        settings=SETTINGS,
+        budgets=(500, 1000, 2000, 4000),
+        seeds=(0, 1, 2),
+        tuned="optimizer.learning_rate",
+        ladders=RATES,
+        baseline="gpt",
+        cores=1,
+    )
+
+
+def ablation():
+    """nGPT with one piece taken away or put back, each with a rate of its own."""
+    fixed = 1e6  # a scale parameter that large does not move: learning rate * init / scale a step
+    ngpt, gpt = MODELS["ngpt"], MODELS["gpt"]
+    changed = {
+        "ngpt": {},
+        "ngpt-projection": {"optimizer.project": False},
+        # Norm(h + proposal): steps of one size for all channels, not learned.
+        "ngpt-lerp": {
+            "model.alpha_a.init": 0.5,
+            "model.alpha_a.scale": fixed,
+            "model.alpha_m.init": 0.5,
+            "model.alpha_m.scale": fixed,
+        },
+        "ngpt-qk_norm": {"model.qk_norm": False},
+        "ngpt-learned_s_z": {"model.s_z.scale": fixed},
+        "ngpt_s_z_init1": {"model.s_z.init": 1.0},
+        "ngpt_alpha_init0.05": {"model.alpha_a.init": 0.05, "model.alpha_m.init": 0.05},
+        "ngpt-warmup": {"optimizer.warmup_steps": 0},
+        "ngpt+decay": {"optimizer.weight_decay": 0.1},
+    }
+    models = {name: ngpt | fields for name, fields in changed.items()}
+    models |= {
+        "gpt": gpt,
+        "gpt_qk": MODELS["gpt_qk"],
+        "gpt-decay": gpt | {"optimizer.weight_decay": 0.0},
+        "gpt-warmup": gpt | {"optimizer.warmup_steps": 0},
+    }
+    rates = {name: RATES["ngpt" if name.startswith("ngpt") else "gpt"] for name in models}
+    return Study(
+        title="Which piece of nGPT does it?",
+        models=models,
+        settings={"prose128": SETTINGS["prose128"]},
+        budgets=(1000,),
+        seeds=(0, 1, 2),
+        tuned="optimizer.learning_rate",
+        ladders=rates,
+        cores=1,
+    )
 
 
 def search():

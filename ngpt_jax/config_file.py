@@ -47,10 +47,10 @@ def _load_file(spec: str) -> ml_collections.ConfigDict:
             raise ConfigError("get_config returns no config (is a return missing?)")
         return values
     except Exception as e:  # a user's file may raise anything; the user wants one line
-        raise ConfigError(f"--config={spec}: {_first_line(e)}") from e
+        raise ConfigError(f"--config={spec}: {first_line(e)}") from e
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error says, in short; ml_collections tells of a wrong name in a page."""
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)

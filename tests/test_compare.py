@@ -391,7 +391,8 @@ def command(*arguments, **how):
     [
         ([], "error: Give --experiment="),
         (["--experiment=no.py"], "error: --experiment: no file 'no.py'"),
-        (["--experiment=experiments/quickstart.py"], "defines no function get_study"),
+        (["--experiment=experiments/quickstart.py"], "it defines no function get_study"),
+        (["--experiment=experiments/speedup.py:serch"], "Unknown variant 'serch'"),
         (["--experiment=x.py", "--config.train.steps=3"], "error: --config.… is for training"),
     ],
 )

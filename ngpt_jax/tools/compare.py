@@ -18,6 +18,7 @@ from __future__ import annotations
 import runpy
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from absl import flags
@@ -45,10 +46,13 @@ def load_study(spec: str) -> Study:
     path, _, variants = spec.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--experiment: no file {path!r}, e.g. experiments/speedup.py.")
-    get_study = runpy.run_path(path).get("get_study")
-    if get_study is None:
-        raise ConfigError(f"--experiment={path} defines no function get_study(variants).")
-    plan = get_study(variants)
+    try:
+        get_study = runpy.run_path(path).get("get_study")
+        if get_study is None:
+            raise ConfigError("it defines no function get_study(variants)")
+        plan = get_study(variants)
+    except Exception as e:  # a user's file may raise anything; the user wants one line
+        raise ConfigError(f"--experiment={spec}: {config_file.first_line(e)}") from e
     study.check(plan)
     return plan
 
@@ -60,7 +64,7 @@ def check_point(experiment: str, plan: Study, table: Path, name: str) -> int:
         raise ConfigError(
             f"--check: {table} has no {name}; it has e.g. {next(iter(rows), 'no rows')}."
         )
-    old, terminal = rows[name], Terminal()
+    old, terminal, stop = rows[name], Terminal(), StopSignal()
     point = results.point_of(old)
     with tempfile.TemporaryDirectory() as folder:
         held = runner.claim(Path(folder), name)
@@ -68,7 +72,13 @@ def check_point(experiment: str, plan: Study, table: Path, name: str) -> int:
         cores = runner.slots(plan.cores)[0]
         terminal.say(f"{name}: about {format_duration(old['seconds'])}")
         run = runner.start(experiment, plan, point, Path(folder), cores, held)
-        code = run.process.wait()
+        while (code := run.process.poll()) is None:
+            if stop.name:
+                run.process.kill()
+            time.sleep(0.2)
+        stop.restore()
+        if stop.name:
+            return runner.EXIT_RESUME
         if code not in (0, runner.EXIT_DIVERGED):
             raise runner.PointFailed(runner.last_line(Path(folder) / f"{name}.log"))
         new = results.row_of(

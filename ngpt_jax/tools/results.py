@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -166,6 +167,7 @@ def row_of(experiment: str, study: Study, point: Point, workdir: Path, diverged:
     }  # fmt: skip
 
 
+@functools.cache
 def _commit() -> str | None:
     """Of the checkout that this code lies in, + where it was changed since."""
     here = Path(__file__).parent

@@ -13,9 +13,11 @@ from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet
 from ngpt_jax.model.transformer import compute_params
 from ngpt_jax.parallel.mesh import BatchPlacer
+from ngpt_jax.training import diagnostics
 from ngpt_jax.training.step import Batch, summed_nats
 
 SummedNats = Callable[[Any, Batch], jax.Array]
+Summary = Callable[[Any, Batch], dict[str, jax.Array]]
 
 
 def make_summed_nats(config: Config) -> SummedNats:
@@ -67,3 +69,24 @@ def evaluate(
     if limit is None:
         out["bits_per_byte"] = nats / math.log(2) / eval_set.num_bytes
     return out
+
+
+def make_summary(config: Config) -> Summary:
+    """Jitted (params, batch) -> scalars by name, of :func:`.diagnostics.summarize`."""
+    model = config.model
+    return jax.jit(lambda params, batch: diagnostics.summarize(model, params, batch))
+
+
+def diagnose(
+    config: Config, params: Any, eval_set: EvalSet, summary_fn: Summary, placer: BatchPlacer
+) -> dict[str, float]:
+    """What ``params`` look like inside, on the first batch of a held-out set.
+
+    Args: as :func:`evaluate` has them; ``summary_fn`` is from :func:`make_summary`.
+    """
+    assert config.eval.batch_size is not None
+    (batch,) = pipeline.eval_batches(
+        eval_set, config.model.context, config.eval.batch_size, 1, config.data.mask_documents
+    )
+    placed = placer({k: v[placer.rows] for k, v in batch.items()})
+    return {name: float(x) for name, x in jax.device_get(summary_fn(params, placed)).items()}

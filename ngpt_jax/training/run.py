@@ -27,7 +27,14 @@ from ngpt_jax.terminal import Terminal
 from ngpt_jax.training import layout
 from ngpt_jax.training import workdir as workdir_lib
 from ngpt_jax.training.checkpoint import CheckpointError, Checkpoints, restore_params
-from ngpt_jax.training.evaluate import SummedNats, evaluate, make_summed_nats
+from ngpt_jax.training.evaluate import (
+    Summary,
+    SummedNats,
+    diagnose,
+    evaluate,
+    make_summary,
+    make_summed_nats,
+)
 from ngpt_jax.training.metrics import MetricWriter, NoWriter
 from ngpt_jax.training.step import TrainState, summarize_params
 from ngpt_jax.training.stop_signal import StopSignal
@@ -108,7 +115,7 @@ class Run:
         if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
             self.writer = writer
         # Last, so that a start that is refused leaves the folder as it was.
-        facts = {name: self._facts[name] for name in ("data", "tokenizer")}
+        facts = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
         self._on_first(lambda: workdir_lib.write_versions(workdir, **facts))
         self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.results = self.writer.results  # of the last evaluation, on process 0
@@ -119,6 +126,7 @@ class Run:
         self.placer = BatchPlacer(mesh, config.train.batch_size, config.model.context)
         self.eval_placer = BatchPlacer(mesh, config.eval.batch_size, config.model.context)
         self.nats_fn: SummedNats = make_summed_nats(self.config)
+        self.summary_fn: Summary = make_summary(self.config)
         self.summarize = jax.jit(lambda params: summarize_params(config.model, params))
 
     def _load_corpus(self) -> Corpus:
@@ -341,11 +349,18 @@ class Run:
                 f" {result['loss']:.4f} nats/token{bits}  ({result['tokens']:,.0f} tokens,"
                 f" {seconds:.1f} s)"
             )
-        # One row: a stopped or killed evaluation leaves nothing, and is made again.
-        self.write({
+        row: dict[str, float | None] = {
             f"eval/{name}/{key}": value
             for name, result in results.items() for key, value in result.items()
-        })  # fmt: skip
+        }  # fmt: skip
+        try:
+            found = diagnose(
+                self.config, self.state.params, self.eval_sets[0], self.summary_fn, self.eval_placer
+            )
+        except ConfigError as e:
+            raise RunError(str(e)) from e
+        # One row: a stopped or killed evaluation leaves nothing, and is made again.
+        self.write(row | {f"diagnose/{name}": value for name, value in found.items()})
         self.evaluated, self.results = self.step, results
 
 

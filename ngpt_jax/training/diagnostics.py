@@ -1,0 +1,318 @@
+"""What a model looks like inside: matrices, embeddings, scales, angles, attention, steps.
+
+What is measured on parameters is numpy in float64: a condition number of 1e7 is beyond float32.
+What is measured on activations is jax in at least float32. Angles are in degrees, entropies in
+nats. Zero vectors give finite numbers everywhere. Equation numbers are those of
+https://arxiv.org/abs/2410.01131.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngpt_jax import sphere
+from ngpt_jax.config import ModelConfig
+from ngpt_jax.model.transformer import (
+    Transformer,
+    compute_params,
+    is_matrix,
+    param_axes,
+    real_vocab,
+)
+
+Batch = dict[str, jax.Array]
+
+HEAD_KERNELS = ("query_kernel", "key_kernel", "value_kernel", "out_kernel")
+MLP_KERNELS = ("up_kernel", "gate_kernel", "down_kernel")
+TABLES = ("input_embedding", "output_embedding")
+SCALES = ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+BLOCKS = ("attention", "mlp")
+
+_PAIRED_ROWS = 2048  # of a table, of which all pairs are looked at
+
+
+# ----------------------------------------------------------------------------------- parameters
+
+
+class Matrix(NamedTuple):
+    """One matrix as its vectors along embed, (n, embed) in float64; layer is None for tables."""
+
+    name: str
+    layer: int | None
+    vectors: np.ndarray
+
+
+def matrices(config: ModelConfig, params: Any) -> Iterator[Matrix]:
+    """Every matrix of every layer, one in memory at a time; padding of the vocabulary left out.
+
+    Args:
+      params: parameters, or any tree like them: gradients, say.
+    """
+    axes = param_axes(config)
+    stacked = {n: a for n, a in axes["layers"].items() if is_matrix(a)}
+    for name in TABLES:
+        yield Matrix(name, None, _vectors(real_vocab(params[name], axes[name], config), axes[name]))
+    for name, names in stacked.items():
+        for layer in range(config.layers):
+            yield Matrix(name, layer, _vectors(params["layers"][name][layer], names[1:]))
+
+
+def _vectors(leaf: Any, axes: tuple[str, ...]) -> np.ndarray:
+    array = np.asarray(leaf).astype(np.float64)
+    return np.moveaxis(array, axes.index("embed"), -1).reshape(-1, array.shape[axes.index("embed")])
+
+
+def norms(vectors: np.ndarray) -> np.ndarray:
+    """Norms along the last axis."""
+    return np.linalg.norm(vectors, axis=-1)
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors of norm 1 along the last axis; a zero vector stays zero."""
+    length = norms(vectors)[..., None]
+    return np.divide(vectors, length, out=np.zeros_like(vectors), where=length > 0)
+
+
+def head_matrices(config: ModelConfig, matrix: Matrix) -> np.ndarray:
+    """(heads or kv_heads, head_dim, embed) of an attention kernel, (1, mlp, embed) of the MLP's."""
+    if matrix.name in HEAD_KERNELS:
+        return matrix.vectors.reshape(-1, config.head_dim or 1, config.width)
+    return matrix.vectors[None]
+
+
+def singular_values(heads: np.ndarray) -> np.ndarray:
+    """Of each head's matrix, falling: (heads, min(head_dim, embed))."""
+    return np.linalg.svd(heads, compute_uv=False)
+
+
+def condition_numbers(singular: np.ndarray) -> np.ndarray:
+    """Largest over smallest of falling singular values (..., n); inf where a matrix is singular."""
+    largest, smallest = singular[..., 0], singular[..., -1]
+    out = np.full(largest.shape, np.inf)
+    return np.divide(largest, smallest, out=out, where=smallest > 0)
+
+
+def eigenvalues_over_median(table: np.ndarray) -> np.ndarray:
+    """Eigenvalues of the covariance of the rows (n, embed), falling, over their median.
+
+    A table of few rows has eigenvalues that are zero but for rounding: they are given as 0, and
+    the median is that of the others.
+    """
+    if len(table) < 2:
+        return np.zeros(table.shape[1])
+    values = np.linalg.eigvalsh(np.cov(table, rowvar=False).reshape(table.shape[1], -1))[::-1]
+    values = np.where(values > 1e-12 * max(values[0], 0.0), values, 0.0)
+    positive = values[values > 0]
+    return values / np.median(positive) if positive.size else values
+
+
+def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Dot products of pairs of normalized rows of a table (n, embed), rising.
+
+    All pairs of at most 2048 rows, chosen by ``seed`` where there are more.
+    """
+    if len(table) > _PAIRED_ROWS:
+        rows = np.random.default_rng(seed).choice(len(table), _PAIRED_ROWS, replace=False)
+        table = table[np.sort(rows)]
+    rows = unit(table)
+    return np.sort((rows @ rows.T)[np.triu_indices(len(rows), 1)])
+
+
+def effective_scales(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
+    """Effective values (section 2.5) by name: (layers, n), s_z (vocab,); alphas as read, |alpha|.
+
+    Empty for GPT, which has none.
+    """
+    if config.kind != "ngpt":
+        return {}
+    flat = params["layers"] | {"s_z": real_vocab(params["s_z"], ("vocab",), config)}
+    out = {}
+    for name in SCALES:
+        spec = getattr(config, name)
+        assert spec.scale is not None
+        value = np.asarray(flat[name]).astype(np.float64) * (spec.init / spec.scale)
+        value = np.abs(value) if name.startswith("alpha") else value
+        out[name] = value if name == "s_z" else value.reshape(config.layers, -1)
+    return out
+
+
+# ------------------------------------------------------------------------- a step, its gradient
+
+
+def angles_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Degrees between the vectors of a and b (..., embed), whatever their norms; exact near 0.
+
+    90 where one of them is zero, 0 where both are.
+    """
+    a, b = unit(a), unit(b)
+    return np.degrees(2 * np.arctan2(norms(a - b), norms(a + b)))
+
+
+class Parts(NamedTuple):
+    """A gradient against its vectors, each (n,): the component along w, signed, and the rest."""
+
+    radial: np.ndarray
+    tangential: np.ndarray
+
+    def share(self) -> float:
+        """Of the squared norm, over all vectors, that is radial; 0 without a gradient."""
+        radial, tangential = (float(np.sum(np.square(x))) for x in self)
+        return radial / (radial + tangential) if radial + tangential else 0.0
+
+    def angles(self) -> np.ndarray:
+        """Degrees from w to the gradient, 90 where it is tangent; of vectors that have one."""
+        some = (self.radial != 0) | (self.tangential != 0)
+        return np.degrees(np.arctan2(self.tangential, self.radial))[some]
+
+
+def radial_and_tangential(w: np.ndarray, gradient: np.ndarray) -> Parts:
+    """Splits a gradient (n, embed) at the directions of the vectors w (n, embed).
+
+    The gradient for a zero vector counts as tangential.
+    """
+    direction = unit(w)
+    radial = np.sum(direction * gradient, axis=-1)
+    return Parts(radial, norms(gradient - radial[:, None] * direction))
+
+
+# ---------------------------------------------------------------------------------- activations
+
+
+def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) -> Any:
+    variables = {"params": compute_params(config, params)}
+    _, sown = Transformer(config).apply(
+        variables, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
+        method="hidden", mutable=list(collections),
+    )  # fmt: skip
+    return sown
+
+
+def block_angles(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    """Degrees from h to where each half of a block proposes to go, and to where it goes.
+
+    Args:
+      batch: inputs (B, T) int32, and segment_ids, positions where the model is to know them.
+
+    Returns:
+      "attention" and "mlp": (layers, B, T, 2) in at least float32; [..., 0] is the angle between
+      h and the proposal (h_A, h_M of equations 10 and 11; in GPT the branch's output), [..., 1]
+      that between h before and after the step. Vectors count by their directions alone.
+    """
+    sown = _forward(config, params, batch, "angles")["angles"]["layers"]
+    return {name: jnp.degrees(sown[name][0]) for name in BLOCKS}
+
+
+def entropy(
+    query: jax.Array,
+    key: jax.Array,
+    scale: float,
+    segment_ids: jax.Array | None = None,
+    block: int = 128,
+) -> tuple[jax.Array, jax.Array]:
+    """Entropy of causal attention's distributions, in nats.
+
+    Scores are made for ``block`` queries at a time, never as a whole.
+
+    Args:
+      query: (B, T, heads, head_dim).
+      key: (B, T, kv_heads, head_dim), each for heads / kv_heads query heads side by side.
+      scale: of the scores.
+      segment_ids: (B, T); a position sees those of its own segment alone. None: all before it.
+
+    Returns:
+      Entropies (B, T, heads) in at least float32, and how many positions each position sees,
+      itself among them, (B, T) int32: the largest entropy is the log of that.
+    """
+    batch, length, heads, head_dim = query.shape
+    kv_heads, block = key.shape[2], min(block, length)
+    count = -(-length // block)
+    rest = ((0, 0), (0, count * block - length))
+    # (count, B, block, ...): what the loop goes over comes first.
+    queries = jnp.pad(sphere.promote(query), (*rest, (0, 0), (0, 0)))
+    queries = queries.reshape(batch, count, block, kv_heads, heads // kv_heads, head_dim)
+    segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
+    own = jnp.pad(segments, rest, mode="edge").reshape(batch, count, block)
+    keys = sphere.promote(key)
+
+    def of_block(inputs):
+        start, q, own = inputs
+        rows = jnp.minimum(start + jnp.arange(block), length - 1)
+        mask = (jnp.arange(length) <= rows[:, None]) & (own[..., None] == segments[:, None])
+        scores = scale * jnp.einsum("bqkgd,btkd->bqkgt", q, keys, precision="highest")
+        mask_ = mask[:, :, None, None]
+        log_p = jax.nn.log_softmax(jnp.where(mask_, scores, -jnp.inf), axis=-1)
+        terms = jnp.where(mask_, jnp.exp(log_p) * jnp.where(mask_, log_p, 0), 0)
+        return -jnp.sum(terms, axis=-1), jnp.sum(mask, axis=-1, dtype=jnp.int32)
+
+    blocks = jnp.arange(count) * block, jnp.moveaxis(queries, 1, 0), jnp.moveaxis(own, 1, 0)
+    nats, seen = (jnp.moveaxis(x, 0, 1) for x in jax.lax.map(of_block, blocks))
+    nats = nats.reshape(batch, count * block, heads)[:, :length]
+    return jnp.maximum(nats, 0), seen.reshape(batch, count * block)[:, :length]
+
+
+def attention_entropies(
+    config: ModelConfig, params: Any, batch: Batch, block: int = 128
+) -> tuple[jax.Array, jax.Array]:
+    """Entropy of every head's attention at every position, in nats.
+
+    Args:
+      batch: as in :func:`block_angles`.
+      block: queries whose scores are in memory at a time, those of one layer.
+
+    Returns:
+      (layers, B, T, heads), and how many positions each position sees, (B, T).
+    """
+    assert config.head_dim is not None
+    sown = _forward(config, params, batch, "intermediates")["intermediates"]["layers"]
+    # As the block has it; s_qk is in the keys.
+    scale = math.sqrt(config.head_dim) if config.kind == "ngpt" else 1 / math.sqrt(config.head_dim)
+
+    def of_layer(query_and_key):
+        return entropy(*query_and_key, scale, batch.get("segment_ids"), block)
+
+    nats, seen = jax.lax.map(of_layer, (sown["query"][0], sown["key"][0]))
+    return nats, seen[0]
+
+
+# ------------------------------------------------------------------------------ during training
+
+
+def summarize(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.Array]:
+    """What is logged with every evaluation: scalars that cost one forward pass at most.
+
+    Returns:
+      angle_attention, angle_mlp: mean degrees between h and each proposal; step_attention,
+      step_mlp: between h before and after; over layers and the batch's (weighted) targets.
+      cosine_input_embedding, cosine_output_embedding: mean over pairs of rows of the cosine.
+      GPT, whose rows are free: norm_spread_input_embedding, norm_spread_output_embedding,
+      standard deviation over mean of the rows' norms.
+    """
+    out: dict[str, jax.Array] = {}
+    weights = batch.get("weights", jnp.ones(batch["inputs"].shape, jnp.float32))
+    total = config.layers * jnp.maximum(jnp.sum(weights), 1)
+    for name, angles in block_angles(config, params, batch).items():
+        angle, step = (jnp.sum(angles[..., i] * weights) / total for i in (0, 1))
+        out |= {f"angle_{name}": angle, f"step_{name}": step}
+    for name in TABLES:
+        # A mask, not a slice: the table's rows may be cut over devices.
+        n = config.vocab_size
+        assert n is not None
+        table = sphere.promote(params[name])
+        real = jnp.arange(table.shape[0]) < n
+        mean = jnp.sum(jnp.where(real[:, None], sphere.normalize(table), 0), axis=0) / n
+        # |sum of n unit vectors|^2 = n + the sum over ordered pairs.
+        pairs = max(n - 1, 1)
+        out[f"cosine_{name}"] = (n * jnp.sum(jnp.square(mean)) - 1) / pairs
+        if config.kind == "gpt":
+            length = sphere.safe_norm(table)
+            average = jnp.sum(jnp.where(real, length, 0)) / n
+            variance = jnp.sum(jnp.where(real, jnp.square(length - average), 0)) / n
+            spread = jnp.sqrt(variance) / jnp.where(average > 0, average, 1)
+            out[f"norm_spread_{name}"] = spread
+    return out
