@@ -34,23 +34,28 @@ def apply_variants(
     return config
 
 
-def _load_file(spec: str) -> ml_collections.ConfigDict:
+def call_in_file(flag: str, spec: str, name: str) -> Any:
+    """What ``name(variants)`` of an experiment FILE[:variant,...], given by a flag, returns."""
     path, _, variants = spec.partition(":")
     if not Path(path).is_file():
-        raise ConfigError(f"--config: no file {path!r}; the repository has some in experiments/.")
+        raise ConfigError(f"--{flag}: no file {path!r}; the repository has some in experiments/.")
     try:
-        get_config = runpy.run_path(path).get("get_config")
-        if get_config is None:
-            raise ConfigError("it defines no function get_config(variants)")
-        values = get_config(variants)
-        if not isinstance(values, Mapping | ml_collections.ConfigDict):
-            raise ConfigError("get_config returns no config (is a return missing?)")
-        return values
+        function = runpy.run_path(path).get(name)
+        if function is None:
+            raise ConfigError(f"it defines no function {name}(variants)")
+        return function(variants)
     except Exception as e:  # a user's file may raise anything; the user wants one line
-        raise ConfigError(f"--config={spec}: {first_line(e)}") from e
+        raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
 
-def first_line(error: Exception) -> str:
+def _load_file(spec: str) -> ml_collections.ConfigDict:
+    values = call_in_file("config", spec, "get_config")
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(f"--config={spec}: get_config returns no config (is a return missing?).")
+    return values
+
+
+def _first_line(error: Exception) -> str:
     """What an error says, in short; ml_collections tells of a wrong name in a page."""
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)

@@ -15,7 +15,6 @@ or on many that share it, share the work.
 
 from __future__ import annotations
 
-import runpy
 import sys
 import tempfile
 import time
@@ -43,16 +42,7 @@ _CHECK = flags.DEFINE_string(
 
 def load_study(spec: str) -> Study:
     """What get_study(variants) of FILE[:variant,...] returns, checked."""
-    path, _, variants = spec.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--experiment: no file {path!r}, e.g. experiments/speedup.py.")
-    try:
-        get_study = runpy.run_path(path).get("get_study")
-        if get_study is None:
-            raise ConfigError("it defines no function get_study(variants)")
-        plan = get_study(variants)
-    except Exception as e:  # a user's file may raise anything; the user wants one line
-        raise ConfigError(f"--experiment={spec}: {config_file.first_line(e)}") from e
+    plan = config_file.call_in_file("experiment", spec, "get_study")
     study.check(plan)
     return plan
 

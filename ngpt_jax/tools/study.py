@@ -93,7 +93,10 @@ def check(study: Study) -> None:
         if not ok:
             raise ConfigError(f"get_study(): {message}")
 
-    require(isinstance(study, Study), "it must return a Study (ngpt_jax.tools.study).")
+    require(
+        isinstance(study, Study),
+        "it must return a Study of ngpt_jax.tools.study (is a return missing?).",
+    )
     require(bool(study.models and study.settings), "models and settings must not be empty.")
     for name in (*study.models, *study.settings):
         plain = name.translate(str.maketrans("", "", "_=,.+-"))

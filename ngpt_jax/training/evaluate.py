@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,10 +72,12 @@ def evaluate(
     return out
 
 
+_summarize = jax.jit(diagnostics.summarize, static_argnums=0)  # one for all runs of a program
+
+
 def make_summary(config: Config) -> Summary:
     """Jitted (params, batch) -> scalars by name, of :func:`.diagnostics.summarize`."""
-    model = config.model
-    return jax.jit(lambda params, batch: diagnostics.summarize(model, params, batch))
+    return functools.partial(_summarize, config.model)
 
 
 def diagnose(
