@@ -67,7 +67,8 @@ def test_a_study_ends_with_the_same_runs_in_any_order_and_no_best_value_at_an_ed
     assert len(cells) == 2 * 2 * 4
     for (setting, model, steps), points in cells.items():
         assert [p.seed for p in points] == [0, 1, 2]
-        assert not study.at_edge(PLAN, losses, points)
+        below, above = study.neighbours(PLAN, losses, points[0])
+        assert below >= losses[points[0]] <= above
         tried = sorted(
             p.value
             for p in losses
@@ -87,12 +88,20 @@ def test_values_that_diverge_are_an_edge_to_walk_away_from():
         )
 
     losses = run_in_disorder(PLAN, loss, 0)
-    assert all(p[0].value <= 1.2e-3 for p in study.chosen(PLAN, losses).values())
+    cells = study.chosen(PLAN, losses)
+    assert len(cells) == 2 * 2 * 4 and all(p[0].value <= 1.2e-3 for p in cells.values())
 
 
-def test_a_ladder_far_from_the_best_value_is_refused():
-    with pytest.raises(ConfigError, match=r"no best optimizer.learning_rate within 8 rungs"):
-        run_in_disorder(PLAN, lambda p: p.value, 0)
+def test_cells_without_a_best_value_in_reach_are_given_up_and_the_others_go_on():
+    def loss(point):
+        lost = point.model == "gpt" and point.setting == "long"
+        return point.value if lost else made_up_loss(point, {"gpt": 3e-3, "ngpt": 1e-2})
+
+    losses = run_in_disorder(PLAN, loss, 0)
+    assert len(study.chosen(PLAN, losses)) == 3 * 4
+    lines = study.given_up(PLAN, losses)
+    assert len(lines) == 2 and lines[0].startswith("long, gpt, 10 steps: no best optimizer.learn")
+    assert study.forecast(PLAN, losses) == []
 
 
 def test_the_runs_still_to_come_are_counted():
@@ -120,9 +129,22 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budgets": (20, 10)}, "budgets must be ascending"),
-        ({"seeds": ()}, "seeds must be ascending"),
-        ({"models": {}}, "must not be empty"),
+        ({"budgets": (20, 10)}, "budgets must be whole numbers, ascending"),
+        ({"seeds": ()}, "seeds must be whole numbers, ascending"),
+        ({"seeds": 3}, "seeds must be whole numbers, ascending"),
+        ({"models": {}}, "must be a dict, not empty"),
+        ({"models": ["gpt"]}, "must be a dict, not empty"),
+        ({"models": {3: {}}}, "3: a name is made of"),
+        ({"settings": {"a": None}}, "must be a dict of fields"),
+        ({"settings": {"a": {"data.pahts": ("x",)}}}, "unknown field 'data.pahts'"),
+        ({"settings": {"a": {"data.paths": ()}}}, "data.paths is empty"),
+        ({"settings": {"a": {"train.seed": 3}}}, "train.seed is set by the study itself"),
+        ({"models": {"gpt": {"optimizer.learning_rate": 1.0}}}, "is set by the study itself"),
+        ({"settings": {"a": {}, "a-gpt": {}}, "models": {"gpt-b": {}, "b": {}}}, "into each other"),
+        ({"tuned": "train.batch_size"}, "must name a field that is a float"),
+        ({"cores": 0}, "cores must be positive"),
+        ({"ladders": {**PLAN.ladders, "ngtp": (1, 2, 4)}}, "there is no model 'ngtp'"),
+        ({"ladders": {**PLAN.ladders, "gpt": ("a", "b", "c")}}, "three or more positive"),
         ({"models": {"a/b": {}}}, "a name is made of"),
         ({"baseline": "gtp"}, "baseline 'gtp' is none of the models gpt, ngpt"),
         ({"tuned": None}, "ladders need a field"),
@@ -186,6 +208,10 @@ def test_the_interval_is_that_of_resampled_seeds():
     low, high = np.quantile(ratios, [0.025, 0.975])
     assert found.low == pytest.approx(low, abs=0.02) and found.high == pytest.approx(high, abs=0.02)
     assert found.low < 1.95 and found.high > 2.05
+    # The baseline's own spread is part of it.
+    steady = speed_up(Cell(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
+    moved = speed_up(base, [c._replace(losses=[c.losses[0]] * 3) for c in curve])
+    assert steady.low == steady.high and moved.low < moved.value < moved.high
     assert speedup.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
 
 
@@ -232,7 +258,8 @@ else:
     code = 0
 loss = 3 - 0.3 * math.log(steps * (2 if model == "ngpt" else 1)) + seed / 1000
 loss += abs(math.log(value / (2e-3 if model == "gpt" else 1e-2)))
-versions = dict(cpu="c", cores=1, devices="1 x cpu", python="3", jax="0", jaxlib="0", data="d" * 64)
+versions = dict(cpu="c", cores=1, devices="1 x cpu", python="3", jax="0", jaxlib="0",
+                data="d" * 64, held_out="h" * 64)
 (workdir / "versions.json").write_text(json.dumps(versions))
 (workdir / "config.json").write_text(config)
 rows = [{"step": 8, "train/tokens_per_second": 100.0, "train/seconds": 2.0 * steps}]
@@ -259,14 +286,17 @@ def fake_runs(tmp_path, monkeypatch):
     script = tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN)
 
-    def start(experiment, plan, point, runs, cores, held):
-        config = dataclasses.replace(results.config_of(experiment, plan, point))
+    def start(experiment, plan, point, runs, cores, locks):
+        config = results.config_of(experiment, plan, point)
         model = dataclasses.replace(config.model, vocab_size=257)
         text = config_lib.to_json(dataclasses.replace(config, model=model))
         what = json.dumps([point.model, point.steps, point.value, point.seed])
         command = [sys.executable, str(script), str(runs / point.name), text, what]
-        process = subprocess.Popen(command, pass_fds=[held.fileno()], start_new_session=True)
-        return runner.Running(point, process, held, cores)
+        process = subprocess.Popen(
+            command, pass_fds=[f.fileno() for f in locks], start_new_session=True
+        )
+        origin = results.origin_of(experiment, plan, point)
+        return runner.Running(point, process, locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
 
@@ -323,16 +353,81 @@ def test_two_programs_share_the_work_and_do_nothing_twice(experiment, fake_runs,
     assert starts == ["x"] * 16
 
 
-def test_a_run_that_fails_ends_the_study_with_its_last_line(experiment, tmp_path, monkeypatch):
-    def start(experiment, plan, point, runs, cores, held):
-        log = runs / f"{point.name}.log"
-        log.write_text("much\nerror: no text\n")
-        process = subprocess.Popen([sys.executable, "-c", "raise SystemExit(2)"])
-        return runner.Running(point, process, held, cores)
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("raise SystemExit(2)", r"ended with code 2: error: no text \(see "),
+        ("import os; os.kill(os.getpid(), 9)", r"was ended by signal 9 \(9: out of memory\?\)"),
+    ],
+)
+def test_a_run_that_fails_ends_the_study_and_the_others(
+    experiment, tmp_path, monkeypatch, program, message
+):
+    started = []
+
+    def start(experiment, plan, point, runs, cores, locks):
+        (runs / f"{point.name}.log").write_text("much\nerror: no text\n")
+        what = program if started else "import time; time.sleep(600)"
+        started.append(subprocess.Popen([sys.executable, "-c", what]))
+        origin = results.origin_of(experiment, plan, point)
+        return runner.Running(point, started[-1], locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
-    with pytest.raises(runner.PointFailed, match="ended with code 2: error: no text"):
+    monkeypatch.setattr(runner, "lanes", lambda cores: 2)
+    with pytest.raises(runner.PointFailed, match=message):
         run_study(experiment, tmp_path / "out")
+    assert started[0].poll() == -signal.SIGTERM
+
+
+def test_runs_are_told_to_stop(experiment, tmp_path, monkeypatch):
+    started = []
+
+    def start(experiment, plan, point, runs, cores, locks):
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        origin = results.origin_of(experiment, plan, point)
+        return runner.Running(point, started[-1], locks, origin)
+
+    monkeypatch.setattr(runner, "start", start)
+    assert not run_study(experiment, tmp_path / "out", lambda: "SIGTERM" if started else None)
+    assert [p.poll() for p in started] == [-signal.SIGTERM]
+
+
+def test_a_core_is_taken_once_and_by_the_run_that_inherits_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(runner.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(runner, "available_cores", lambda: [3, 5, 6])
+    first, second = runner.take_cores(1), runner.take_cores(2)
+    assert list(first) == [3] and list(second) == [5, 6] and runner.take_cores(1) is None
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[first[3].fileno()]
+    )
+    runner.release(first.values())
+    assert runner.take_cores(1) is None  # the child has it
+    child.communicate(b"\n")
+    assert list(runner.take_cores(1)) == [3]
+    assert runner.take_cores(None) == {}
+    assert runner.lanes(2) == 1 and runner.lanes(None) == 1
+    with pytest.raises(ConfigError, match="pinned to 4 cores, and 3 are here"):
+        runner.lanes(4)
+
+
+def test_a_file_that_changes_under_a_run_does_not_change_what_its_row_says(
+    experiment, fake_runs, tmp_path, monkeypatch
+):
+    honest = runner.start
+
+    def start(*arguments):
+        run = honest(*arguments)
+        path = Path(experiment)
+        path.write_text(path.read_text().replace("model.layers = 1", "model.layers = 2"))
+        return run
+
+    monkeypatch.setattr(runner, "start", start)
+    plan, out = compare.load_study(experiment), tmp_path / "out"
+    before = results.digest(results.config_of(experiment, plan, study.due(plan, {})[0]))
+    run_study(experiment, out, lambda: "SIGTERM" if losses_in(out) else None)
+    assert results.read(out / "results.csv")[0]["config"] == before
+    with pytest.raises(ConfigError, match="1 of 1 rows were made with other settings"):
+        results.check_rows(experiment, plan, results.read(out / "results.csv"), out / "results.csv")
 
 
 def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
@@ -354,10 +449,35 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     assert last["speed_up"] == pytest.approx(2.0) and "2.00 (" in text
     cells = report.cells_of(plan, results.read(out / "results.csv"))
     assert [c["value"] for c in cells] == [2e-3, 2e-3, 1e-2, 1e-2]
-    assert not any(c["at_edge"] for c in cells)
+    assert all(c["loss_at_value_below"] > c["loss_first_seed"] for c in cells)
+    assert cells[2]["loss_at_value_above"] == pytest.approx(
+        cells[2]["loss_first_seed"] + math.log(2)
+    )
+    assert cells[0]["loss_at_value_above"] == math.inf and "diverged" in text
     assert cells[0]["loss"] == pytest.approx(3 - 0.3 * math.log(8) + 0.0005)
     assert report.spread_of(plan, results.read(out / "results.csv"), Point(
         "book", "gpt", 8, 2e-3, 0)) == pytest.approx(0.001)  # fmt: skip
+
+
+def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
+    out = tmp_path / "out"
+    run_study(experiment, out)
+    plan, table = compare.load_study(experiment), out / "results.csv"
+    row = next(r for r in results.read(table) if r["seed"] == 1)  # of a cell with two seeds
+    name = results.point_of(row).name
+    assert compare.check_point(experiment, plan, table, name) == 0
+    assert "the same to the last bit" in capsys.readouterr().out
+    moved = math.nextafter(row["loss"], 9)
+    results.add(table, plan, row | {"loss": moved, "jax": "0.0.1"})
+    assert compare.check_point(experiment, plan, table, name) == 1
+    said = capsys.readouterr().out
+    assert "jax differs: 0.0.1 in the table, 0 here" in said
+    assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
+    assert "spread of its cell" in said
+    results.add(table, plan, row | {"status": "diverged", "loss": None})
+    assert compare.check_point(experiment, plan, table, name) == 1
+    with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):
+        compare.check_point(experiment, plan, table, "book-gpt-9")
 
 
 def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
@@ -372,11 +492,92 @@ def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
         results.check_rows(str(other), plan, rows, out / "results.csv")
 
 
-def test_a_table_that_is_damaged_is_refused(tmp_path):
-    path = tmp_path / "results.csv"
-    path.write_text("setting,model\na,b\n")
-    with pytest.raises(ConfigError, match=r"results.csv cannot be read"):
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda text: "setting,model\na,b\n", "no column"),
+        (lambda text: text.split("\n", 1)[1], "no column"),
+        (lambda text: "\0" * len(text), "cannot be read"),
+        (lambda text: text[: text.rindex("done") + 4], "a row is cut short"),
+        (lambda text: text.replace(",done,", ",fine,"), "status 'fine'"),
+        (lambda text: re.sub(r",done,[^,]+", ",done,", text), "done has no loss"),
+    ],
+)
+def test_a_table_that_is_damaged_is_refused(experiment, fake_runs, tmp_path, damage, message):
+    out = tmp_path / "out"
+    run_study(experiment, out, lambda: "SIGTERM" if losses_in(out) else None)
+    path = out / "results.csv"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(ConfigError, match=message):
         results.read(path)
+
+
+def test_what_decides_about_the_loss_is_in_the_digest():
+    from ngpt_jax.config import default_config
+    from ngpt_jax.config_file import load_config
+
+    def digest(*overrides):
+        config = default_config()
+        config.train.steps = 10
+        return results.digest(load_config(config, overrides))
+
+    plain = digest()
+    for field, value in {
+        "data.held_out": "0.1", "model.dtype": "bfloat16", "train.spike_deviations": "5",
+        "init_from": "runs/a", "optimizer.b2": "0.9", "train.batch_size": "8",
+        "data.tokenizer": "a.json", "model.scan_layers": "False",
+    }.items():  # fmt: skip
+        assert digest((field, value)) != plain, field
+    for field, value in {
+        "data.cache": "/x", "log.every": "7", "mesh.data": "2", "model.remat": "full",
+        "checkpoint.keep": "9", "eval.every": "3",
+    }.items():  # fmt: skip
+        assert digest((field, value)) == plain, field
+
+
+def made_up_rows(plan, loss):
+    """Rows of a whole study with losses by a function of the point, inf: diverged."""
+    losses, rows = run_in_disorder(plan, loss, 0), []
+    for p, x in losses.items():
+        rows.append({
+            "setting": p.setting, "model": p.model, "steps": p.steps, "value": p.value,
+            "seed": p.seed, "status": "done" if x < math.inf else "diverged",
+            "loss": x if x < math.inf else None, "bits_per_byte": None, "tokens": p.steps,
+            "parameters": 10, "flops": 6.0 * p.steps, "seconds": 0.0, "tokens_per_second": None,
+            **dict.fromkeys("cpu cores devices python jax commit".split(), "x"),
+        })  # fmt: skip
+    return rows
+
+
+def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
+    def loss(p):
+        lost = (p.model, p.steps, p.seed) in (("ngpt", 20, 1), ("gpt", 80, 2))
+        return math.inf if lost else made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2})
+
+    rows = made_up_rows(PLAN, loss)
+    found = report.speedups_of(PLAN, report.cells_of(PLAN, rows))
+    assert {s["steps"] for s in found} == {10, 20, 40}
+    assert {s["cost"] for s in found} == {"steps", "flops"}  # nothing was timed
+    assert all(math.isfinite(s["speed_up"]) for s in found)
+    text = report.write("x.py", PLAN, rows, tmp_path).read_text()
+    assert "3, 1 diverged" in text
+
+
+def test_with_one_seed_there_is_no_interval(tmp_path):
+    plan = dataclasses.replace(PLAN, seeds=(0,))
+    rows = made_up_rows(plan, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    found = report.speedups_of(plan, report.cells_of(plan, rows))
+    assert all(s["low"] is None and s["high"] is None for s in found)
+    assert "bootstrap" not in report.write("x.py", plan, rows, tmp_path).read_text()
+
+
+def test_two_programs_may_write_the_report_at_once(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    with ThreadPoolExecutor(2) as pool:
+        pages = list(pool.map(lambda _: report.write("x.py", PLAN, rows, tmp_path), range(2)))
+    assert pages[0] == pages[1] and not list(tmp_path.glob(".*.tmp"))
 
 
 def command(*arguments, **how):

@@ -15,6 +15,8 @@ or on many that share it, share the work.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +26,7 @@ from absl import flags
 
 from ngpt_jax import config_file
 from ngpt_jax.config import ConfigError
+from ngpt_jax.files import is_remote, reason
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import plots, report, results, runner, study
 from ngpt_jax.tools.study import Study
@@ -49,40 +52,58 @@ def load_study(spec: str) -> Study:
 
 def check_point(experiment: str, plan: Study, table: Path, name: str) -> int:
     """Runs a point of the table again; 0 where its loss is the same to the last bit."""
-    rows = {results.point_of(row).name: row for row in results.read(table)}
+    rows = {results.point_of(r).name: r for r in results.in_study(plan, results.read(table))}
     if name not in rows:
-        raise ConfigError(
-            f"--check: {table} has no {name}; it has e.g. {next(iter(rows), 'no rows')}."
-        )
+        example = f"it has e.g. {next(iter(rows))}" if rows else "it has none of this study"
+        raise ConfigError(f"--check: {table} has no {name}; {example}.")
     old, terminal, stop = rows[name], Terminal(), StopSignal()
     point = results.point_of(old)
     with tempfile.TemporaryDirectory() as folder:
-        held = runner.claim(Path(folder), name)
-        assert held is not None
-        cores = runner.slots(plan.cores)[0]
-        terminal.say(f"{name}: about {format_duration(old['seconds'])}")
-        run = runner.start(experiment, plan, point, Path(folder), cores, held)
-        while (code := run.process.poll()) is None:
+        while (cores := runner.take_cores(plan.cores)) is None:
+            terminal.tell("waiting for cores that other runs have", seconds=60)
             if stop.name:
-                run.process.kill()
-            time.sleep(0.2)
-        stop.restore()
-        if stop.name:
+                return runner.EXIT_RESUME
+            time.sleep(1)
+        terminal.say(f"{name}: about {format_duration(old['seconds'])}")
+        run = runner.start(experiment, plan, point, Path(folder), cores, [*cores.values()])
+        try:
+            while (code := run.process.poll()) is None and not stop.name:
+                time.sleep(0.2)
+        finally:
+            run.process.kill()
+            run.process.wait()
+            stop.restore()
+        if code is None:
             return runner.EXIT_RESUME
         if code not in (0, runner.EXIT_DIVERGED):
-            raise runner.PointFailed(runner.last_line(Path(folder) / f"{name}.log"))
+            log = (Path(folder) / f"{name}.log").read_text(errors="replace")
+            raise runner.PointFailed(f"{name} ended with code {code}: {log.splitlines()[-1:]}")
         new = results.row_of(
-            experiment, plan, point, Path(folder) / name, code == runner.EXIT_DIVERGED
+            experiment, plan, point, Path(folder) / name, code == runner.EXIT_DIVERGED, run.origin
         )
-    for column in ("cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "config"):
+    for column in (
+        "cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "held_out", "config",
+    ):  # fmt: skip
         if old[column] != new[column]:
             terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
     same = old["loss"] == new["loss"] and old["status"] == new["status"]
-    text = "the same to the last bit" if same else f"{new['loss'] - old['loss']:+.3g}"
-    terminal.say(f"loss in the table {old['loss']!r}, now {new['loss']!r}: {text}")
-    if not same and (spread := report.spread_of(plan, results.read(table), point)) is not None:
-        terminal.say(f"spread over seeds in that cell (largest less smallest): {spread:.3g}")
+    told = [f"{r['status']}, loss {r['loss']!r}" for r in (old, new)]
+    terminal.say(f"in the table: {told[0]}; now: {told[1]}")
+    if same:
+        terminal.say("the same to the last bit")
+    elif None not in (old["loss"], new["loss"]):
+        terminal.say(f"difference: {new['loss'] - old['loss']:+.3g} nats a token")
+        if (spread := report.spread_of(plan, results.read(table), point)) is not None:
+            terminal.say(f"spread of its cell (largest less smallest seed): {spread:.3g}")
     return 0 if same else 1
+
+
+def _out_folder(experiment: str) -> Path:
+    path, _, variants = experiment.partition(":")
+    stem = "-".join([Path(path).stem, *filter(None, variants.split(","))])
+    if _OUT.value and is_remote(_OUT.value):
+        raise ConfigError(f"--out={_OUT.value}: give a folder on a local or mounted disk.")
+    return Path(_OUT.value).expanduser() if _OUT.value else Path(path).parent / stem
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:
@@ -92,32 +113,32 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         raise ConfigError("Give --experiment=experiments/speedup.py (see --help).")
     experiment = _EXPERIMENT.value
     plan = load_study(experiment)
-    path, _, variants = experiment.partition(":")
-    stem = "-".join([Path(path).stem, *filter(None, variants.split(","))])
-    out = Path(_OUT.value) if _OUT.value else Path(path).parent / stem
+    out = _out_folder(experiment)
     table = out / "results.csv"
+    if _REPORT_ONLY.value and not table.exists():
+        raise ConfigError(f"--report_only: there is no {table}; give the --out of a study.")
     rows = results.read(table)
     results.check_rows(experiment, plan, rows, table)
     todo = study.forecast(plan, results.losses_of(plan, rows))
     for point in todo:  # bad fields are told before any run starts
         results.config_of(experiment, plan, point)
+    runner.lanes(plan.cores)
     if _CHECK.value:
         return check_point(experiment, plan, table, _CHECK.value)
     if _DRY_RUN.value:
         for point in study.due(plan, results.losses_of(plan, rows)):
             print(f"due: {point.name}")
-        left = runner.seconds_left(plan, rows, len(runner.slots(plan.cores)))
+        left = runner.seconds_left(plan, rows)
         eta = "" if left is None else f", about {format_duration(left)}"
         print(f"{len(rows)} rows; about {len(todo)} runs to come{eta} -> {out}")
         return 0
     plots.require_matplotlib()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out={out} cannot be made: {e.strerror}.") from e
+    out.mkdir(parents=True, exist_ok=True)
     complete, terminal = True, Terminal()
     if not _REPORT_ONLY.value:
         stop = StopSignal()
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal, not nohup
+            signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         try:
             complete = runner.run_all(
                 experiment, plan, table, out / "runs", terminal, lambda: stop.name
@@ -125,9 +146,12 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         finally:
             terminal.close()
             stop.restore()
-    page = report.write(experiment, plan, results.read(table), out)
-    terminal.say(f"report -> {page}")
-    return 0 if complete else runner.EXIT_RESUME
+    rows = results.read(table)
+    terminal.say(f"report -> {report.write(experiment, plan, rows, out)}")
+    lost = study.given_up(plan, results.losses_of(plan, rows))
+    for line in lost:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if lost else 0 if complete else runner.EXIT_RESUME
 
 
 def main(overrides: list[tuple[str, str]]) -> int:
@@ -136,6 +160,12 @@ def main(overrides: list[tuple[str, str]]) -> int:
     except runner.PointFailed as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except (
+        OSError
+    ) as e:  # a full disk, a folder that cannot be written, a file system without locks
+        raise ConfigError(f"{e.filename or _OUT.value}: {reason(e)}.") from e
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def save(fig: Any, path: Path) -> None:
     picture = io.BytesIO()
     fig.savefig(picture, dpi=130, format="png")
     pyplot.close(fig)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     Image.open(picture).convert("RGB").quantize(64).save(temporary, "png", optimize=True)
     temporary.replace(path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 
 from ngpt_jax.tools import plots, report_page, results, study
 from ngpt_jax.tools.results import Row
-from ngpt_jax.tools.speedup import Cell, SpeedUp, speed_up
+from ngpt_jax.tools.speedup import Cell, speed_up
 from ngpt_jax.tools.study import Point, Study
 
 COSTS = {
@@ -19,28 +20,36 @@ COSTS = {
     "flops": "FLOPs",
     "seconds": "seconds of training",
 }
+_PICTURES = ("speedup.png", "loss.png", "tuning.png", *(f"loss_{cost}.png" for cost in COSTS))
 CELL_COLUMNS = (
-    "setting model steps value at_edge seeds loss loss_min loss_max loss_std bits_per_byte tokens"
-    " tokens_per_parameter flops seconds tokens_per_second"
+    "setting model steps value seeds diverged loss loss_min loss_max loss_std loss_first_seed"
+    " loss_at_value_below loss_at_value_above bits_per_byte tokens tokens_per_parameter flops"
+    " seconds tokens_per_second"
 ).split()
 SPEEDUP_COLUMNS = "setting model baseline steps cost bound speed_up low high".split()
 
 
 def cells_of(plan: Study, rows: Sequence[Row]) -> list[Row]:
-    """One row a complete cell: mean and spread over its seeds at the best value."""
+    """One row a complete cell: mean and spread over its seeds at the best value.
+
+    ``loss`` is inf where a seed diverged.
+    """
     losses = results.losses_of(plan, rows)
     by_point = {results.point_of(row): row for row in rows}
     out = []
     for (setting, model, steps), points in study.chosen(plan, losses).items():
         runs = [by_point[p] for p in points]
         found = [losses[p] for p in points]
-        finite = max(found) < math.inf
         bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
+        below, above = study.neighbours(plan, losses, points[0])
+        finite = max(found) < math.inf
         out.append({
             "setting": setting, "model": model, "steps": steps, "value": points[0].value,
-            "at_edge": study.at_edge(plan, losses, points), "seeds": len(runs),
+            "seeds": len(runs), "diverged": sum(x == math.inf for x in found),
             "loss": statistics.fmean(found), "loss_min": min(found), "loss_max": max(found),
             "loss_std": statistics.stdev(found) if finite and len(found) > 1 else None,
+            "loss_first_seed": found[0], "loss_at_value_below": below,
+            "loss_at_value_above": above,
             "bits_per_byte": statistics.fmean(bits) if bits else None,
             "tokens": runs[0]["tokens"],
             "tokens_per_parameter": runs[0]["tokens"] / runs[0]["parameters"],
@@ -56,28 +65,37 @@ def cells_of(plan: Study, rows: Sequence[Row]) -> list[Row]:
     )
 
 
+def of_model(cells: Sequence[Row], setting: str, model: str) -> list[Row]:
+    """The cells of a curve; those where a seed diverged have no place on it."""
+    return [
+        c for c in cells
+        if (c["setting"], c["model"]) == (setting, model) and c["loss"] < math.inf
+    ]  # fmt: skip
+
+
 def speedups_of(plan: Study, cells: Sequence[Row]) -> list[Row]:
     """Speed-up of each model over the baseline at the loss of each of the baseline's cells."""
     out: list[Row] = []
-    if plan.baseline is None or len(plan.budgets) < 2:
+    if plan.baseline is None:
         return out
     for setting in plan.settings:
+        base = of_model(cells, setting, plan.baseline)
         for model in plan.models:
-            mine = [c for c in cells if (c["setting"], c["model"]) == (setting, model)]
-            base = [c for c in cells if (c["setting"], c["model"]) == (setting, plan.baseline)]
+            mine = of_model(cells, setting, model)
             if model == plan.baseline or len(mine) < 2:
                 continue
-            for target in base:
-                for cost in ("steps", "flops", "seconds"):
-                    s = speed_up(
-                        Cell(target[cost], target["losses"]),
-                        [Cell(c[cost], c["losses"]) for c in mine],
-                    )
-                    out.append({
-                        "setting": setting, "model": model, "baseline": plan.baseline,
-                        "steps": target["steps"], "cost": cost, "bound": s.bound,
-                        "speed_up": s.value, "low": s.low, "high": s.high,
-                    })  # fmt: skip
+            for target, cost in itertools.product(base, ("steps", "flops", "seconds")):
+                if not target[cost] or not all(c[cost] for c in mine):
+                    continue  # too short to be timed
+                s = speed_up(
+                    Cell(target[cost], target["losses"]),
+                    [Cell(c[cost], c["losses"]) for c in mine],
+                )
+                out.append({
+                    "setting": setting, "model": model, "baseline": plan.baseline,
+                    "steps": target["steps"], "cost": cost, "bound": s.bound,
+                    "speed_up": s.value, "low": s.low, "high": s.high,
+                })  # fmt: skip
     return out
 
 
@@ -92,15 +110,11 @@ def spread_of(plan: Study, rows: Sequence[Row], point: Point) -> float | None:
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
-def as_speedup(row: Row) -> SpeedUp:
-    return SpeedUp(row["speed_up"], row["bound"], row["low"], row["high"])
-
-
 def _look(plan: Study, model: str) -> dict[str, Any]:
     place = list(plan.models).index(model)
     return {
         "color": plots.COLORS[place % len(plots.COLORS)],
-        "marker": plots.MARKERS[place % len(plots.MARKERS)],
+        "marker": plots.MARKERS[(place + place // len(plots.COLORS)) % len(plots.MARKERS)],
         "markersize": 4,
         "label": model,
     }
@@ -129,7 +143,7 @@ def plot_losses(plan: Study, cells: Sequence[Row], cost: str, path: Path) -> Non
     fig, axes = plots.figure(1, len(settings))
     for axis, setting in zip(axes, settings):
         for model in plan.models:
-            mine = [c for c in cells if (c["setting"], c["model"]) == (setting, model)]
+            mine = of_model(cells, setting, model)
             if not mine:
                 continue
             means = [c["loss"] for c in mine]
@@ -150,7 +164,9 @@ def plot_losses(plan: Study, cells: Sequence[Row], cost: str, path: Path) -> Non
 def plot_tuning(plan: Study, rows: Sequence[Row], path: Path) -> None:
     """Loss against the tuned field, a panel a setting and model, a line a budget (first seed)."""
     losses = results.losses_of(plan, rows)
-    fig, axes = plots.figure(len(plan.settings), len(plan.models), height=2.8, width=3.4)
+    count = len(plan.settings) * len(plan.models)
+    columns = len(plan.models) if len(plan.models) <= 4 else 3
+    fig, axes = plots.figure(-(-count // columns), columns, height=2.8, width=3.4)
     panels = [(s, m) for s in plan.settings for m in plan.models]
     for axis, (setting, model) in zip(axes, panels):
         values: list[float] = []
@@ -162,7 +178,7 @@ def plot_tuning(plan: Study, rows: Sequence[Row], path: Path) -> None:
             )  # fmt: skip
             if not line:
                 continue
-            shade = 0.75 - 0.75 * i / max(1, len(plan.budgets) - 1)
+            shade = 0.75 * (1 - (i + 1) / len(plan.budgets))
             color = plots.COLORS[list(plan.models).index(model) % len(plots.COLORS)]
             axis.plot(
                 *zip(*line), marker="o", markersize=3, color=color, alpha=1 - shade,
@@ -178,6 +194,8 @@ def plot_tuning(plan: Study, rows: Sequence[Row], path: Path) -> None:
             axis.xaxis.set_tick_params(rotation=45)
             if model == next(iter(plan.models)):
                 axis.legend(fontsize=7)
+    for axis in axes[count:]:
+        axis.remove()
     plots.save(fig, path)
 
 
@@ -192,9 +210,10 @@ def plot_speedups(plan: Study, speedups: Sequence[Row], path: Path) -> None:
             if not mine:
                 continue
             y = [s["speed_up"] for s in mine]
+            ends = [(s["low"] or s["speed_up"], s["high"] or s["speed_up"]) for s in mine]
             bars = [
-                [max(0.0, s["speed_up"] - s["low"]) for s in mine],
-                [max(0.0, s["high"] - s["speed_up"]) for s in mine],
+                [max(0.0, x - low) for x, (low, _) in zip(y, ends)],
+                [max(0.0, high - x) for x, (_, high) in zip(y, ends)],
             ]
             x = [s["steps"] for s in mine]
             axis.errorbar(x, y, bars, capsize=2, linewidth=1.4, **_look(plan, model))
@@ -224,8 +243,10 @@ def plot_arms(plan: Study, cells: Sequence[Row], path: Path) -> None:
             for c in cells:
                 if (c["setting"], c["model"], c["steps"]) == (setting, model, steps):
                     color = plots.COLORS[0]
-                    axis.plot(c["losses"], [place] * c["seeds"], "o", color=color, alpha=0.4)
-                    axis.plot(c["loss"], place, "|", color=color, markersize=14)
+                    finite = [x for x in c["losses"] if x < math.inf]
+                    axis.plot(finite, [place] * len(finite), "o", color=color, alpha=0.4)
+                    if len(finite) == c["seeds"]:
+                        axis.plot(c["loss"], place, "|", color=color, markersize=14)
         axis.set_yticks(range(len(names)), names)
         axis.set(title=setting, xlabel=f"held-out nats a token after {steps:,} steps")
     plots.save(fig, path)
@@ -237,39 +258,46 @@ def write(experiment: str, plan: Study, rows: Sequence[Row], out: Path) -> Path:
     Returns:
       The path of the page.
     """
+    rows = results.in_study(plan, rows)
     cells = cells_of(plan, rows)
     speedups = speedups_of(plan, cells)
-    plots.write_csv(
-        out / "cells.csv", CELL_COLUMNS, [{k: c[k] for k in CELL_COLUMNS} for c in cells]
-    )
     made: dict[str, str] = {}
-    if speedups:
-        plots.write_csv(out / "speedup.csv", SPEEDUP_COLUMNS, speedups)
-        plot_speedups(plan, speedups, out / "speedup.png")
-        made["speedup.png"] = "Speed-up at equal loss, by the baseline's budget."
-    if cells and len(plan.budgets) > 1:
-        for cost, name in COSTS.items():
-            plot_losses(plan, cells, cost, out / f"loss_{cost}.png")
-            made[f"loss_{cost}.png"] = (
-                f"Held-out loss against {name}: mean, least and largest of the seeds."
-            )
-    if cells and len(plan.budgets) == 1:
-        plot_arms(plan, cells, out / "loss.png")
-        made["loss.png"] = "Held-out loss: each seed a dot, the bar their mean."
-    if rows and plan.tuned is not None:
-        plot_tuning(plan, rows, out / "tuning.png")
-        made["tuning.png"] = f"Tuning of {plan.tuned} with the first seed; the best one ringed."
-    page = out / "report.html"
-    report_page.write(page, experiment, plan, rows, cells, speedups, made)
+    with results.locked(out):  # another program may be about to do the same
+        for name in ("speedup.csv", *_PICTURES):
+            (out / name).unlink(missing_ok=True)
+        plain = [{k: c[k] for k in CELL_COLUMNS} for c in cells]
+        plots.write_csv(out / "cells.csv", CELL_COLUMNS, plain)
+        if speedups:
+            plots.write_csv(out / "speedup.csv", SPEEDUP_COLUMNS, speedups)
+            plot_speedups(plan, speedups, out / "speedup.png")
+            made["speedup.png"] = "Speed-up at equal loss, by the baseline's budget."
+        if cells and len(plan.budgets) > 1:
+            for cost, name in COSTS.items():
+                if not all(c[cost] for c in cells):
+                    continue  # too short to be timed
+                plot_losses(plan, cells, cost, out / f"loss_{cost}.png")
+                made[f"loss_{cost}.png"] = (
+                    f"Held-out loss against {name}: mean, least and largest of the seeds."
+                )
+        if cells and len(plan.budgets) == 1:
+            plot_arms(plan, cells, out / "loss.png")
+            made["loss.png"] = "Held-out loss: each seed a dot, the bar their mean."
+        if rows and plan.tuned is not None:
+            plot_tuning(plan, rows, out / "tuning.png")
+            made["tuning.png"] = f"Tuning of {plan.tuned} with the first seed; the best one ringed."
+        page = out / "report.html"
+        lost = study.given_up(plan, results.losses_of(plan, rows))
+        report_page.write(page, experiment, plan, rows, cells, speedups, made, lost)
     return page
 
 
 def facts_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The machines and versions that rows come from, the most frequent first."""
-    names = ("cpu", "cores", "devices", "python", "jax")
+    """The machines, versions and commits that rows come from, the most frequent first."""
     texts = [
-        f"{r['cpu']}, {r['cores']} core(s), {r['devices']}, Python {r['python']}, jax {r['jax']}"
+        f"{r['cpu']}, {r['cores'] or 'all'} core(s), {r['devices']}, Python {r['python']},"
+        f" jax {r['jax']}, commit {r['commit']}"
         for r in rows
-        if all(r[n] is not None for n in names)
     ]
-    return sorted(set(texts), key=lambda t: -texts.count(t))
+    return [
+        f"{texts.count(t)} runs: {t}" for t in sorted(set(texts), key=lambda t: -texts.count(t))
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,19 +72,30 @@ def _number(x: Any, form: str) -> str:
     return "-" if x is None else format(x, form)
 
 
+def _loss(x: float | None) -> str:
+    return "-" if x is None else "diverged" if x == math.inf else f"{x:.4f}"
+
+
 def _loss_table(plan: Study, cells: Sequence[Row]) -> str:
     tuned = (plan.tuned or "").rsplit(".", 1)[-1] or "-"
     columns = [
         "setting", "model", "steps", "tokens a parameter", tuned, "loss", "least", "largest",
-        "bits a byte", "seconds", "tokens/s", "seeds",
+        "first seed", f"at {tuned} below", "above", "bits a byte", "seconds", "tokens/s", "seeds",
     ]  # fmt: skip
     rows = [
         [
             c["setting"], c["model"], f"{c['steps']:,}", f"{c['tokens_per_parameter']:.1f}",
-            _number(c["value"], "g") + (" (edge)" if c["at_edge"] else ""),
-            f"{c['loss']:.4f}", f"{c['loss_min']:.4f}", f"{c['loss_max']:.4f}",
+            _number(c["value"], "g"),
+            *(
+                _loss(c[name])
+                for name in (
+                    "loss", "loss_min", "loss_max", "loss_first_seed", "loss_at_value_below",
+                    "loss_at_value_above",
+                )
+            ),
             _number(c["bits_per_byte"], ".4f"), f"{c['seconds']:.0f}",
-            f"{c['tokens_per_second']:,.0f}", c["seeds"],
+            f"{c['tokens_per_second']:,.0f}",
+            c["seeds"] if not c["diverged"] else f"{c['seeds']}, {c['diverged']} diverged",
         ]
         for c in cells
     ]  # fmt: skip
@@ -96,7 +108,9 @@ def _speedup_table(plan: Study, speedups: Sequence[Row]) -> str:
     columns = ["setting", "model", f"steps of {plan.baseline}", "in steps", "in FLOPs", "in time"]
 
     def show(key: tuple, cost: str) -> str:
-        s = by[*key, cost]
+        s = by.get((*key, cost))
+        if s is None:
+            return "-"
         return speedup.show(speedup.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
 
     rows = [
@@ -114,6 +128,7 @@ def write(
     cells: Sequence[Row],
     speedups: Sequence[Row],
     pictures: Mapping[str, str],
+    lost: Sequence[str],
 ) -> None:
     """Writes the page.
 
@@ -123,6 +138,7 @@ def write(
       rows: of all runs.
       cells, speedups: from report.cells_of and report.speedups_of.
       pictures: caption by file name, in order.
+      lost: what was not found, a line each.
     """
     from ngpt_jax.tools.report import facts_of
 
@@ -133,6 +149,7 @@ def write(
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in plan.notes.strip().split("\n\n") if text]
     state = "complete" if len(cells) == wanted else f"so far: {len(cells)} of {wanted} cells"
+    parts += [f"<p><strong>Not found: {html.escape(line)}</strong></p>" for line in lost]
     parts.append(
         f"<p>{len(rows)} runs ({diverged} diverged), {format_duration(seconds)} of training,"
         f" {len(plan.seeds)} seed(s); {state}. Each point is a run of its own with its whole"
@@ -143,8 +160,14 @@ def write(
             "<h2>Speed-up at equal loss</h2>",
             f"<p>How many times fewer steps (FLOPs, seconds) a model needs for the mean loss that"
             f" {html.escape(str(plan.baseline))} reaches at a budget: straight lines between"
-            " budgets in the logarithm of the cost. In brackets a 95 % bootstrap interval over"
-            " seeds, within what the budgets cover; &gt; and &lt;: outside of them.</p>",
+            " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
+            + (
+                f" In brackets a 95 % bootstrap interval over {len(plan.seeds)} seeds, within what"
+                " the budgets cover; with so few seeds it is rough."
+                if len(plan.seeds) > 1
+                else ""
+            )
+            + "</p>",
             _speedup_table(plan, speedups),
         ]
     parts += [picture(page.parent / name, caption) for name, caption in pictures.items()]
@@ -164,7 +187,8 @@ def write(
     parts += [
         "</ul>",
         "<p>Every run, with the command that makes it: <code>results.csv</code>. Again:"
-        f" <code>python -m ngpt_jax.tools.compare --experiment={html.escape(experiment)}</code>;"
+        f" <code>python -m ngpt_jax.tools.compare --experiment={html.escape(experiment)}"
+        f" --out={html.escape(str(page.parent))}</code>;"
         " one run once more, with its loss compared: <code>--check=NAME</code>, e.g."
         f" <code>{html.escape(_example(rows))}</code>.</p>",
     ]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import functools
-import hashlib
 import json
 import math
 import shlex
@@ -14,10 +12,12 @@ import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from ngpt_jax import config as config_lib
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import digest_of, reason
 from ngpt_jax.tools import plots
 from ngpt_jax.tools.study import Losses, Point, Study, overrides_of
 
@@ -33,28 +33,41 @@ COLUMNS: dict[str, type] = {
     "seconds": float,  # of training, without evaluation and compilation
     "tokens_per_second": float,  # median over the run's intervals
     "cpu": str, "cores": int, "devices": str, "python": str, "jax": str, "jaxlib": str,
-    "commit": str,
-    "data": str,  # fingerprint of the training tokens
-    "config": str,  # of the fields that make the run what it is
+    "commit": str,  # of the code, + where it was changed
+    "data": str, "held_out": str,  # fingerprints of the training and the held-out tokens
+    "config": str,  # digest of what decides about the loss
     "command": str,
 }  # fmt: skip
+_NEEDED = ("setting", "model", "steps", "seed", "status", "config")
+
+# Fields that decide where and how fast a run is, not what it learns, by the beginning of the name.
+_NO_PART = (
+    "mesh.", "runtime.", "profile.", "log.", "checkpoint.", "sample.", "eval.", "model.remat",
+    "model.attention", "model.loss_chunk", "data.paths", "data.eval_paths", "data.cache",
+    "data.workers", "data.threads", "data.prefetch", "train.accumulate",
+)  # fmt: skip
 
 
-def command_of(experiment: str, study: Study, point: Point) -> list[str]:
+def command_of(experiment: str, plan: Study, point: Point) -> list[str]:
     """Arguments of ``python -m ngpt_jax.main`` for a point, without its workdir."""
-    flags = [f"--config.{name}={text}" for name, text in overrides_of(study, point)]
+    flags = [f"--config.{name}={text}" for name, text in overrides_of(plan, point)]
     return [f"--config={experiment}", *flags]
 
 
-def config_of(experiment: str, study: Study, point: Point) -> Config:
-    return config_file.load_config(experiment, overrides_of(study, point))
+def config_of(experiment: str, plan: Study, point: Point) -> Config:
+    return config_file.load_config(experiment, overrides_of(plan, point))
 
 
 def digest(config: Config) -> str:
-    """Of what makes a run what it is; new fields of later versions leave it as it was."""
-    from ngpt_jax.training.workdir import identity
+    """Of the fields that decide about the loss, where they are not the defaults.
 
-    return hashlib.sha256(identity(config).encode()).hexdigest()[:12]
+    So that a table stays good when later versions have new fields. Text is told apart by the
+    fingerprints of its tokens.
+    """
+    lines = [
+        line for line in config_lib.differences(Config(), config) if not line.startswith(_NO_PART)
+    ]
+    return digest_of(lines)[:12]
 
 
 def read(path: Path) -> list[Row]:
@@ -63,44 +76,68 @@ def read(path: Path) -> list[Row]:
         return []
     try:
         with path.open(encoding="utf-8", newline="") as f:
-            lines = list(csv.DictReader(f))
-        return [
-            {c: kind(row[c]) if row[c] else None for c, kind in COLUMNS.items()} for row in lines
+            reader = csv.DictReader(f, strict=True)
+            lines = list(reader)
+        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            raise ValueError(f"no column {min(missing)}")
+        rows = [
+            {name: kind(line[name]) if line[name] else None for name, kind in COLUMNS.items()}
+            for line in lines
         ]
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ConfigError(
-            f"{path} cannot be read ({type(e).__name__}: {e}); mend or delete it."
-        ) from e
+        for row in rows:
+            if any(row[name] is None for name in _NEEDED):
+                raise ValueError("a row is cut short")
+            if row["status"] not in ("done", "diverged"):
+                raise ValueError(f"status {row['status']!r}")
+            if row["status"] == "done" and not math.isfinite(row["loss"] or math.inf):
+                raise ValueError("a run that is done has no loss")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+        raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
 
 
 def point_of(row: Row) -> Point:
     return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
 
 
-def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
+def losses_of(plan: Study, rows: Sequence[Row]) -> Losses:
     """Held-out losses of the runs of a study, inf where one diverged; other rows are left out."""
     out = {}
     for row in rows:
         point = point_of(row)
-        if point.setting in study.settings and point.model in study.models:
+        if point.setting in plan.settings and point.model in plan.models:
             out[point] = row["loss"] if row["status"] == "done" else math.inf
     return out
 
 
-def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Refuses rows that were made with other settings than the study has now."""
-    known = losses_of(study, rows)
-    stale = [
+def in_study(plan: Study, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a study asks for now, or could."""
+    return [
         row for row in rows
-        if point_of(row) in known and row["steps"] in study.budgets
-        and row["config"] != digest(config_of(experiment, study, point_of(row)))
+        if row["setting"] in plan.settings and row["model"] in plan.models
+        and row["steps"] in plan.budgets and row["seed"] in plan.seeds
+        and (row["value"] is None) == (plan.tuned is None)
     ]  # fmt: skip
+
+
+def check_rows(experiment: str, plan: Study, rows: Sequence[Row], path: Path) -> None:
+    """Refuses rows that were made with other settings than the study has now, or of other text."""
+    rows = in_study(plan, rows)
+    stale = [r for r in rows if r["config"] != digest(config_of(experiment, plan, point_of(r)))]
     if stale:
         raise ConfigError(
             f"{path}: {len(stale)} of {len(rows)} rows were made with other settings than"
-            f" {experiment} has now (the first: {point_of(stale[0]).name}); delete them, or choose"
-            " another --out."
+            f" {experiment} has now (the first: {point_of(stale[0]).name}); delete them and their"
+            f" folders in {path.parent / 'runs'}, or choose another --out."
         )
+    for setting in plan.settings:
+        for what in ("data", "held_out"):
+            found = {r[what] for r in rows if r["setting"] == setting}
+            if len(found) > 1:
+                raise ConfigError(
+                    f"{path}: rows of {setting} come from different text (column {what}: "
+                    f"{', '.join(sorted(map(str, found)))}); delete those of the other text."
+                )
 
 
 @contextlib.contextmanager
@@ -110,11 +147,11 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def add(path: Path, study: Study, row: Row) -> None:
-    """Adds a row, in the place that the study's order gives it."""
+def add(path: Path, plan: Study, row: Row) -> None:
+    """Adds a row, in the place that the study's order gives it; refuses one of other text."""
     with locked(path.parent):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
-        names = list(study.settings), list(study.models)
+        names = list(plan.settings), list(plan.models)
 
         def place(row: Any) -> tuple:
             setting, model = (
@@ -126,29 +163,57 @@ def add(path: Path, study: Study, row: Row) -> None:
         plots.write_csv(path, list(COLUMNS), sorted(rows, key=place))
 
 
-def row_of(experiment: str, study: Study, point: Point, workdir: Path, diverged: bool) -> Row:
-    """The row of a finished run, from its folder."""
+class Origin(NamedTuple):
+    """What a run was started from; noted at its start, as files may change under it."""
+
+    digest: str
+    commit: str | None
+
+
+def origin_of(experiment: str, plan: Study, point: Point) -> Origin:
+    file = experiment.partition(":")[0]
+    return Origin(digest(config_of(experiment, plan, point)), _commit(file))
+
+
+def _commit(experiment: str) -> str | None:
+    """Of the checkout that this code lies in, + where it or the experiment was changed since."""
+    package = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", str(Path(experiment).resolve()))
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def row_of(
+    experiment: str, plan: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
+) -> Row:
+    """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
     from ngpt_jax.model.transformer import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
 
-    resolved = config_of(experiment, study, point)
-    config = config_file.config_lib.from_config_dict(
-        json.loads((workdir / "config.json").read_text())
-    )
-    versions = json.loads((workdir / "versions.json").read_text())
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    metrics = [json.loads(line) for line in lines]
+    text = (workdir / "config.json").read_text(encoding="utf-8")
+    config = config_lib.from_config_dict(json.loads(text))
+    versions = json.loads((workdir / "versions.json").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rates = [m["train/tokens_per_second"] for m in metrics if "train/tokens_per_second" in m]
     last: dict[str, float] = {}
     for row in metrics:
         last |= row
-    names = [key.rsplit("/", 1)[0] for key in last if key.startswith("eval/")]
-    sets = sorted(set(names))
+    final = metrics[-1] if metrics else {}  # the last evaluation is the last row
+    sets = {key.rsplit("/", 1)[0] for key in last if key.startswith("eval/")}
+    diverged = diverged or not sets or not all(f"{name}/loss" in final for name in sets)
 
     def mean(metric: str) -> float | None:
-        values = [last[f"{name}/{metric}"] for name in sets if f"{name}/{metric}" in last]
+        values = [final[f"{name}/{metric}"] for name in sorted(sets) if f"{name}/{metric}" in final]
         return None if diverged or not values else statistics.fmean(values)
 
+    command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, plan, point)])
     tokens = point.steps * config.train.batch_size * config.model.context
     return {
         "setting": point.setting, "model": point.model, "steps": point.steps,
@@ -160,19 +225,6 @@ def row_of(experiment: str, study: Study, point: Point, workdir: Path, diverged:
         "seconds": round(last.get("train/seconds", 0.0), 2),
         "tokens_per_second": round(statistics.median(rates)) if rates else None,
         **{name: versions[name] for name in ("cpu", "cores", "devices", "python", "jax", "jaxlib")},
-        "commit": _commit(), "data": versions["data"][:12], "config": digest(resolved),
-        "command": shlex.join(
-            ["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)]
-        ),
+        "commit": origin.commit, "data": versions["data"][:12],
+        "held_out": versions["held_out"][:12], "config": origin.digest, "command": command,
     }  # fmt: skip
-
-
-@functools.cache
-def _commit() -> str | None:
-    """Of the checkout that this code lies in, + where it was changed since."""
-    here = Path(__file__).parent
-    asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

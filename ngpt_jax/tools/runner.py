@@ -6,14 +6,17 @@ import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from ngpt_jax.config import ConfigError
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import results, study
+from ngpt_jax.tools.results import Origin
 from ngpt_jax.tools.study import Point, Study
 
 EXIT_DIVERGED = 3  # of main
@@ -27,8 +30,8 @@ class PointFailed(RuntimeError):
 class Running(NamedTuple):
     point: Point
     process: subprocess.Popen
-    claim: IO[str]
-    cores: tuple[int, ...]
+    locks: list[IO[str]]  # of the point and of its cores
+    origin: Origin
 
 
 def available_cores() -> list[int]:
@@ -37,21 +40,48 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def slots(cores: int | None) -> list[tuple[int, ...]]:
-    """Which cores each of the runs side by side has; one run on everything where ``cores`` is None.
+def lanes(cores: int | None) -> int:
+    """How many runs go side by side; raises ConfigError where there are too few cores."""
+    here = len(available_cores())
+    if cores is not None and cores > here:
+        raise ConfigError(f"get_study(): each run is pinned to {cores} cores, and {here} are here.")
+    return 1 if cores is None else here // cores
 
-    Raises ValueError where there are too few.
+
+def lock(path: Path) -> IO[str] | None:
+    """Takes a file for this program, and for the run that inherits it; None if it is taken."""
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+        return None
+
+
+def take_cores(cores: int | None) -> dict[int, IO[str]] | None:
+    """Cores that no other run of any study on this machine has, with their locks.
+
+    Empty where runs are not pinned; None where too few are free.
     """
-    here = available_cores()
     if cores is None:
-        return [()]
-    if cores > len(here):
-        raise ValueError(f"the study pins each run to {cores} cores, and {len(here)} are here")
-    return [tuple(here[i : i + cores]) for i in range(0, len(here) - cores + 1, cores)]
+        return {}
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir()) / f"ngpt_jax-cores-{user}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    taken: dict[int, IO[str]] = {}
+    for core in available_cores():
+        if (held := lock(folder / str(core))) is not None:
+            taken[core] = held
+        if len(taken) == cores:
+            return taken
+    for held in taken.values():
+        held.close()
+    return None
 
 
 @contextmanager
-def pinned(cores: tuple[int, ...]) -> Iterator[None]:
+def pinned(cores: Iterable[int]) -> Iterator[None]:
     """What is started inside has these cores alone, as far as the system can do that."""
     if not cores or not hasattr(os, "sched_setaffinity"):
         yield
@@ -64,23 +94,18 @@ def pinned(cores: tuple[int, ...]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def claim(folder: Path, name: str) -> IO[str] | None:
-    """Takes a point for this program, and for the run that inherits the file; None if taken."""
-    file = open(folder / f"{name}.claim", "a", encoding="utf-8")  # noqa: SIM115
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        file.close()
-        return None
-
-
-def start(experiment: str, plan: Study, point: Point, runs: Path, cores, held: IO[str]) -> Running:
+def start(
+    experiment: str,
+    plan: Study,
+    point: Point,
+    runs: Path,
+    cores: Iterable[int],
+    locks: list[IO[str]],
+) -> Running:
     """Starts ``python -m ngpt_jax.main`` for a point, its output in RUNS/NAME.log."""
-    workdir = runs / point.name
     command = [
         sys.executable, "-m", "ngpt_jax.main",
-        *results.command_of(experiment, plan, point), f"--workdir={workdir}",
+        *results.command_of(experiment, plan, point), f"--workdir={runs / point.name}",
     ]  # fmt: skip
     environment = dict(os.environ)
     if plan.cores is not None:
@@ -89,9 +114,14 @@ def start(experiment: str, plan: Study, point: Point, runs: Path, cores, held: I
         # A session of its own: Ctrl-C reaches it through us, once.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-            env=environment, pass_fds=[held.fileno()], start_new_session=True,
+            env=environment, pass_fds=[f.fileno() for f in locks], start_new_session=True,
         )  # fmt: skip
-    return Running(point, process, held, cores)
+    return Running(point, process, locks, results.origin_of(experiment, plan, point))
+
+
+def release(locks: Iterable[IO[str]]) -> None:
+    for held in locks:
+        held.close()
 
 
 def run_all(
@@ -116,42 +146,50 @@ def run_all(
       Whether the study is complete. Raises PointFailed.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    free, waiting = slots(plan.cores), False
     running: list[Running] = []
+    waiting = False
     try:
         while True:
             rows = results.read(table)
             losses = results.losses_of(plan, rows)
             due = [p for p in study.due(plan, losses) if p not in {r.point for r in running}]
-            for point in due if not stopped() else []:
-                if not free:
+            for point in due:
+                if stopped() or len(running) == lanes(plan.cores):
                     break
-                if (held := claim(runs, point.name)) is None:
-                    continue
-                if point in results.losses_of(plan, results.read(table)):  # ended meanwhile
-                    held.close()
-                    continue
-                running.append(start(experiment, plan, point, runs, free.pop(0), held))
+                if (run := _try(experiment, plan, point, table, runs)) is not None:
+                    running.append(run)
             if not running and (stopped() or not due):
                 return not due
             if not running and not waiting:
                 waiting = True
-                terminal.say(f"waiting for {len(due)} runs that other programs have under way")
-            remaining = seconds_left(plan, rows, len(slots(plan.cores)))
-            ended = _wait(running, stopped, terminal, _status(plan, losses, running, remaining))
-            for run in ended:
+                terminal.say(f"waiting: other programs have {len(due)} runs, or the cores")
+            for run in _wait(running, stopped, terminal, *_status(plan, rows, running)):
                 running.remove(run)
-                free.append(run.cores)
                 _finish(experiment, plan, table, runs, terminal, run, bool(stopped()))
     finally:
         for run in running:  # after an error in one of them, or in this program
             run.process.terminate()
         for run in running:
             run.process.wait()
-            run.claim.close()
+            release(run.locks)
 
 
-def _wait(running: list[Running], stopped, terminal: Terminal, status: str) -> list[Running]:
+def _try(experiment: str, plan: Study, point: Point, table: Path, runs: Path) -> Running | None:
+    """Starts a point, if no other program has it and there are cores for it."""
+    if (held := lock(runs / f"{point.name}.claim")) is None:
+        return None
+    cores = take_cores(plan.cores)
+    # It may have ended in another program since the table was read.
+    if cores is None or point in results.losses_of(plan, results.read(table)):
+        release([held, *(cores or {}).values()])
+        return None
+    return start(experiment, plan, point, runs, cores, [held, *cores.values()])
+
+
+def _wait(
+    running: list[Running], stopped: Callable[[], str | None], terminal: Terminal, share: float,
+    status: str,
+) -> list[Running]:  # fmt: skip
     """Those that ended; waits for one, or, for other programs' runs, some seconds."""
     told, since = False, time.monotonic()
     while running or time.monotonic() - since < 5:
@@ -165,20 +203,28 @@ def _wait(running: list[Running], stopped, terminal: Terminal, status: str) -> l
             return ended
         if not running and stopped():
             return []
-        terminal.show(status, 0.0)
+        terminal.show(status, share)
         time.sleep(0.2)
     return []
 
 
-def _status(plan: Study, losses, running: list[Running], remaining: float | None) -> str:
-    total = len(losses) + len(study.forecast(plan, losses))
+def _status(plan: Study, rows: list[results.Row], running: list[Running]) -> tuple[float, str]:
+    done = len(results.in_study(plan, rows))
+    total = done + len(study.forecast(plan, results.losses_of(plan, rows)))
     names = ", ".join(run.point.name for run in running)
-    eta = "" if remaining is None else f", eta about {format_duration(remaining)}"
-    return f"{len(losses)} of about {total} runs{eta}; now {names}"
+    return done / total, f"{done} of about {total} runs{_eta(plan, rows)}; now {names}"
 
 
-def seconds_left(plan: Study, rows: list[results.Row], lanes: int) -> float | None:
-    """Until the study's end, from what a step took so far; None where nothing has run."""
+def _eta(plan: Study, rows: list[results.Row]) -> str:
+    left = seconds_left(plan, rows)
+    return "" if left is None else f", about {format_duration(left)} left"
+
+
+def seconds_left(plan: Study, rows: list[results.Row]) -> float | None:
+    """Until the study's end, from what a step took so far; None where nothing has run.
+
+    Without the time that starts, compilation and evaluation take.
+    """
     speed: dict[tuple[str, str] | None, float] = {}
     for row in rows:
         if row["status"] == "done" and row["steps"]:
@@ -187,7 +233,9 @@ def seconds_left(plan: Study, rows: list[results.Row], lanes: int) -> float | No
     if not speed:
         return None
     left = study.forecast(plan, results.losses_of(plan, rows))
-    return sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in left) / lanes
+    return sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in left) / lanes(
+        plan.cores
+    )
 
 
 def _finish(
@@ -196,27 +244,29 @@ def _finish(
 ) -> None:  # fmt: skip
     """Adds the row of a run that has ended, or leaves it for another time."""
     point, code = run.point, run.process.returncode
+    log = runs / f"{point.name}.log"
     try:
         if code == EXIT_RESUME or (code < 0 and stopping):  # it goes on next time
             return
         if code not in (0, EXIT_DIVERGED):
-            raise PointFailed(
-                f"{point.name} ended with code {code}: {last_line(runs / f'{point.name}.log')}"
-            )
-        row = results.row_of(experiment, plan, point, runs / point.name, code == EXIT_DIVERGED)
+            raise PointFailed(f"{point.name} {_how_it_ended(code, log)}")
+        row = results.row_of(
+            experiment, plan, point, runs / point.name, code == EXIT_DIVERGED, run.origin
+        )
         results.add(table, plan, row)
     finally:
-        run.claim.close()
-    rows = results.read(table)
-    remaining = seconds_left(plan, rows, len(slots(plan.cores)))
-    left = len(study.forecast(plan, results.losses_of(plan, rows)))
+        release(run.locks)
     loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f} nats/token"
+    rows = results.read(table)
+    left = len(study.forecast(plan, results.losses_of(plan, rows)))
     terminal.say(
         f"{point.name}: {loss} in {format_duration(row['seconds'])};"
-        f" about {left} runs and {format_duration(remaining or 0)} left"
+        f" about {left} runs to come{_eta(plan, rows)}"
     )
 
 
-def last_line(log: Path) -> str:
+def _how_it_ended(code: int, log: Path) -> str:
+    if code < 0:
+        return f"was ended by signal {-code} (9: out of memory?); see {log}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else f"see {log}"
+    return f"ended with code {code}: {lines[-1] if lines else ''} (see {log})"

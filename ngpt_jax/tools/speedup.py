@@ -23,13 +23,14 @@ Curve = Sequence[Cell]  # of one model, costs ascending
 class SpeedUp(NamedTuple):
     """``value`` times less; ``bound`` is "" or, where the curve ends before, ">" or "<".
 
-    ``low`` and ``high`` are the interval's ends, within what the curve covers.
+    ``low`` and ``high`` are the interval's ends, within what the curve covers; None where there is
+    one seed.
     """
 
     value: float
     bound: str
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tuple[float, str]:
@@ -37,7 +38,7 @@ def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tup
 
     Args:
       costs: ascending.
-      losses: at those costs.
+      losses: at those costs, finite.
       loss: the one to reach.
 
     Returns:
@@ -69,6 +70,8 @@ def speed_up(
         return baseline.cost / cost, bound
 
     value, bound = ratio(_mean(baseline.losses), [_mean(cell.losses) for cell in curve])
+    if min(len(cell.losses) for cell in (baseline, *curve)) < 2:
+        return SpeedUp(value, bound, None, None)
     rng = np.random.default_rng(seed)
 
     def draw(cell: Cell) -> np.ndarray:
@@ -88,4 +91,5 @@ def _mean(x: Sequence[float]) -> float:
 
 def show(s: SpeedUp) -> str:
     """'1.52 (1.44 to 1.60)', with > or < where the curve ends."""
-    return f"{s.bound}{s.value:.2f} ({s.low:.2f} to {s.high:.2f})"
+    interval = "" if s.low is None else f" ({s.low:.2f} to {s.high:.2f})"
+    return f"{s.bound}{s.value:.2f}{interval}"

@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, field_hint
 
 # Fields of the config by dotted name; a function is called with the steps of the run.
 Overrides = Mapping[str, Any]
@@ -73,17 +74,25 @@ class Point:
 Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one diverged
 
 
+class OffLadder(ConfigError):
+    """A cell whose best value was not found within reach of its ladder."""
+
+
 def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
     """Models (or settings) that are all combinations of values of some fields.
 
-    >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))
-    ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0', 'b2=0.99,s_z.init=1.0', 'b2=0.99,s_z.init=10.0']
-    """  # noqa: E501
+    >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))[:2]
+    ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0']
+    """
     out: dict[str, Overrides] = {}
     for values in itertools.product(*fields.values()):
         name = ",".join(f"{f.split('.', 1)[-1]}={v}" for f, v in zip(fields, values))
-        out[name] = dict(zip(fields, values))
+        out[re.sub(_NOT_IN_NAMES, "_", name)] = dict(zip(fields, values))
     return out
+
+
+_NOT_IN_NAMES = r"[^\w=,.+-]"
+_SET_BY_POINTS = ("train.steps", "train.tokens", "train.seed", "data.seed")
 
 
 def check(study: Study) -> None:
@@ -97,28 +106,51 @@ def check(study: Study) -> None:
         isinstance(study, Study),
         "it must return a Study of ngpt_jax.tools.study (is a return missing?).",
     )
-    require(bool(study.models and study.settings), "models and settings must not be empty.")
-    for name in (*study.models, *study.settings):
-        plain = name.translate(str.maketrans("", "", "_=,.+-"))
-        require(
-            plain.isalnum(),
-            f"{name!r}: a name is made of letters, digits and _ = , . + -",
-        )
+    for what in ("models", "settings"):
+        arms = getattr(study, what)
+        require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
+        for name, fields in arms.items():
+            require(
+                isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
+                f"{name!r}: a name is made of letters, digits and _ = , . + -",
+            )
+            require(isinstance(fields, Mapping), f"{what}[{name!r}] must be a dict of fields.")
+            for field, value in fields.items():
+                known = field_hint(str(field)) is not None
+                require(known, f"{what}[{name!r}]: unknown field {field!r}.")
+                own = field in _SET_BY_POINTS or (what == "models" and field == study.tuned)
+                require(not own, f"{what}[{name!r}]: {field} is set by the study itself.")
+                require(value != () and value != [], f"{what}[{name!r}]: {field} is empty.")
+    names = [f"{s}-{m}" for s in study.settings for m in study.models]
+    require(len(set(names)) == len(names), "names of settings and models run into each other.")
     for what in ("budgets", "seeds"):
-        values = list(getattr(study, what))
+        values = getattr(study, what)
         require(
-            bool(values) and values == sorted(set(values)), f"{what} must be ascending, not empty."
+            isinstance(values, tuple | list | range)
+            and all(isinstance(x, int) and x >= 0 for x in values)
+            and len(values) > 0
+            and list(values) == sorted(set(values)),
+            f"{what} must be whole numbers, ascending.",
         )
     require(
         study.baseline is None or study.baseline in study.models,
         f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.",
     )
+    require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
-    for model in study.models if study.tuned else ():
-        ladder = list(study.ladders.get(model, ()))
-        factors = [b / a for a, b in itertools.pairwise(ladder) if a > 0]
+    if study.tuned is None:
+        return
+    require(
+        field_hint(study.tuned) in (float, float | None),
+        f"tuned must name a field that is a float, not {study.tuned!r}; sweep others with grid().",
+    )
+    for model in {**study.models, **study.ladders}:
+        require(model in study.models, f"ladders: there is no model {model!r}.")
+        ladder = study.ladders.get(model, ())
+        positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
+        factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
         require(
-            len(ladder) >= 3 and len(factors) == len(ladder) - 1 and min(factors) > 1,
+            len(ladder) >= 3 and bool(factors) and min(factors) > 1,
             f"ladders[{model!r}] must hold three or more positive values, ascending.",
         )
         require(
@@ -140,16 +172,16 @@ def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
         values[study.tuned] = point.value
     out = []
     for name, value in values.items():
-        value = value(point.steps) if isinstance(value, Callable) else value  # type: ignore[arg-type]
+        value = value(point.steps) if callable(value) else value
         parts = value if isinstance(value, tuple | list) else (value,)
-        out += [(name, repr(v) if isinstance(v, float) else str(v)) for v in parts]
+        out += [(name, repr(float(v)) if isinstance(v, float) else str(v)) for v in parts]
     return out
 
 
 def rung(ladder: Sequence[float], index: int) -> float:
     """Value number ``index`` of a ladder, which goes on at both ends by its factor."""
     if 0 <= index < len(ladder):
-        return ladder[index]
+        return float(ladder[index])
     factor = (ladder[-1] / ladder[0]) ** (1 / (len(ladder) - 1))
     end, steps = (ladder[0], index) if index < 0 else (ladder[-1], index - len(ladder) + 1)
     return float(f"{end * factor**steps:.3g}")
@@ -197,9 +229,9 @@ def tune(
             return rung(ladder, best), []
         indices |= beyond
         if min(indices) < -MAX_WALK or max(indices) >= len(ladder) + MAX_WALK:
-            raise ConfigError(
-                f"{setting}, {model}, {steps} steps: no best {study.tuned} within {MAX_WALK}"
-                " rungs of the ladder; give another ladder in get_study()."
+            raise OffLadder(
+                f"{setting}, {model}, {steps} steps: no best {study.tuned} within {MAX_WALK} rungs"
+                " of the ladder, or all runs diverged; give another ladder or recipe."
             )
 
 
@@ -208,19 +240,36 @@ def _index(ladder: Sequence[float], value: float) -> int:
     return next(i for i in reach if rung(ladder, i) == value)
 
 
+def _tuned_cells(
+    study: Study, losses: Losses
+) -> Iterator[tuple[tuple[str, str, int], float | None, list[Point]]]:
+    """(cell, best value, points due to find it) of the cells that have one or the other."""
+    for cell in cells(study):
+        try:
+            value, points = tune(study, losses, *cell)
+        except OffLadder:
+            continue
+        if points or value is not None or study.tuned is None:
+            yield cell, value, points
+
+
+def given_up(study: Study, losses: Losses) -> list[str]:
+    """Why cells have no best value, a line each."""
+    lines = []
+    for cell in cells(study):
+        try:
+            tune(study, losses, *cell)
+        except OffLadder as e:
+            lines.append(str(e))
+    return list(dict.fromkeys(lines))
+
+
 def due(study: Study, losses: Losses) -> list[Point]:
     """The runs that can start now, in the order in which they should, smallest budgets first."""
     out: list[Point] = []
-    for setting, model, steps in cells(study):
-        value, points = tune(study, losses, setting, model, steps)
-        if points:
-            out += points
-        elif value is not None or study.tuned is None:
-            out += [
-                p
-                for seed in study.seeds
-                if (p := Point(setting, model, steps, value, seed)) not in losses
-            ]
+    for cell, value, points in _tuned_cells(study, losses):
+        seeds = [] if points else [Point(*cell, value, seed) for seed in study.seeds]
+        out += points + [p for p in seeds if p not in losses]
     return out
 
 
@@ -243,23 +292,21 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
 def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
     """The finished runs of all seeds with the best value, for each cell that is complete."""
     out = {}
-    for setting, model, steps in cells(study):
-        value, points = tune(study, losses, setting, model, steps)
-        if points or (value is None and study.tuned is not None):
-            continue
-        runs = [Point(setting, model, steps, value, seed) for seed in study.seeds]
-        if all(p in losses for p in runs):
-            out[setting, model, steps] = runs
+    for cell, value, points in _tuned_cells(study, losses):
+        runs = [Point(*cell, value, seed) for seed in study.seeds]
+        if not points and all(p in losses for p in runs):
+            out[cell] = runs
     return out
 
 
-def at_edge(study: Study, losses: Losses, points: Iterable[Point]) -> bool:
-    """Whether the value of these runs lacks a finished neighbour on one side."""
-    if study.tuned is None:
-        return False
-    first = next(iter(points))
-    index = _index(study.ladders[first.model], first.value or 0.0)
-    sides = (rung(study.ladders[first.model], index + side) for side in (-1, 1))
-    return not all(
-        dataclasses.replace(first, value=v, seed=study.seeds[0]) in losses for v in sides
+def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None, float | None]:
+    """Losses of the first seed with the next smaller and the next larger value of the ladder."""
+    if point.value is None:
+        return None, None
+    ladder = study.ladders[point.model]
+    index = _index(ladder, point.value)
+    below, above = (
+        losses.get(dataclasses.replace(point, value=rung(ladder, i), seed=study.seeds[0]))
+        for i in (index - 1, index + 1)
     )
+    return below, above

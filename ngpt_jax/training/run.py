@@ -18,7 +18,7 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
-from ngpt_jax.files import reason
+from ngpt_jax.files import digest_of, reason
 from ngpt_jax.model.transformer import num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
@@ -115,7 +115,11 @@ class Run:
         if (writer := self._on_first(lambda: MetricWriter(workdir, self.step, config))) is not None:
             self.writer = writer
         # Last, so that a start that is refused leaves the folder as it was.
-        facts = {"data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+        facts = {
+            "data": corpus.fingerprint,
+            "held_out": digest_of(f"{s.name} {s.fingerprint}" for s in corpus.held_out),
+            "tokenizer": tokenizer.fingerprint,
+        }
         self._on_first(lambda: workdir_lib.write_versions(workdir, **facts))
         self._on_first(lambda: workdir_lib.write_config(workdir, config))
         self.results = self.writer.results  # of the last evaluation, on process 0

@@ -79,15 +79,6 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
     return found
 
 
-def identity(config: Config) -> str:
-    """The fields that make a run what it is, where they are not the defaults: 'name: value' lines.
-
-    What may change freely when a run goes on is left out.
-    """
-    differences = changes(Config(), config)
-    return "\n".join(sorted(differences[_RUN] + differences[_SCHEDULE]))
-
-
 def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bool) -> list[str]:
     """Refuses a folder that is not this run's, or new; writes nothing.
 
