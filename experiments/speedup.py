@@ -150,6 +150,15 @@ def search():
         "on_read": {"model.normalize_on_read": True},
         "b2_0.99": {"optimizer.b2": 0.99},
     }
+    for rate, part in ((1e-2, 0.05), (1.4e-2, 0.1), (2e-2, 0.1), (2e-2, 0.2)):
+        changed[f"lr{rate:g}+warmup{100 * part:g}"] = {
+            "optimizer.learning_rate": rate,
+            "optimizer.warmup_steps": share(part),
+        }
+    changed["on_read+warmup10"] = {
+        "model.normalize_on_read": True,
+        "optimizer.warmup_steps": share(0.1),
+    }
     models = {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
     gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
     changed = {
@@ -164,6 +173,19 @@ def search():
         "init0.125": {"model.init_std": 0.125},
         "b2_0.99": {"optimizer.b2": 0.99},
     }
+    for std, decay, rate in (
+        (0.125, 0.1, 1.2e-2),
+        (0.125, 0.3, 1.2e-2),
+        (0.125, 1.0, 1.2e-2),
+        (0.25, 0.3, 1.2e-2),
+        (0.125, 0.3, 2.4e-2),
+    ):
+        changed[f"init{std}+decay{decay:g}+warmup20+lr{rate:g}"] = {
+            "model.init_std": std,
+            "optimizer.weight_decay": decay,
+            "optimizer.warmup_steps": share(0.2),
+            "optimizer.learning_rate": rate,
+        }
     models |= {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}
     qk = {"model.qk_norm": True}
     models |= {f"gpt_qk{name and '+' + name}": gpt | qk | f for name, f in changed.items()}
