@@ -146,7 +146,9 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
     assert "eval/held_out/bits_per_byte" in evals[-1]
     assert "eval/held_out/bits_per_byte" not in evals[0]
     assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 16
-    assert "jax" in json.loads((tmp_path / "versions.json").read_text())
+    versions = json.loads((tmp_path / "versions.json").read_text())
+    assert {"jax", "cpu", "cores", "python"} <= set(versions)
+    assert all(re.fullmatch(r"[0-9a-f]{64}", versions[x]) for x in ("data", "held_out"))
     assert list((tmp_path / "tensorboard").iterdir())
     out = capsys.readouterr().out
     assert "bits/byte" in out
@@ -225,6 +227,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
         r" the last checkpoint is step 4\. Try a lower optimizer.learning_rate, .*",
         str(error.value),
     )
+    assert error.value.exit_code == 3  # by which compare knows that a run diverged
     # A skip before a stop counts after it.
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
