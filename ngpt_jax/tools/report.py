@@ -235,10 +235,10 @@ def plot_arms(plan: Study, cells: Sequence[Row], path: Path) -> None:
     """Losses at the largest budget as dots, a panel a setting: for sweeps and ablations."""
     steps = plan.budgets[-1]
     settings = list(plan.settings)
-    height = max(2.2, 0.6 + 0.24 * len(plan.models))
+    names = [m for m in plan.models if any(c["model"] == m for c in cells)][::-1]
+    height = max(2.2, 0.6 + 0.24 * len(names))
     fig, axes = plots.figure(1, len(settings), height=height, width=5)
     for axis, setting in zip(axes, settings):
-        names = list(plan.models)[::-1]
         for place, model in enumerate(names):
             for c in cells:
                 if (c["setting"], c["model"], c["steps"]) == (setting, model, steps):

@@ -77,29 +77,32 @@ def _loss(x: float | None) -> str:
 
 
 def _loss_table(plan: Study, cells: Sequence[Row]) -> str:
-    tuned = (plan.tuned or "").rsplit(".", 1)[-1] or "-"
-    columns = [
-        "setting", "model", "steps", "tokens a parameter", tuned, "loss", "least", "largest",
-        "first seed", f"at {tuned} below", "above", "bits a byte", "seconds", "tokens/s", "seeds",
-    ]  # fmt: skip
-    rows = [
-        [
-            c["setting"], c["model"], f"{c['steps']:,}", f"{c['tokens_per_parameter']:.1f}",
-            _number(c["value"], "g"),
-            *(
-                _loss(c[name])
-                for name in (
-                    "loss", "loss_min", "loss_max", "loss_first_seed", "loss_at_value_below",
-                    "loss_at_value_above",
-                )
-            ),
-            _number(c["bits_per_byte"], ".4f"), f"{c['seconds']:.0f}",
-            f"{c['tokens_per_second']:,.0f}",
-            c["seeds"] if not c["diverged"] else f"{c['seeds']}, {c['diverged']} diverged",
-        ]
-        for c in cells
-    ]  # fmt: skip
-    return table(columns, rows)
+    tuned = (plan.tuned or "").rsplit(".", 1)[-1]
+    names = {"steps": "steps", "tokens_per_parameter": "tokens a parameter"}
+    if tuned:
+        names |= {"value": tuned}
+    names |= {"loss": "loss"}
+    if len(plan.seeds) > 1:
+        names |= {"loss_min": "least", "loss_max": "largest"}
+    if tuned:
+        names |= {
+            "loss_first_seed": "first seed",
+            "loss_at_value_below": f"at {tuned} below",
+            "loss_at_value_above": "above",
+        }
+    names |= {"bits_per_byte": "bits a byte", "seconds": "seconds", "tokens_per_second": "tokens/s"}
+    if any(c["diverged"] for c in cells):
+        names |= {"diverged": "diverged"}
+    forms = {
+        "steps": ",", "tokens_per_parameter": ".1f", "value": "g", "bits_per_byte": ".4f",
+        "seconds": ".0f", "tokens_per_second": ",.0f", "diverged": "",
+    }  # fmt: skip
+
+    def show(cell: Row, name: str) -> str:
+        return _number(cell[name], forms[name]) if name in forms else _loss(cell[name])
+
+    rows = [[c["setting"], c["model"], *(show(c, name) for name in names)] for c in cells]
+    return table(["setting", "model", *names.values()], rows)
 
 
 def _speedup_table(plan: Study, speedups: Sequence[Row]) -> str:
