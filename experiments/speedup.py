@@ -159,6 +159,18 @@ def search():
         "model.normalize_on_read": True,
         "optimizer.warmup_steps": share(0.1),
     }
+    # The paper's scales at its width and rate move by 3 % a step (rate / scale); here by 11 %.
+    slow = {f"model.{name}.scale": 0.5 for name in ("alpha_a", "alpha_m", "s_qk", "s_z")}
+    for name, rate, part, fields in (
+        ("slow", 1.4e-2, 0.1, slow),
+        ("slow", 1.4e-2, 0.0, slow),
+        ("slow", 2e-2, 0.1, slow),
+        ("slow+s_qk1.5", 1.4e-2, 0.1, slow | {"model.s_qk.init": 1.5}),
+    ):
+        changed[f"{name}+lr{rate:g}+warmup{100 * part:g}"] = fields | {
+            "optimizer.learning_rate": rate,
+            "optimizer.warmup_steps": share(part),
+        }
     models = {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
     gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
     changed = {
@@ -173,17 +185,21 @@ def search():
         "init0.125": {"model.init_std": 0.125},
         "b2_0.99": {"optimizer.b2": 0.99},
     }
-    for std, decay, rate in (
-        (0.125, 0.1, 1.2e-2),
-        (0.125, 0.3, 1.2e-2),
-        (0.125, 1.0, 1.2e-2),
-        (0.25, 0.3, 1.2e-2),
-        (0.125, 0.3, 2.4e-2),
+    for std, decay, part, rate in (
+        (0.125, 0.1, 0.2, 1.2e-2),
+        (0.125, 0.3, 0.2, 1.2e-2),
+        (0.125, 1.0, 0.2, 1.2e-2),
+        (0.25, 0.3, 0.2, 1.2e-2),
+        (0.125, 0.3, 0.2, 2.4e-2),
+        (0.25, 0.1, 0.2, 1.2e-2),
+        (0.25, 0.3, 0.1, 1.2e-2),
+        (0.25, 0.3, 0.2, 2.4e-2),
+        (0.5, 0.3, 0.2, 1.2e-2),
     ):
-        changed[f"init{std}+decay{decay:g}+warmup20+lr{rate:g}"] = {
+        changed[f"init{std}+decay{decay:g}+warmup{100 * part:g}+lr{rate:g}"] = {
             "model.init_std": std,
             "optimizer.weight_decay": decay,
-            "optimizer.warmup_steps": share(0.2),
+            "optimizer.warmup_steps": share(part),
             "optimizer.learning_rate": rate,
         }
     models |= {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}
