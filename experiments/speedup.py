@@ -50,11 +50,6 @@ def _same(config):
     """The studies differ in get_study alone."""
 
 
-def share(part: float):
-    """Warm-up over a part of the run."""
-    return lambda steps: round(part * steps)
-
-
 # What the search found, for each model.
 MODELS = {
     "gpt": {"model.kind": "gpt"},
@@ -107,7 +102,7 @@ def ablation():
         "ngpt-learned_s_z": {"model.s_z.scale": fixed},
         "ngpt_s_z_init1": {"model.s_z.init": 1.0},
         "ngpt_alpha_init0.05": {"model.alpha_a.init": 0.05, "model.alpha_m.init": 0.05},
-        "ngpt-warmup": {"optimizer.warmup_steps": 0},
+        "ngpt-warmup": {"optimizer.warmup_share": 0.0},
         "ngpt+decay": {"optimizer.weight_decay": 0.1},
     }
     models = {name: ngpt | fields for name, fields in changed.items()}
@@ -115,7 +110,7 @@ def ablation():
         "gpt": gpt,
         "gpt_qk": MODELS["gpt_qk"],
         "gpt-decay": gpt | {"optimizer.weight_decay": 0.0},
-        "gpt-warmup": gpt | {"optimizer.warmup_steps": 0},
+        "gpt-warmup": gpt | {"optimizer.warmup_share": 0.0},
     }
     rates = {name: RATES["ngpt" if name.startswith("ngpt") else "gpt"] for name in models}
     return Study(
@@ -146,18 +141,18 @@ def search():
         "s_z20": {"model.s_z.init": 20.0},
         "alpha0.4": {"model.alpha_a.init": 0.4, "model.alpha_m.init": 0.4},
         "alpha0.05": {"model.alpha_a.init": 0.05, "model.alpha_m.init": 0.05},
-        "warmup5": {"optimizer.warmup_steps": share(0.05)},
+        "warmup5": {"optimizer.warmup_share": 0.05},
         "on_read": {"model.normalize_on_read": True},
         "b2_0.99": {"optimizer.b2": 0.99},
     }
     for rate, part in ((1e-2, 0.05), (1.4e-2, 0.1), (2e-2, 0.1), (2e-2, 0.2)):
         changed[f"lr{rate:g}+warmup{100 * part:g}"] = {
             "optimizer.learning_rate": rate,
-            "optimizer.warmup_steps": share(part),
+            "optimizer.warmup_share": part,
         }
     changed["on_read+warmup10"] = {
         "model.normalize_on_read": True,
-        "optimizer.warmup_steps": share(0.1),
+        "optimizer.warmup_share": 0.1,
     }
     # The paper's scales at its width and rate move by 3 % a step (rate / scale); here by 11 %.
     slow = {f"model.{name}.scale": 0.5 for name in ("alpha_a", "alpha_m", "s_qk", "s_z")}
@@ -169,7 +164,7 @@ def search():
     ):
         changed[f"{name}+lr{rate:g}+warmup{100 * part:g}"] = fields | {
             "optimizer.learning_rate": rate,
-            "optimizer.warmup_steps": share(part),
+            "optimizer.warmup_share": part,
         }
     models = {f"ngpt{name and '+' + name}": ngpt | fields for name, fields in changed.items()}
     gpt = {"model.kind": "gpt", "optimizer.learning_rate": 1.2e-2}
@@ -177,8 +172,8 @@ def search():
         "": {},
         "lr6e-3": {"optimizer.learning_rate": 6e-3},
         "lr2.4e-2": {"optimizer.learning_rate": 2.4e-2},
-        "warmup5": {"optimizer.warmup_steps": share(0.05)},
-        "warmup20": {"optimizer.warmup_steps": share(0.2)},
+        "warmup5": {"optimizer.warmup_share": 0.05},
+        "warmup20": {"optimizer.warmup_share": 0.2},
         "decay0.01": {"optimizer.weight_decay": 0.01},
         "decay0.3": {"optimizer.weight_decay": 0.3},
         "init0.06": {"model.init_std": 0.06},
@@ -199,7 +194,7 @@ def search():
         changed[f"init{std}+decay{decay:g}+warmup{100 * part:g}+lr{rate:g}"] = {
             "model.init_std": std,
             "optimizer.weight_decay": decay,
-            "optimizer.warmup_steps": share(part),
+            "optimizer.warmup_share": part,
             "optimizer.learning_rate": rate,
         }
     models |= {f"gpt{name and '+' + name}": gpt | fields for name, fields in changed.items()}

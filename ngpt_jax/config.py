@@ -315,6 +315,18 @@ def resolve(config: Config) -> Config:
     train = dataclasses.replace(t, steps=steps)
 
     warmup = o.warmup_steps
+    if o.warmup_share is not None:
+        _require(
+            0 <= o.warmup_share < 1,
+            f"optimizer.warmup_share must lie in [0, 1), got {o.warmup_share}.",
+        )
+        share = round(o.warmup_share * steps)
+        _require(
+            warmup in (None, share),
+            f"optimizer.warmup_steps = {warmup} and warmup_share = {o.warmup_share} ({share} steps)"
+            " disagree; set one of them to None.",
+        )
+        warmup = share
     if warmup is None:
         warmup = 0 if ngpt else min(2000, steps // 10)
     _require(

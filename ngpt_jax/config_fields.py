@@ -83,7 +83,12 @@ class OptimizerConfig:
     learning_rate: float = _field(1e-3, "peak")
     schedule: str = _field("cosine", "cosine, wsd (warm-up, stable, linear decay) or constant")
     warmup_steps: int | None = _field(
-        None, "None: 0 for nGPT; for GPT 2000 or a tenth of the run, the smaller"
+        None,
+        "None: by warmup_share; without it 0 for nGPT, for GPT 2000 or a tenth of the run, the"
+        " smaller",
+    )
+    warmup_share: float | None = _field(
+        None, "length of the warm-up over that of the run, in place of warmup_steps"
     )
     final_fraction: float = _field(0.0, "learning rate at the end over the peak (cosine, wsd)")
     decay_fraction: float = _field(0.2, "share of the steps that wsd decays in")

@@ -26,7 +26,7 @@ from ngpt_jax.tools.study import Point, Study
 REPO = Path(__file__).parent.parent
 
 PLAN = Study(
-    models={"gpt": {"model.kind": "gpt"}, "ngpt": {"optimizer.warmup_steps": lambda n: n // 4}},
+    models={"gpt": {"model.kind": "gpt"}, "ngpt": {"optimizer.warmup_share": 0.25}},
     settings={"short": {}, "long": {"model.context": 64}},
     budgets=(10, 20, 40, 80),
     seeds=(0, 1, 2),
@@ -120,7 +120,7 @@ def test_nothing_is_tuned_where_no_field_is_named():
 def test_overrides_are_those_of_setting_model_budget_value_and_seed():
     point = Point("long", "ngpt", 40, 2e-2, 3)
     assert dict(study.overrides_of(PLAN, point)) == {
-        "model.context": "64", "optimizer.warmup_steps": "10", "train.steps": "40",
+        "model.context": "64", "optimizer.warmup_share": "0.25", "train.steps": "40",
         "train.seed": "3", "data.seed": "3", "optimizer.learning_rate": "0.02",
     }  # fmt: skip
     assert point.name == "long-ngpt-40-0.02-seed3"

@@ -24,11 +24,14 @@ def test_defaults_are_resolved():
     assert (config.model.head_dim, config.model.kv_heads, config.model.mlp_width) == (32, 4, 512)
     assert config.model.qk_norm is True
     assert config.model.alpha_a.scale == 128**-0.5
-    assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.0, 0)
-    gpt = load(spec=QUICKSTART + ":gpt")
+    no_share = "--config.optimizer.warmup_share=None"
+    assert (config.optimizer.weight_decay, load(no_share).optimizer.warmup_steps) == (0.0, 0)
+    gpt = load(no_share, spec=QUICKSTART + ":gpt")
     assert gpt.model.qk_norm is False
     assert gpt.optimizer.weight_decay == 0.1
     assert gpt.optimizer.warmup_steps == gpt.train.steps // 10
+    part = load("--config.optimizer.warmup_share=0.05", "--config.train.steps=750")
+    assert part.optimizer.warmup_steps == round(0.05 * 750)
 
 
 def test_resolving_twice_changes_nothing():
@@ -127,12 +130,17 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ),
         ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
         ("optimizer.schedule=linear", r"optimizer.schedule must be one of cosine, wsd, constant"),
-        ("optimizer.warmup_steps=500", r"optimizer.warmup_steps = 500 must be below"),
+        ("optimizer.warmup_share=0.9999", r"optimizer.warmup_steps = 700 must be below"),
+        ("optimizer.warmup_share=1", r"optimizer.warmup_share must lie in \[0, 1\)"),
+        (
+            "optimizer.warmup_steps=500",
+            r"warmup_steps = 500 and warmup_share = 0.1 \(70 steps\) disagree; set one",
+        ),
         ("optimizer.b2=2", r"optimizer.b2 must lie in \[0, 1\)"),
         ("train.steps=None", r"Give the length of the run: train.steps or train.tokens"),
-        ("train.tokens=5", r"train.steps = 500 and train.tokens = 5"),
+        ("train.tokens=5", r"train.steps = 700 and train.tokens = 5"),
         ("train.steps=0", r"train.steps must be positive"),
-        ("train.tokens=0", r"train.steps = 500 and train.tokens = 0"),
+        ("train.tokens=0", r"train.steps = 700 and train.tokens = 0"),
         ("train.batch_size=-1", r"train.batch_size must be positive"),
     ],
 )

@@ -19,7 +19,7 @@ from typing import Any
 
 from ngpt_jax.config import ConfigError, field_hint
 
-# Fields of the config by dotted name; a function is called with the steps of the run.
+# Fields of the config by dotted name.
 Overrides = Mapping[str, Any]
 MAX_WALK = 8  # rungs beyond the ladder: whoever needs more has the wrong ladder
 
@@ -172,7 +172,6 @@ def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
         values[study.tuned] = point.value
     out = []
     for name, value in values.items():
-        value = value(point.steps) if callable(value) else value
         parts = value if isinstance(value, tuple | list) else (value,)
         out += [(name, repr(float(v)) if isinstance(v, float) else str(v)) for v in parts]
     return out

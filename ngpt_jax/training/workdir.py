@@ -47,7 +47,7 @@ _MAY_CHANGE = {
     "optimizer.": _RUN,
     "optimizer.learning_rate": _SCHEDULE,
     "optimizer.schedule": _SCHEDULE,
-    "optimizer.warmup_steps": _SCHEDULE,
+    "optimizer.warmup_": _SCHEDULE,
     "optimizer.final_fraction": _SCHEDULE,
     "optimizer.decay_fraction": _SCHEDULE,
     # Where the text and the tokenizer lie: what they are is told by their fingerprints.
