@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.terminal import Terminal
-from ngpt_jax.tools import compare, report, results, runner, speedup, study
+from ngpt_jax.tools import report, results, runner, speedup, study
 from ngpt_jax.tools.speedup import Cell, cost_at, speed_up
 from ngpt_jax.tools.study import Point, Study
 
@@ -302,7 +302,7 @@ def fake_runs(tmp_path, monkeypatch):
 
 
 def run_study(experiment, out, stopped=lambda: None):
-    plan = compare.load_study(experiment)
+    plan = results.load_study(experiment)
     out.mkdir(exist_ok=True)
     return runner.run_all(
         experiment, plan, out / "results.csv", out / "runs", Terminal(quiet=True), stopped
@@ -422,7 +422,7 @@ def test_a_file_that_changes_under_a_run_does_not_change_what_its_row_says(
         return run
 
     monkeypatch.setattr(runner, "start", start)
-    plan, out = compare.load_study(experiment), tmp_path / "out"
+    plan, out = results.load_study(experiment), tmp_path / "out"
     before = results.digest(results.config_of(experiment, plan, study.due(plan, {})[0]))
     run_study(experiment, out, lambda: "SIGTERM" if losses_in(out) else None)
     assert results.read(out / "results.csv")[0]["config"] == before
@@ -435,7 +435,7 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
 ):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan = compare.load_study(experiment)
+    plan = results.load_study(experiment)
     page = report.write(experiment, plan, results.read(out / "results.csv"), out)
     text = page.read_text()
     assert "Small &amp; &lt;quick&gt;." in text
@@ -455,35 +455,35 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     )
     assert cells[0]["loss_at_value_above"] == math.inf and "diverged" in text
     assert cells[0]["loss"] == pytest.approx(3 - 0.3 * math.log(8) + 0.0005)
-    assert report.spread_of(plan, results.read(out / "results.csv"), Point(
+    assert results.spread_of(plan, results.read(out / "results.csv"), Point(
         "book", "gpt", 8, 2e-3, 0)) == pytest.approx(0.001)  # fmt: skip
 
 
 def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan, table = compare.load_study(experiment), out / "results.csv"
+    plan, table = results.load_study(experiment), out / "results.csv"
     row = next(r for r in results.read(table) if r["seed"] == 1)  # of a cell with two seeds
     name = results.point_of(row).name
-    assert compare.check_point(experiment, plan, table, name) == 0
+    assert runner.run_again(experiment, plan, table, name) == 0
     assert "the same to the last bit" in capsys.readouterr().out
     moved = math.nextafter(row["loss"], 9)
     results.add(table, plan, row | {"loss": moved, "jax": "0.0.1"})
-    assert compare.check_point(experiment, plan, table, name) == 1
+    assert runner.run_again(experiment, plan, table, name) == 1
     said = capsys.readouterr().out
     assert "jax differs: 0.0.1 in the table, 0 here" in said
     assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
     assert "spread of its cell" in said
     results.add(table, plan, row | {"status": "diverged", "loss": None})
-    assert compare.check_point(experiment, plan, table, name) == 1
+    assert runner.run_again(experiment, plan, table, name) == 1
     with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):
-        compare.check_point(experiment, plan, table, "book-gpt-9")
+        runner.run_again(experiment, plan, table, "book-gpt-9")
 
 
 def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan = compare.load_study(experiment)
+    plan = results.load_study(experiment)
     rows = results.read(out / "results.csv")
     results.check_rows(experiment, plan, rows, out / "results.csv")
     other = Path(experiment).with_name("other.py")

@@ -18,8 +18,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
-import time
 from pathlib import Path
 
 from absl import flags
@@ -29,7 +27,6 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.files import is_remote, reason
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import plots, report, results, runner, study
-from ngpt_jax.tools.study import Study
 from ngpt_jax.training.stop_signal import StopSignal
 
 _EXPERIMENT = flags.DEFINE_string(
@@ -41,61 +38,6 @@ _REPORT_ONLY = flags.DEFINE_bool("report_only", False, "Write the report of what
 _CHECK = flags.DEFINE_string(
     "check", None, "Run this point of the table once more, apart, and compare its loss."
 )
-
-
-def load_study(spec: str) -> Study:
-    """What get_study(variants) of FILE[:variant,...] returns, checked."""
-    plan = config_file.call_in_file("experiment", spec, "get_study")
-    study.check(plan)
-    return plan
-
-
-def check_point(experiment: str, plan: Study, table: Path, name: str) -> int:
-    """Runs a point of the table again; 0 where its loss is the same to the last bit."""
-    rows = {results.point_of(r).name: r for r in results.in_study(plan, results.read(table))}
-    if name not in rows:
-        example = f"it has e.g. {next(iter(rows))}" if rows else "it has none of this study"
-        raise ConfigError(f"--check: {table} has no {name}; {example}.")
-    old, terminal, stop = rows[name], Terminal(), StopSignal()
-    point = results.point_of(old)
-    with tempfile.TemporaryDirectory() as folder:
-        while (cores := runner.take_cores(plan.cores)) is None:
-            terminal.tell("waiting for cores that other runs have", seconds=60)
-            if stop.name:
-                return runner.EXIT_RESUME
-            time.sleep(1)
-        terminal.say(f"{name}: about {format_duration(old['seconds'])}")
-        run = runner.start(experiment, plan, point, Path(folder), cores, [*cores.values()])
-        try:
-            while (code := run.process.poll()) is None and not stop.name:
-                time.sleep(0.2)
-        finally:
-            run.process.kill()
-            run.process.wait()
-            stop.restore()
-        if code is None:
-            return runner.EXIT_RESUME
-        if code not in (0, runner.EXIT_DIVERGED):
-            log = (Path(folder) / f"{name}.log").read_text(errors="replace")
-            raise runner.PointFailed(f"{name} ended with code {code}: {log.splitlines()[-1:]}")
-        new = results.row_of(
-            experiment, plan, point, Path(folder) / name, code == runner.EXIT_DIVERGED, run.origin
-        )
-    for column in (
-        "cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "held_out", "config",
-    ):  # fmt: skip
-        if old[column] != new[column]:
-            terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
-    same = old["loss"] == new["loss"] and old["status"] == new["status"]
-    told = [f"{r['status']}, loss {r['loss']!r}" for r in (old, new)]
-    terminal.say(f"in the table: {told[0]}; now: {told[1]}")
-    if same:
-        terminal.say("the same to the last bit")
-    elif None not in (old["loss"], new["loss"]):
-        terminal.say(f"difference: {new['loss'] - old['loss']:+.3g} nats a token")
-        if (spread := report.spread_of(plan, results.read(table), point)) is not None:
-            terminal.say(f"spread of its cell (largest less smallest seed): {spread:.3g}")
-    return 0 if same else 1
 
 
 def _out_folder(experiment: str) -> Path:
@@ -112,7 +54,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if _EXPERIMENT.value is None:
         raise ConfigError("Give --experiment=experiments/speedup.py (see --help).")
     experiment = _EXPERIMENT.value
-    plan = load_study(experiment)
+    plan = results.load_study(experiment)
     out = _out_folder(experiment)
     table = out / "results.csv"
     if _REPORT_ONLY.value and not table.exists():
@@ -124,7 +66,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         results.config_of(experiment, plan, point)
     runner.lanes(plan.cores)
     if _CHECK.value:
-        return check_point(experiment, plan, table, _CHECK.value)
+        return runner.run_again(experiment, plan, table, _CHECK.value)
     if _DRY_RUN.value:
         for point in study.due(plan, results.losses_of(plan, rows)):
             print(f"due: {point.name}")

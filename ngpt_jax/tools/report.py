@@ -12,7 +12,7 @@ from typing import Any
 from ngpt_jax.tools import plots, report_page, results, study
 from ngpt_jax.tools.results import Row
 from ngpt_jax.tools.speedup import Cell, speed_up
-from ngpt_jax.tools.study import Point, Study
+from ngpt_jax.tools.study import Study
 
 COSTS = {
     "steps": "steps",
@@ -97,17 +97,6 @@ def speedups_of(plan: Study, cells: Sequence[Row]) -> list[Row]:
                     "speed_up": s.value, "low": s.low, "high": s.high,
                 })  # fmt: skip
     return out
-
-
-def spread_of(plan: Study, rows: Sequence[Row], point: Point) -> float | None:
-    """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
-    losses = results.losses_of(plan, rows)
-    cell = [
-        x for p, x in losses.items()
-        if (p.setting, p.model, p.steps, p.value)
-        == (point.setting, point.model, point.steps, point.value) and math.isfinite(x)
-    ]  # fmt: skip
-    return max(cell) - min(cell) if len(cell) > 1 else None
 
 
 def _look(plan: Study, model: str) -> dict[str, Any]:

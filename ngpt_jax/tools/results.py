@@ -18,7 +18,7 @@ from ngpt_jax import config as config_lib
 from ngpt_jax import config_file
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.files import digest_of, reason
-from ngpt_jax.tools import plots
+from ngpt_jax.tools import plots, study
 from ngpt_jax.tools.study import Losses, Point, Study, overrides_of
 
 Row = dict[str, Any]
@@ -46,6 +46,13 @@ _NO_PART = (
     "model.attention", "model.loss_chunk", "data.paths", "data.eval_paths", "data.cache",
     "data.workers", "data.threads", "data.prefetch", "train.accumulate",
 )  # fmt: skip
+
+
+def load_study(spec: str) -> Study:
+    """What get_study(variants) of FILE[:variant,...] returns, checked."""
+    plan = config_file.call_in_file("experiment", spec, "get_study")
+    study.check(plan)
+    return plan
 
 
 def command_of(experiment: str, plan: Study, point: Point) -> list[str]:
@@ -138,6 +145,17 @@ def check_rows(experiment: str, plan: Study, rows: Sequence[Row], path: Path) ->
                     f"{path}: rows of {setting} come from different text (column {what}: "
                     f"{', '.join(sorted(map(str, found)))}); delete those of the other text."
                 )
+
+
+def spread_of(plan: Study, rows: Sequence[Row], point: Point) -> float | None:
+    """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
+    losses = losses_of(plan, rows)
+    cell = [
+        x for p, x in losses.items()
+        if (p.setting, p.model, p.steps, p.value)
+        == (point.setting, point.model, point.steps, point.value) and math.isfinite(x)
+    ]  # fmt: skip
+    return max(cell) - min(cell) if len(cell) > 1 else None
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import results, study
 from ngpt_jax.tools.results import Origin
 from ngpt_jax.tools.study import Point, Study
+from ngpt_jax.training.stop_signal import StopSignal
 
 EXIT_DIVERGED = 3  # of main
 EXIT_RESUME = 75
@@ -263,6 +264,53 @@ def _finish(
         f"{point.name}: {loss} in {format_duration(row['seconds'])};"
         f" about {left} runs to come{_eta(plan, rows)}"
     )
+
+
+def run_again(experiment: str, plan: Study, table: Path, name: str) -> int:
+    """Runs a point of the table again; 0 where its loss is the same to the last bit."""
+    rows = {results.point_of(r).name: r for r in results.in_study(plan, results.read(table))}
+    if name not in rows:
+        example = f"it has e.g. {next(iter(rows))}" if rows else "it has none of this study"
+        raise ConfigError(f"--check: {table} has no {name}; {example}.")
+    old, terminal, stop = rows[name], Terminal(), StopSignal()
+    point = results.point_of(old)
+    with tempfile.TemporaryDirectory() as folder:
+        while (cores := take_cores(plan.cores)) is None:
+            terminal.tell("waiting for cores that other runs have", seconds=60)
+            if stop.name:
+                return EXIT_RESUME
+            time.sleep(1)
+        terminal.say(f"{name}: about {format_duration(old['seconds'])}")
+        run = start(experiment, plan, point, Path(folder), cores, [*cores.values()])
+        try:
+            while (code := run.process.poll()) is None and not stop.name:
+                time.sleep(0.2)
+        finally:
+            run.process.kill()
+            run.process.wait()
+            stop.restore()
+        if code is None:
+            return EXIT_RESUME
+        if code not in (0, EXIT_DIVERGED):
+            raise PointFailed(f"{name} {_how_it_ended(code, Path(folder) / f'{name}.log')}")
+        new = results.row_of(
+            experiment, plan, point, Path(folder) / name, code == EXIT_DIVERGED, run.origin
+        )
+    for column in (
+        "cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "held_out", "config",
+    ):  # fmt: skip
+        if old[column] != new[column]:
+            terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
+    same = old["loss"] == new["loss"] and old["status"] == new["status"]
+    told = [f"{r['status']}, loss {r['loss']!r}" for r in (old, new)]
+    terminal.say(f"in the table: {told[0]}; now: {told[1]}")
+    if same:
+        terminal.say("the same to the last bit")
+    elif None not in (old["loss"], new["loss"]):
+        terminal.say(f"difference: {new['loss'] - old['loss']:+.3g} nats a token")
+        if (spread := results.spread_of(plan, results.read(table), point)) is not None:
+            terminal.say(f"spread of its cell (largest less smallest seed): {spread:.3g}")
+    return 0 if same else 1
 
 
 def _how_it_ended(code: int, log: Path) -> str:
