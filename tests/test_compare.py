@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -617,7 +618,9 @@ def test_real_runs_can_be_stopped_and_every_point_can_be_made_again(experiment, 
     arguments = [
         sys.executable, "-m", "ngpt_jax.tools.compare", f"--experiment={path}", f"--out={out}",
     ]  # fmt: skip
-    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, text=True)
+    # A place of its own for the locks of cores: a study may be under way here.
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(arguments, cwd=REPO, stdout=subprocess.PIPE, text=True, env=env)
     end = time.monotonic() + 60
     while not list(out.glob("runs/*/metrics.jsonl")) and time.monotonic() < end:
         time.sleep(0.1)
@@ -625,14 +628,14 @@ def test_real_runs_can_be_stopped_and_every_point_can_be_made_again(experiment, 
     said, _ = process.communicate()
     assert process.returncode == 75, said
     assert "save their state" in said
-    done = command(*arguments[3:])
+    done = command(*arguments[3:], env=env)
     assert done.returncode == 0, done.stderr
     rows = results.read(out / "results.csv")
     assert [(r["model"], r["status"], r["cores"]) for r in rows] == [
         ("gpt", "done", 1), ("ngpt", "done", 1)
     ]  # fmt: skip
     name = results.point_of(rows[1]).name
-    done = command(*arguments[3:], f"--check={name}")
+    done = command(*arguments[3:], f"--check={name}", env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the same to the last bit" in done.stdout
     assert (out / "report.html").exists()
