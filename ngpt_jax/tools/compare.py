@@ -41,11 +41,9 @@ _CHECK = flags.DEFINE_string(
 
 
 def _out_folder(experiment: str) -> Path:
-    path, _, variants = experiment.partition(":")
-    stem = "-".join([Path(path).stem, *filter(None, variants.split(","))])
     if _OUT.value and is_remote(_OUT.value):
         raise ConfigError(f"--out={_OUT.value}: give a folder on a local or mounted disk.")
-    return Path(_OUT.value).expanduser() if _OUT.value else Path(path).parent / stem
+    return Path(_OUT.value).expanduser() if _OUT.value else results.default_folder(experiment)
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:

@@ -144,7 +144,11 @@ def write(
       lost: what was not found, a line each.
     """
     from ngpt_jax.tools.report import facts_of
+    from ngpt_jax.tools.results import default_folder
 
+    # Runs may be made in one checkout for the results of another: the name of the folder decides.
+    usual = page.parent.name == default_folder(experiment).name
+    elsewhere = "" if usual else f" --out={page.parent}"
     title = plan.title or f"Comparison: {experiment}"
     wanted = len(plan.settings) * len(plan.models) * len(plan.budgets)
     seconds = sum(r["seconds"] or 0 for r in rows)
@@ -191,7 +195,7 @@ def write(
         "</ul>",
         "<p>Every run, with the command that makes it: <code>results.csv</code>. Again:"
         f" <code>python -m ngpt_jax.tools.compare --experiment={html.escape(experiment)}"
-        f" --out={html.escape(str(page.parent))}</code>;"
+        f"{html.escape(elsewhere)}</code>;"
         " one run once more, with its loss compared: <code>--check=NAME</code>, e.g."
         f" <code>{html.escape(_example(rows))}</code>.</p>",
     ]

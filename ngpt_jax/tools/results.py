@@ -55,6 +55,12 @@ def load_study(spec: str) -> Study:
     return plan
 
 
+def default_folder(experiment: str) -> Path:
+    """Where the results of FILE[:variant,...] lie: beside it, FILE-variant."""
+    path, _, variants = experiment.partition(":")
+    return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
+
+
 def command_of(experiment: str, plan: Study, point: Point) -> list[str]:
     """Arguments of ``python -m ngpt_jax.main`` for a point, without its workdir."""
     flags = [f"--config.{name}={text}" for name, text in overrides_of(plan, point)]
