@@ -172,7 +172,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def add(path: Path, plan: Study, row: Row) -> None:
-    """Adds a row, in the place that the study's order gives it; refuses one of other text."""
+    """Adds a row, in the place that the study's order gives it, for any row of its point."""
     with locked(path.parent):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
         names = list(plan.settings), list(plan.models)
