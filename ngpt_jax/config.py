@@ -284,6 +284,10 @@ def resolve(config: Config) -> Config:
         not (m.kind == "gpt" and m.normalize_on_read),
         "model.normalize_on_read is for model.kind=ngpt; the baseline has free weights.",
     )
+    _require(
+        not m.folded or (m.kind == "ngpt" and not m.normalize_on_read),
+        "model.folded is for model.kind=ngpt without normalize_on_read.",
+    )
     scales = {
         name: dataclasses.replace(getattr(m, name), scale=getattr(m, name).scale or m.width**-0.5)
         for name in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")

@@ -58,6 +58,9 @@ class ModelConfig:
     normalize_on_read: bool = _field(
         False, "nGPT: also normalize each matrix where it is read (gradients become tangent)"
     )
+    folded: bool = _field(
+        False, "scales are multiplied into the matrices, as inference has them; not for training"
+    )
     alpha_a: Scale = _scale(0.05, None, "eigen learning rates of the attention step")
     alpha_m: Scale = _scale(0.05, None, "eigen learning rates of the MLP step")
     s_qk: Scale = _scale(1.0, None, "scale of the normalized q and k")

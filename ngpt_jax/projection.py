@@ -54,9 +54,15 @@ def _check_axis(axis, leaf, path):
 
 def _map_with_axes(fn: Callable, axes: Axes, params: PyTree, *rest: PyTree) -> PyTree:
     """Maps ``fn(axis, param, *rest)`` over params; axis is None or a tuple of ints."""
+    paths_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
+    for path, _ in paths_leaves:
+        if path and str(getattr(path[-1], "key", "")).startswith("folded_"):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} marks weights that have their scales"
+                " multiplied in, for inference: they are not on the sphere; project the raw ones."
+            )
     if callable(axes):
         axes = axes(params)
-    paths_leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_absent)
     treedef = cast(Any, treedef)  # mypy knows nothing of PyTreeDef
     try:
         # Whatever stands where params have a leaf is that leaf's axis, tuples included.

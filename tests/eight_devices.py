@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
+from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.sampling import sample
 from ngpt_jax.model.transformer import init_params, unit_axes
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
@@ -265,20 +266,24 @@ def test_heads_exchanged_for_positions_give_the_same(x64, monkeypatch):
         np.testing.assert_allclose(plain, cut, atol=1e-12)
 
 
-def test_sampling_on_a_mesh_gives_what_one_device_gives(x64):
-    texts = []
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_generation_on_a_mesh_gives_what_one_device_gives(x64, kind):
+    prompts, found = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10, 11], [12]], []
     for mesh, devices in (
         ({"fsdp": 1}, jax.devices()[:1]),
         (MESHES["fsdp 2, tensor 2, context 2"], jax.devices()),
     ):
-        config, placed = on(make("ngpt", mesh), devices)
+        config, placed = on(make(kind, mesh), devices)
         with jax.set_mesh(placed):
             shardings = layout.param_shardings(config.model, placed)
             init = jax.jit(
                 lambda c=config: init_params(c.model, jax.random.key(0)), out_shardings=shardings
             )
-            texts.append(sample(config.model, init(), [1, 2, 3], 8, 1.0, seed=0))
-    assert texts[0] == texts[1]
+            model = LoadedModel(config, ByteTokenizer(), init(), placed, 0)
+        results = model.generate(prompts, 8, temperature=1.0)
+        found.append(([r.ids for r in results], [r.log_probs for r in results]))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-12)
 
 
 @pytest.mark.parametrize(

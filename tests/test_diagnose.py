@@ -22,7 +22,7 @@ from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.tools import diagnose_figures, diagnose_tables, plots
 from ngpt_jax.tools import diagnose_measures as measures
 from ngpt_jax.training import diagnostics as d
-from ngpt_jax.training import evaluate, loop
+from ngpt_jax.training import evaluate, loop, opening
 from ngpt_jax.training.run import make_dataset
 from ngpt_jax.training.step import TrainState, make_train_step, summed_nats
 
@@ -342,8 +342,8 @@ def runs(tmp_path_factory, book):
 
 
 def open_run(folder, step, overrides=()):
-    config = measures.read_config("workdir", str(folder), overrides)
-    checkpoint = measures.find_checkpoint("workdir", str(folder), step)
+    config = opening.read_config("workdir", str(folder), overrides)
+    checkpoint = opening.find_checkpoint("workdir", str(folder), step)
     return measures.open_run("run", str(folder), config, checkpoint)
 
 
@@ -511,16 +511,16 @@ def test_bad_input_is_told_in_a_line(runs, tmp_path):
         ("odd", "config.json cannot be read"),
     ):
         with pytest.raises(ConfigError, match=message):
-            measures.read_config("workdir", str(tmp_path / folder))
+            opening.read_config("workdir", str(tmp_path / folder))
     with pytest.raises(ConfigError, match="--against=.*new holds no checkpoint yet"):
-        measures.find_checkpoint("against", str(tmp_path / "new"), None)
+        opening.find_checkpoint("against", str(tmp_path / "new"), None)
     with pytest.raises(ConfigError, match=r"--step=5: --workdir=.* no such .* there are 4, 8\."):
-        measures.find_checkpoint("workdir", str(runs["ngpt"]), 5)
+        opening.find_checkpoint("workdir", str(runs["ngpt"]), 5)
     with pytest.raises(ConfigError, match="Unknown field --config.data.path"):
-        measures.read_config("workdir", str(runs["ngpt"]), [("data.path", "x")])
+        opening.read_config("workdir", str(runs["ngpt"]), [("data.path", "x")])
     wide = open_run(runs["ngpt"], 4).config
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, mlp_width=64))
-    checkpoint = measures.find_checkpoint("workdir", str(runs["ngpt"]), 4)
+    checkpoint = opening.find_checkpoint("workdir", str(runs["ngpt"]), 4)
     with pytest.raises(ConfigError, match="model and optimizer in .*kernel is"):
         measures.open_run("run", str(runs["ngpt"]), wide, checkpoint)
     done = command(f"--workdir={runs['ngpt']}", "--layers=7")
@@ -567,7 +567,7 @@ def test_every_evaluation_logs_what_is_cheap(runs, kind):
 def test_what_is_logged_changes_nothing(runs, tmp_path, monkeypatch):
     """The same run without: every loss and every parameter bit for bit."""
     monkeypatch.setattr(evaluate, "_summarize", lambda config, params, batch: {})
-    config = measures.read_config("workdir", str(runs["ngpt"]))
+    config = opening.read_config("workdir", str(runs["ngpt"]))
     assert loop.train(config, tmp_path / "plain") == 0
     with_, without = rows_of(runs["ngpt"]), rows_of(tmp_path / "plain")
     assert not any(key.startswith("diagnose/") for row in without for key in row)

@@ -11,7 +11,6 @@ import pytest
 from ngpt_jax import sphere
 from ngpt_jax.model.reference_layout import from_reference, to_reference
 from ngpt_jax.model.rotary import apply_rope, interleaved_to_half, rope_tables
-from ngpt_jax.model.sampling import sample
 from ngpt_jax.model.transformer import (
     Transformer,
     init_params,
@@ -246,21 +245,3 @@ def test_alpha_counts_by_its_magnitude(tiny):
     flipped = {name: -w if name.startswith("alpha") else w for name, w in params["layers"].items()}
     a, b = logits_of(config, params), logits_of(config, params | {"layers": flipped})
     assert np.array_equal(a, b)
-
-
-def test_sampling_is_seeded_and_greedy_follows_the_logits(tiny):
-    config = tiny().model
-    params = init_params(config, jax.random.key(0))
-    prompt = [1, 2, 3]
-    draw = sample(config, params, prompt, 20, 1.0, seed=0)
-    assert draw == sample(config, params, prompt, 20, 1.0, seed=0)
-    assert draw != sample(config, params, prompt, 20, 1.0, seed=1)
-    assert max(draw) < 60
-    greedy = sample(config, params, prompt, 20, 0.0, seed=0)
-    seen = prompt + greedy
-    for end in (3, 9, 16, 20):
-        window = np.zeros((1, config.context), int)  # what follows the last real token is not seen
-        real = seen[max(0, end - config.context) : end]
-        window[0, : len(real)] = real
-        logits = logits_of(config, params, window)[0, len(real) - 1]
-        assert seen[end] == int(jnp.argmax(logits))

@@ -105,7 +105,7 @@ def _top_entries(c: ModelConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     ]
 
 
-def _pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:
+def pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:
     """Rows of padding: in nGPT's tables the first basis vector, else ``fill``."""
     extra = np.full((padded_vocab_size(c) - w.shape[0], *w.shape[1:]), fill, w.dtype)
     if w.ndim == 2 and c.kind == "ngpt":
@@ -124,7 +124,7 @@ def from_reference(theirs: Mapping[str, Array], config: ModelConfig) -> dict[str
     for name, ours, axes in _top_entries(config):
         w = np.asarray(theirs[name])
         fill = config.s_z.scale if ours == "s_z" else 0
-        params[ours] = _pad_vocab(w, config, fill or 0) if "vocab" in axes else w
+        params[ours] = pad_vocab(w, config, fill or 0) if "vocab" in axes else w
     for entry in _layer_entries(config):
         per_layer = [
             entry.read(np.asarray(theirs[f"transformer.h.{i}.{entry.theirs}"]))

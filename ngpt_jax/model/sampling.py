@@ -1,60 +1,72 @@
-"""Text from a model: one token after the other, the whole window read anew for each."""
+"""Drawing a token from logits: temperature, then top-k, top-p and min-p."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-
-from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.transformer import Transformer
-from ngpt_jax.parallel import rules
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _generate(
-    config: ModelConfig,
-    params: Any,
-    window: jax.Array,
-    length: jax.Array,
-    count: int,
-    temperature: jax.Array,
-    key: jax.Array,
-) -> jax.Array:
-    def next_token(carry, key):
-        window, length = carry  # (context,) ids of which the first ``length`` are real
-        logits = Transformer(config).apply({"params": params}, window[None])[0, length - 1]
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        token = jnp.where(temperature > 0, drawn, jnp.argmax(logits)).astype(window.dtype)
-        full = length == window.shape[0]
-        window = jnp.where(full, jnp.roll(window, -1), window)
-        length = jnp.where(full, length, length + 1)
-        return (window.at[length - 1].set(token), length), token
+class Sampling(NamedTuple):
+    """How tokens are drawn; filters work on the softmax at the temperature, in this order.
 
-    _, tokens = jax.lax.scan(next_token, (window, length), jax.random.split(key, count))
-    return rules.constrain(tokens, None)  # whole on every device of every process
+    Attributes:
+      temperature: of the softmax; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens; 0: all.
+      top_p: only the fewest likeliest tokens whose probabilities reach p; 1: all.
+      min_p: only tokens at least this share as likely as the likeliest one; 0: all.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def problem(self) -> str | None:
+        """What is wrong with the values, naming the field; None where nothing is."""
+        if not 0 <= self.temperature < float("inf"):
+            return f"temperature must be a number from 0 on, got {self.temperature}"
+        if self.top_k < 0:
+            return f"top_k must not be negative (0: all tokens), got {self.top_k}"
+        if not 0 < self.top_p <= 1:
+            return f"top_p must lie in (0, 1], got {self.top_p}"
+        if not 0 <= self.min_p < 1:
+            return f"min_p must lie in [0, 1), got {self.min_p}"
+        return None
 
 
-def sample(
-    config: ModelConfig, params: Any, prompt: list[int], count: int, temperature: float, seed: int
-) -> list[int]:
-    """Draws ``count`` token ids that go on from ``prompt``.
+def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
+    """Logits (..., vocab) at the temperature, -inf for tokens that the filters leave out.
 
-    Each token sees the last ``model.context`` ids before it.
+    The likeliest token always stays, and with it those that are exactly as likely as the last
+    one that top-k or top-p lets through.
+    """
+    logits = logits / how.temperature
+    if 0 < how.top_k < logits.shape[-1]:
+        least = jax.lax.top_k(logits, how.top_k)[0][..., -1:]
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if how.top_p < 1:
+        ordered = -jnp.sort(-logits, axis=-1)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs  # of all likelier tokens
+        least = jnp.min(jnp.where(before < how.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits >= least, logits, -jnp.inf)
+    if how.min_p > 0:
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        logits = jnp.where(logits >= top + jnp.log(how.min_p), logits, -jnp.inf)
+    return logits
+
+
+def draw(logits: jax.Array, how: Sampling, keys: jax.Array) -> jax.Array:
+    """A token id a row.
 
     Args:
-      config: resolved.
-      params: the parameters.
-      prompt: at least one token id.
-      count: tokens to draw.
-      temperature: 0 takes the likeliest token.
-      seed: of the draw.
+      logits: (B, vocab), at least float32.
+      how: static.
+      keys: (B,) random keys, one a row, so that a row does not depend on the others.
     """
-    seen = prompt[-config.context :]
-    window = np.zeros(config.context, np.int32)
-    window[: len(seen)] = seen
-    out = _generate(config, params, window, len(seen), count, temperature, jax.random.key(seed))
-    return [int(t) for t in out]
+    if how.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, how))
+    return drawn.astype(jnp.int32)

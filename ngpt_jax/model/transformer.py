@@ -18,13 +18,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
-from ngpt_jax.config import ModelConfig, Scale
+from ngpt_jax.config import ConfigError, ModelConfig, Scale
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of
+from ngpt_jax.model.cache import LayerCache, Slots, attend_to_cache, write
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
 
 Axes = tuple[str, ...]
+# The one factor on q in weights whose scales are folded: by its name such weights are known.
+FOLDED_MARK = "folded_qk_scale"
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -135,17 +138,26 @@ class Block(nn.Module):
 
     nGPT:  h <- Norm(h + alpha * (Norm(f(h)) - h))     equations 10 and 11
     GPT:   h <- h + f(RMSNorm(h))                      equations 4 and 5
+
+    With a cache, attention also sees what is in it; returned beside h is the cache with the keys
+    and values of these positions.
     """
 
     config: ModelConfig
 
     @nn.compact
     def __call__(
-        self, h: jax.Array, tables: tuple[jax.Array, jax.Array], segment_ids: jax.Array | None
+        self,
+        h: jax.Array,
+        tables: tuple[jax.Array, jax.Array],
+        segment_ids: jax.Array | None,
+        cache: LayerCache | None = None,
+        slots: Slots | None = None,
     ):
         c = self.config
-        proposal = self._attention(self._norm(h, "attention_norm"), tables, segment_ids)
-        if c.kind == "ngpt":
+        x = self._norm(h, "attention_norm")
+        proposal, cache = self._attention(x, tables, segment_ids, cache, slots)
+        if c.kind == "ngpt" and not c.folded:
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
             h = sphere.normalize(h)
@@ -156,7 +168,7 @@ class Block(nn.Module):
         self._sow_angles("mlp", middle, proposal, h)
         h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
-        return h.astype(c.dtype), None  # (carry, nothing to stack): the form nn.scan wants
+        return h.astype(c.dtype), cache  # (carry, to stack or None): the form nn.scan wants
 
     def _norm(self, x: jax.Array, name: str, axis: str = "embed") -> jax.Array:
         c = self.config
@@ -192,7 +204,9 @@ class Block(nn.Module):
             product = jax.checkpoint(product, prevent_cse=not c.scan_layers)
         return product(x, w)
 
-    def _attention(self, h: jax.Array, tables, segment_ids) -> jax.Array:
+    def _attention(
+        self, h: jax.Array, tables, segment_ids, cache: LayerCache | None, slots: Slots | None
+    ) -> tuple[jax.Array, LayerCache | None]:
         c = self.config
         assert c.head_dim is not None and c.kv_heads is not None
         q = self._linear(h, "query_kernel", ("embed", "heads", "head_dim"))
@@ -201,11 +215,18 @@ class Block(nn.Module):
         if c.kind == "ngpt":
             q, k = apply_rope(q, tables), apply_rope(k, tables)
             q, k = self._unit_heads(q), self._unit_heads(k)
-            # The same s_qk scales q and k (equations 15 and 16): (q s) . (k s) = q . (k s^2).
-            s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
-            s_qk = rules.gather(s_qk, ("kv_heads", "head_dim"))
-            k = (sphere.promote(k) * jnp.square(s_qk)).astype(k.dtype)
-            softmax_scale = math.sqrt(c.head_dim)
+            if c.folded:
+                factor = _declare(self, c, FOLDED_MARK, ("heads", "head_dim"), nn.initializers.ones)
+                q = (sphere.promote(q) * rules.gather(factor, ("heads", "head_dim"))).astype(
+                    q.dtype
+                )
+                softmax_scale = 1.0
+            else:
+                # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
+                s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
+                s_qk = rules.gather(s_qk, ("kv_heads", "head_dim"))
+                k = (sphere.promote(k) * jnp.square(s_qk)).astype(k.dtype)
+                softmax_scale = math.sqrt(c.head_dim)
         else:
             if c.qk_norm:
                 q = self._norm(q, "query_norm", "head_dim")
@@ -214,13 +235,19 @@ class Block(nn.Module):
             softmax_scale = 1 / math.sqrt(c.head_dim)
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
+        if cache is not None:
+            assert slots is not None
+            cache = write(cache, k, v, slots)
         # (B, T, heads, head_dim)
-        kernel_name = kernel_of(c, h.shape[1])
-        out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
+        if cache is None or slots is None or slots.empty:
+            kernel_name = kernel_of(c, h.shape[1])
+            out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
+        else:
+            out = attend_to_cache(q, cache, softmax_scale, slots)
         out = checkpoint_name(out, SAVED_NAME)
         axes = ("heads", "head_dim", "embed")
         out = self._linear(out, "out_kernel", axes, contracted=2, std_factor=self._out_std())
-        return rules.constrain(out, "batch", "length", "embed")
+        return rules.constrain(out, "batch", "length", "embed"), cache
 
     def _unit_heads(self, x: jax.Array) -> jax.Array:
         return sphere.normalize(x) if self.config.qk_norm else x
@@ -228,7 +255,7 @@ class Block(nn.Module):
     def _mlp(self, h: jax.Array) -> jax.Array:
         c = self.config
         s_u = s_v = None
-        if c.kind == "ngpt":  # equations 20 and 21; sqrt(d) matters for v alone
+        if c.kind == "ngpt" and not c.folded:  # equations 20, 21; sqrt(d) matters for v alone
             s_u = scale(self, c, "s_u", ("mlp",), c.s_u)
             s_v = scale(self, c, "s_v", ("mlp",), c.s_v) * math.sqrt(c.width)
         u = self._linear(h, "up_kernel", ("embed", "mlp"), factor=s_u)
@@ -267,9 +294,9 @@ class Transformer(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         s_z = None
-        if c.kind == "ngpt":
+        if c.kind == "ngpt" and not c.folded:
             s_z = scale(self, c, "s_z", ("vocab",), c.s_z)[:, None]
-        else:
+        if c.kind == "gpt":
             self.final_gain = gain(self, c, "final_norm", "embed")
         self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"), factor=s_z)
 
@@ -313,16 +340,22 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
         h, table = self.hidden_and_table(tokens, segment_ids, positions)
-        assert self.config.vocab_size is not None
-        dtype = jnp.promote_types(self.config.dtype, jnp.float32)
-        logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
-        real = jnp.arange(table.shape[0]) < self.config.vocab_size
-        return jnp.where(real, logits, -jnp.inf)
+        return output_logits(self.config, h, table)
+
+
+def output_logits(config: ModelConfig, h: jax.Array, table: jax.Array) -> jax.Array:
+    """Logits (B, T, padded vocab) in at least float32; those of padding are -inf."""
+    assert config.vocab_size is not None
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
+    real = jnp.arange(table.shape[0]) < config.vocab_size
+    return jnp.where(real, logits, -jnp.inf)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Parameters as a plain nested dict, on the sphere for nGPT."""
+    """Parameters as a plain nested dict, on the sphere for nGPT; raises ConfigError if folded."""
+    refuse_folded(config)
     return nn.unbox(_init_boxed(config, key))
 
 
@@ -340,6 +373,14 @@ def param_axes(config: ModelConfig) -> dict[str, Any]:
     return jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
 
 
+def refuse_folded(config: ModelConfig) -> None:
+    if config.folded:
+        raise ConfigError(
+            "model.folded: these weights have their scales multiplied in, which is for inference"
+            " alone; train from the raw ones."
+        )
+
+
 def is_axes(leaf: Any) -> bool:
     """For ``is_leaf``: a leaf of :func:`param_axes`."""
     return isinstance(leaf, tuple) and all(isinstance(a, str) for a in leaf)
@@ -353,8 +394,10 @@ def is_matrix(axes: Axes) -> bool:
 def unit_axes(config: ModelConfig) -> dict[str, Any]:
     """A tree like the parameters with the axis of unit norm, None for vectors and for GPT.
 
-    This is what :func:`ngpt_jax.projection.keep_params_on_sphere` takes.
+    This is what :func:`ngpt_jax.projection.keep_params_on_sphere` takes. Raises ConfigError for
+    folded weights, whose vectors have other norms.
     """
+    refuse_folded(config)
 
     def unit_axis(axes: Axes) -> int | None:
         return axes.index("embed") if config.kind == "ngpt" and is_matrix(axes) else None

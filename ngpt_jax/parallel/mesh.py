@@ -36,15 +36,27 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor, context, all Auto; checks the training batch.
+    """The mesh of a run, see :func:`device_mesh`; checks that it cuts the training batch.
 
     Args:
       config: resolved.
+      devices: all of them by default.
+    """
+    mesh = device_mesh(config.mesh, devices)
+    _check_batch(config, mesh)
+    return mesh
+
+
+def device_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor, context, all Auto.
+
+    Args:
+      config: sizes of the axes.
       devices: all of them by default. Those of several TPU slices get a hybrid mesh, with
         ``data`` across the slices, where the network is slow.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = mesh_shape(config.mesh, len(devices))
+    shape = mesh_shape(config, len(devices))
     tpu = devices[0].platform == "tpu"
     slices = len({getattr(d, "slice_index", 0) for d in devices}) if tpu else 1
     if shape[0] % slices:
@@ -61,9 +73,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=tpu)
-    mesh = Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
-    _check_batch(config, mesh)
-    return mesh
+    return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def _check_batch(config: Config, mesh: Mesh) -> None:

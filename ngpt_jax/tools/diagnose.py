@@ -32,6 +32,7 @@ from ngpt_jax.tools import diagnose_figures as figures
 from ngpt_jax.tools import diagnose_measures as measures
 from ngpt_jax.tools import diagnose_tables as tables_lib
 from ngpt_jax.tools import plots
+from ngpt_jax.training import opening
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
 _AGAINST = flags.DEFINE_string("against", None, "The folder of a run to lay over it.")
@@ -97,8 +98,8 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     if _AGAINST.value is not None:
         folders["against"] = _AGAINST.value
     found = [
-        (path, measures.read_config(flag, path, overrides),
-         measures.find_checkpoint(flag, path, _STEP.value))
+        (path, opening.read_config(flag, path, overrides),
+         opening.find_checkpoint(flag, path, _STEP.value))
         for flag, path in folders.items()
     ]  # fmt: skip
     layers = _chosen_layers(min(config.model.layers for _, config, _ in found))

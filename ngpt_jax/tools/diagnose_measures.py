@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,18 +16,14 @@ import numpy as np
 import optax
 from etils import epath
 
-from ngpt_jax import config as config_lib
-from ngpt_jax import config_file
-from ngpt_jax.config import Config, ConfigError, MeshConfig
+from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.files import reason
 from ngpt_jax.optim import recipes
 from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.training import diagnostics as d
-from ngpt_jax.training import layout, manifest
-from ngpt_jax.training import workdir as workdir_lib
-from ngpt_jax.training.checkpoint_folder import CheckpointFolder
+from ngpt_jax.training import layout
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.restoring import restore
 from ngpt_jax.training.run import make_dataset, with_tokenizer
@@ -46,55 +41,6 @@ class Opened(NamedTuple):
     config: Config
     state: TrainState
     progress: dict[str, Any]
-
-
-def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
-    """The config of a run's folder, for one device here.
-
-    Args:
-      flag: that named the folder.
-      path: the folder.
-      overrides: (dotted name, text), where text and tokenizer lie here, say.
-
-    Raises ConfigError.
-    """
-    workdir = workdir_lib.open_workdir(path)
-    where, saved = f"--{flag}={path}", workdir / "config.json"
-    if not workdir.exists():
-        raise ConfigError(f"{where}: no such folder; give the --workdir of a training run.")
-    if not (saved.exists() and (workdir / "checkpoints").is_dir()):
-        raise ConfigError(
-            f"{where} is not the folder of a training run: config.json and checkpoints/ must be in"
-            " it."
-        )
-    try:
-        config = config_lib.from_config_dict(json.loads(saved.read_text()))
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except (ValueError, AttributeError, TypeError) as e:
-        raise ConfigError(f"{saved} cannot be read ({e}).") from e
-    # Devices and kernel are those of this machine, not of the one that trained.
-    model = dataclasses.replace(config.model, attention="auto")
-    config = dataclasses.replace(config, model=model, mesh=MeshConfig())
-    return config_file.load_config(config_lib.to_config_dict(config), overrides)
-
-
-def find_checkpoint(flag: str, path: str, step: int | None) -> epath.Path:
-    """Checkpoint ``step``, the newest where None, known to be whole; raises ConfigError."""
-    folder, where = CheckpointFolder(workdir_lib.open_workdir(path)), f"--{flag}={path}"
-    try:
-        if not (steps := folder.steps()):
-            raise ConfigError(f"{where} holds no checkpoint yet.")
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ConfigError(f"--step={step}: {where} has no such checkpoint; there are {there}.")
-        checkpoint = folder.checkpoint(steps[-1] if step is None else step)
-        manifest.verify(checkpoint)
-        return checkpoint
-    except manifest.Damaged as e:
-        raise ConfigError(f"{where}: {checkpoint} is damaged ({e}); give another --step.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
 
 
 def open_run(label: str, path: str, config: Config, checkpoint: epath.Path) -> Opened:

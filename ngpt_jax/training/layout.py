@@ -55,6 +55,15 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs.values()])
 
 
+def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a model's parameters; checked (ConfigError)."""
+    sizes, dtype = axis_sizes(config), jnp.dtype(config.param_dtype)
+    return jax.tree.map(
+        lambda axes, s: jax.ShapeDtypeStruct(tuple(sizes[a] for a in axes), dtype, sharding=s),
+        param_axes(config), param_shardings(config, mesh), is_leaf=is_axes,
+    )  # fmt: skip
+
+
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of a run's state; moments lie as their parameters do."""
     shapes = jax.eval_shape(lambda: init_state(config, tx))

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from ngpt_jax import config as config_lib
@@ -17,7 +18,8 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.preparation import Stopped
 from ngpt_jax.files import reason
-from ngpt_jax.model.sampling import sample
+from ngpt_jax.model import folding, generation
+from ngpt_jax.model.sampling import Sampling
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.terminal import Terminal, format_duration
@@ -241,10 +243,17 @@ def _finish(run: Run) -> None:
             f" {result['bits_per_byte']:.4f} bits/byte"
         )
     if config.sample.tokens:
-        prompt = [run.tokenizer.eod, *run.tokenizer.encode(config.sample.prompt)]
-        ids = sample(
-            config.model, run.state.params, prompt, config.sample.tokens,
-            config.sample.temperature, config.sample.seed,
-        )  # fmt: skip
         run.terminal.say("sample:")
-        run.terminal.say(config.sample.prompt + run.tokenizer.decode(ids))
+        run.terminal.say(config.sample.prompt + _sample(run))
+
+
+def _sample(run: Run) -> str:
+    """Text after ``sample.prompt``, as long as there is room in the context."""
+    model, how = run.config.model, run.config.sample
+    prompt = [run.tokenizer.eod, *run.tokenizer.encode(how.prompt)][-(model.context - 1) :]
+    weights = jax.jit(lambda params: folding.for_inference(model, params))(run.state.params)
+    chunks = generation.generate(
+        folding.folded_config(model), weights, [prompt],
+        min(how.tokens, model.context - len(prompt)), Sampling(how.temperature), how.seed,
+    )  # fmt: skip
+    return run.tokenizer.decode(np.concatenate([ids[0] for ids, _ in chunks]).tolist())

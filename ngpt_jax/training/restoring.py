@@ -41,6 +41,10 @@ def restore(
         try:
             there, here = _shapes(handler.metadata(folder).tree), _shapes(like)
             there = {name: s for name, s in there.items() if name.startswith(only)}
+            if not only and all(name.startswith(("params/", "step")) for name in there):
+                raise ConfigError(
+                    tell("it holds weights alone; start a run from them with --config.init_from")
+                )
             if difference := _difference(there, here, only):
                 raise ConfigError(tell(difference))
             arguments = ocp.args.PyTreeRestore(

@@ -1,0 +1,285 @@
+"""A trained model, loaded to be used: text from it, and what it gives to a text."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.data.tokenizers import Tokenizer
+from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.model import folding, generation, scoring
+from ngpt_jax.model.sampling import Sampling
+from ngpt_jax.parallel.mesh import device_mesh
+from ngpt_jax.training import layout, opening
+from ngpt_jax.training.loop import enable_x64_if_used
+from ngpt_jax.training.run import with_tokenizer
+
+Prompt = str | Sequence[int]
+_BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
+
+
+class LoadedModel:
+    """A model's weights, config and tokenizer, see :func:`load`.
+
+    Attributes:
+      params: the parameters as trained, or as folded where the folder holds folded ones.
+      config: resolved, with the vocabulary filled in.
+      tokenizer: that of the training.
+      mesh: of the devices that hold the parameters.
+      step: of the checkpoint.
+    """
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, params: Any, mesh: Mesh, step: int):
+        self.config, self.tokenizer, self.params = config, tokenizer, params
+        self.mesh, self.step = mesh, step
+        model = config.model
+        self._folded = folding.folded_config(model)
+        with jax.set_mesh(mesh):
+            self._weights = jax.jit(
+                lambda p: folding.for_inference(model, p), out_shardings=_shardings(model, mesh)
+            )(params)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        context: int | None = None,
+    ) -> Any:
+        """Goes on from prompts.
+
+        Args:
+          prompts: a text, or token ids (as they are: put ``tokenizer.eod`` first, as training
+            does, for the start of a document), or a list of such.
+          tokens: to generate for each, at most.
+          temperature: 0 takes the likeliest token.
+          top_k, top_p, min_p: filters, see :class:`ngpt_jax.model.sampling.Sampling`.
+          seed: of the draw; row i of a batch depends on the seed, its prompt and i alone.
+          stop: texts at which to stop.
+          context: tokens of prompt and text together, at most; None: the training context.
+
+        Returns:
+          A :class:`ngpt_jax.inference.text.Generation` for one prompt, a list of them for a list.
+
+        Raises ConfigError: a prompt that is empty or too long, values out of range.
+        """
+        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        how = Sampling(temperature, top_k, top_p, min_p)
+        many: Any = [prompts] if one else prompts
+        streams = [TextStream(self.tokenizer, self._ids(p), _stops(stop)) for p in many]
+        for _ in self._run(streams, tokens, how, seed, context):
+            pass
+        out = [stream.result() for stream in streams]
+        return out[0] if one else out
+
+    def stream(
+        self,
+        prompt: Prompt,
+        tokens: int = 256,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+        context: int | None = None,
+    ) -> Streamed:
+        """Like :meth:`generate` for one prompt; iterate over the pieces of text as they come.
+
+        A piece is told once nothing to come can change it: characters are whole, and no stop
+        string begins in it. At the end ``result`` is the whole :class:`Generation`.
+        """
+        text = TextStream(self.tokenizer, self._ids(prompt), _stops(stop))
+        how = Sampling(temperature, top_k, top_p, min_p)
+        return Streamed(text, self._run([text], tokens, how, seed, context, chunk=4))
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):  # a text is the start of a document, as in training
+            return [self.tokenizer.eod, *self.tokenizer.encode(prompt)]
+        ids = [int(i) for i in prompt]
+        assert self.config.model.vocab_size is not None
+        if bad := [i for i in ids if not 0 <= i < self.config.model.vocab_size]:
+            raise ConfigError(
+                f"A prompt holds the token id {bad[0]}; the model knows 0 to"
+                f" {self.config.model.vocab_size - 1}."
+            )
+        if not ids:
+            raise ConfigError("A prompt has no tokens; begin with tokenizer.eod.")
+        return ids
+
+    def _run(
+        self, streams: list[TextStream], tokens: int, how: Sampling, seed: int,
+        context: int | None, chunk: int = 16,
+    ) -> Iterator[None]:  # fmt: skip
+        """Feeds streams with what is drawn, until all have ended."""
+        if (problem := how.problem()) is not None:
+            raise ConfigError(f"{problem}.")
+        if tokens < 1:
+            raise ConfigError(f"tokens must be positive, got {tokens}.")
+        if not streams:
+            return
+        limit = context or self.config.model.context
+        longest = max(len(stream.prompt) for stream in streams)
+        if longest >= limit:
+            raise ConfigError(
+                f"A prompt has {longest} tokens, and the context {limit}: no room for more. Cut the"
+                " prompt, or allow more with a larger context (beyond the"
+                f" {self.config.model.context} of the training the model was not taught)."
+            )
+        count = max(stream.limit(tokens, limit) for stream in streams)
+        prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
+        chunks = generation.generate(
+            self._folded, self._weights, prompts, count, how, seed, eod, chunk
+        )
+        while not all(stream.stop_reason for stream in streams):
+            with jax.set_mesh(self.mesh):  # not while the caller has its turn
+                ids, log_probs = next(chunks)
+            for stream, row, probs in zip(streams, ids.tolist(), log_probs.tolist()):
+                stream.add(row, probs)
+            yield
+
+    def logprobs(self, texts: Prompt | Sequence[Prompt]) -> Any:
+        """What the model gives to texts.
+
+        Args:
+          texts: a text (read as a whole document: the end-of-document token is put before it),
+            token ids (as they are), or a list of such.
+
+        Returns:
+          A float32 array for one text, a list of them for a list: the log-probability of each
+          token after those before it, in nats; for ids, of all but the first.
+
+        Raises ConfigError: a text longer than the training context.
+        """
+        one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
+        many: Any = [texts] if one else texts
+        rows = [self._ids(text) for text in many]
+        limit = self.config.model.context + 1
+        if (longest := max(map(len, rows), default=0)) > limit:
+            raise ConfigError(
+                f"A text has {longest - 1} tokens, more than the context of"
+                f" {self.config.model.context}; cut it into pieces."
+            )
+        out = [log_probs for log_probs, _ in self.score(rows)]
+        return out[0] if one else out
+
+    def score(
+        self,
+        rows: Sequence[Sequence[int]],
+        batch_size: int = 16,
+        progress: Callable[[float], None] | None = None,
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Log-probability of each token of a row but the first, and whether it was the likeliest.
+
+        Args:
+          rows: token ids, of any length; batched by length, and returned in their order.
+          batch_size: rows of the training context at one time; of shorter rows there are as many
+            more as have no more tokens.
+          progress: called after each batch with the share of the tokens that is done.
+        """
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        left = total = sum(map(len, rows))
+        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        start, context = 0, _padded(self.config.model.context)
+        with jax.set_mesh(self.mesh):
+            while start < len(order):
+                length = _padded(len(rows[order[start]]) - 1)
+                size = batch_size * max(context // length, 1)
+                some = order[start : start + size]
+                # The last batch, the only one with rows to spare, is cut to a power of two.
+                size = min(size, 1 << (len(some) - 1).bit_length())
+                tokens = np.zeros((size, length + 1), np.int32)
+                for row, i in zip(tokens, some):
+                    row[: len(rows[i])] = rows[i]
+                log_probs, likeliest = scoring.score(self.config.model, self.params, tokens)
+                log_probs, likeliest = np.asarray(log_probs), np.asarray(likeliest)
+                for place, i in enumerate(some):  # copies, which do not hold on to the batch
+                    end = len(rows[i]) - 1
+                    found[i] = log_probs[place, :end].copy(), likeliest[place, :end].copy()
+                    left -= len(rows[i])
+                start += len(some)
+                if progress is not None:
+                    progress(1 - left / total)
+        return [found[i] for i in range(len(rows))]
+
+
+def _padded(length: int) -> int:
+    return max(-(-length // _BUCKET), 1) * _BUCKET
+
+
+def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in stops:
+        raise ConfigError("A stop string is empty; leave it out.")
+    return stops
+
+
+def _shardings(config: Any, mesh: Mesh) -> Any:
+    """Of the weights that folding.for_inference makes: those of training, a tree a layer."""
+    folded = folding.folded_config(config)
+    placed = layout.param_shardings(folded, mesh)
+
+    def of_layer(sharding: NamedSharding) -> NamedSharding:
+        return NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
+
+    layer = jax.tree.map(of_layer, placed["layers"])
+    return placed | {"layers": [layer] * folded.layers}
+
+
+def load(
+    workdir: str, step: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> LoadedModel:
+    """Loads a trained model from a run's folder.
+
+    Args:
+      workdir: the folder of a run, or one that ``tools.convert`` made.
+      step: of the checkpoint; None: the newest.
+      overrides: config fields by dotted name: where the tokenizer lies here (data.tokenizer),
+        model.dtype, or mesh.tensor and the like to use more than one device.
+
+    Raises ConfigError.
+
+    Examples:
+      >>> model = ngpt_jax.load("runs/quickstart")  # doctest: +SKIP
+      >>> model.generate("def main(", tokens=50, temperature=0).text  # doctest: +SKIP
+    """
+    pairs = [(name, str(value)) for name, value in (overrides or {}).items()]
+    return open_model("workdir", workdir, step, pairs)
+
+
+def open_model(
+    flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
+) -> LoadedModel:
+    """As :func:`load`, for a command with this flag."""
+    config = opening.read_config(flag, path, overrides)
+    checkpoint = opening.find_checkpoint(flag, path, step)
+    config, tokenizer = with_tokenizer(config)
+    enable_x64_if_used(config)
+    several = any(name.startswith("mesh.") for name, _ in overrides)
+    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
+    config, _ = layout.for_mesh(config, mesh)
+    params, progress = opening.read_params(path, config, checkpoint, mesh)
+    if progress["tokenizer"] != tokenizer.fingerprint:
+        raise ConfigError(
+            f"--{flag}={path}: data.tokenizer ({config.data.tokenizer}) is not the one that it was"
+            f" trained with ({progress['tokenizer'][:8]}, not {tokenizer.fingerprint[:8]}); give"
+            " that one with --config.data.tokenizer."
+        )
+    # The kernel depends on the length: a prompt is shorter than a training window.
+    model = dataclasses.replace(config.model, attention="auto")
+    return LoadedModel(
+        dataclasses.replace(config, model=model), tokenizer, params, mesh, int(checkpoint.name)
+    )

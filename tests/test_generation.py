@@ -1,0 +1,406 @@
+"""Decoding with a cache, folded weights, sampling, and the model that ngpt_jax.load gives."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_golden import load as load_golden
+
+import ngpt_jax
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.model import folding, generation
+from ngpt_jax.model.cache import Slots, empty_cache
+from ngpt_jax.model.sampling import Sampling, draw, filter_logits
+from ngpt_jax.model.transformer import (
+    FOLDED_MARK,
+    Transformer,
+    init_params,
+    output_logits,
+    param_axes,
+    unit_axes,
+)
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.projection import keep_params_on_sphere, project_params
+from ngpt_jax.training import loop, opening
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def moved(config, seed=1):
+    """Parameters whose scales have left their start, so that leaving one out shows."""
+    params = init_params(config, jax.random.key(0))
+    rng = np.random.default_rng(seed)
+
+    def move(path, w):
+        name = path[-1].key
+        if name.startswith(("s_", "alpha")) or "norm" in name:
+            return w * rng.uniform(0.5, 2.0, w.shape) * rng.choice([-1.0, 1.0], w.shape)
+        return w if config.kind == "ngpt" else 5 * w
+
+    params = jax.tree_util.tree_map_with_path(move, params)
+    if config.kind == "ngpt":
+        params["s_z"] = 20 * params["s_z"]  # a trained model's mean s_z exceeds 10
+    return jax.tree.map(lambda w: jnp.asarray(w, config.param_dtype), params)
+
+
+def logits_of(config, params, tokens):
+    return jax.jit(lambda p, t: Transformer(config).apply({"params": p}, t))(params, tokens)
+
+
+def decoded_logits(config, params, tokens, cut, pieces):
+    """Logits of every token by prefill and decoding; row b begins at cut[b]."""
+    weights, folded = folding.for_inference(config, params), folding.folded_config(config)
+    first = jnp.asarray(cut)
+
+    @jax.jit
+    def start(tokens, caches):
+        return generation.forward(folded, weights, tokens, caches, Slots(first, None))
+
+    @jax.jit
+    def go_on(tokens, caches, end):
+        return generation.forward(folded, weights, tokens, caches, Slots(first, end))
+
+    caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3)
+    out, place = [], 0
+    for size in pieces:
+        some = tokens[:, place : place + size]
+        h, caches = go_on(some, caches, place) if place else start(some, caches)
+        out.append(output_logits(folded, h, weights["output_embedding"]))
+        place += size
+    return np.concatenate(out, axis=1)
+
+
+def check_decoding(config, params, x, bound):
+    """Rows of x of different lengths, read in pieces of several sizes."""
+    length = x.shape[1]
+    cut = np.array([0, 5, 3, 1][: len(x)])
+    tokens = np.zeros(x.shape, np.int32)
+    for row, source, c in zip(tokens, x, cut):
+        row[c:] = source[: length - c]
+    full = np.asarray(logits_of(config, params, x))
+    real = np.isfinite(full)
+    most = np.abs(full[real]).max()
+    pieces = [8, 3] + [1] * (length - 11)
+    got = decoded_logits(config, params, tokens, cut, pieces)
+    for b, c in enumerate(cut):
+        keep = real[b, : length - c]
+        assert np.abs(got[b, c:][keep] - full[b, : length - c][keep]).max() < bound * most
+    return most
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_decoding_gives_the_full_forward_pass_on_golden_weights(tiny, kind):
+    config, golden, params = load_golden(tiny, kind, "pert", dtype="float32")
+    assert check_decoding(config.model, params, golden["x"].astype(np.int32), 1e-5) > 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kind": "ngpt", "kv_heads": 2, "head_dim": 6},
+        {"kind": "gpt", "kv_heads": 1},
+        {"kind": "gpt", "qk_norm": True},
+        {"kind": "ngpt", "normalize_on_read": True, "qk_norm": False},
+    ],
+    ids=lambda fields: " ".join(f"{k}={v}" for k, v in fields.items()),
+)
+def test_decoding_with_grouped_queries_and_other_shapes(tiny, x64, fields):
+    fields = {f"model.{name}": value for name, value in fields.items()}
+    config = tiny(**{
+        "model.width": 32, "model.heads": 4, "model.context": 24, "model.dtype": "float64",
+        "model.param_dtype": "float64", **fields,
+    }).model  # fmt: skip
+    x = np.random.default_rng(0).integers(0, 60, (3, 24), np.int32)
+    check_decoding(config, moved(config), x, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_folded_weights_give_the_logits_of_raw_ones(tiny, dtype):
+    config, golden, params = load_golden(tiny, "ngpt", "pert", dtype="float32")
+    config = dataclasses.replace(config.model, dtype=dtype)
+    folded, weights = folding.folded_config(config), folding.fold(config, params)
+    names = jax.tree.map(lambda w: w.shape, weights)
+    axes = param_axes(folded)
+    assert jax.tree.structure(names, is_leaf=lambda s: isinstance(s, tuple)) == (
+        jax.tree.structure(axes, is_leaf=lambda s: isinstance(s, tuple))
+    )
+    x = golden["x"].astype(np.int32)
+    raw, own = logits_of(config, params, x)[..., :97], logits_of(folded, weights, x)[..., :97]
+    most = np.abs(golden["logits"]).max()
+    assert np.abs(raw - own).max() < (1e-5 if dtype == "float32" else 0.05) * most
+    if dtype == "float32":
+        assert np.abs(own - golden["logits"]).max() < 2e-5
+
+
+def test_folded_weights_are_refused_by_training_and_projection(tiny):
+    config = tiny()
+    model = folding.folded_config(config.model)
+    weights = folding.fold(config.model, init_params(config.model, jax.random.key(0)))
+    assert FOLDED_MARK in weights["layers"]
+    with pytest.raises(ValueError, match=r"folded_qk_scale.* marks weights .* project the raw"):
+        project_params(weights, lambda p: jax.tree.map(lambda w: None, p))
+    with pytest.raises(ValueError, match="folded_qk_scale"):
+        keep_params_on_sphere(unit_axes(config.model)).init(weights)
+    for refused in (
+        lambda: make_optimizer(dataclasses.replace(config, model=model)),
+        lambda: init_params(model, jax.random.key(0)),
+        lambda: unit_axes(model),
+        lambda: folding.fold(model, weights),
+    ):
+        with pytest.raises(ConfigError, match=r"model\.folded: .* train from the raw ones"):
+            refused()
+    for fields in ({"model.kind": "gpt"}, {"model.normalize_on_read": True}):
+        with pytest.raises(ConfigError, match=r"model\.folded is for model\.kind=ngpt"):
+            tiny(**{"model.folded": True, **fields})
+
+
+# --------------------------------------------------------------------------------- sampling
+
+
+def test_filters_keep_what_they_say():
+    probs = np.array([0.4, 0.1, 0.3, 0.05, 0.15])
+    logits = jnp.log(jnp.asarray(probs))[None]
+
+    def kept(**how):
+        return np.flatnonzero(np.isfinite(filter_logits(logits, Sampling(**how))[0])).tolist()
+
+    assert kept() == [0, 1, 2, 3, 4]
+    assert kept(top_k=2) == [0, 2]
+    assert kept(top_k=99) == [0, 1, 2, 3, 4]
+    assert kept(top_p=0.01) == [0]
+    assert kept(top_p=0.69) == [0, 2]
+    assert kept(top_p=0.75) == [0, 2, 4]
+    assert kept(min_p=0.3) == [0, 2, 4]
+    assert kept(min_p=0.3, top_k=2) == [0, 2]
+    # At temperature 0.5 probabilities are squared, 0.16 0.01 0.09 ...: the filters see those.
+    assert kept(temperature=0.5, min_p=0.3) == [0, 2]
+    # What top_k left is renormalized: 0.4 and 0.3 become 0.57 and 0.43.
+    assert kept(top_k=2, top_p=0.55) == [0]
+
+
+def test_draws_follow_the_distribution():
+    probs = np.array([0.5, 0.2, 0.3])
+    logits = jnp.tile(jnp.log(jnp.asarray(probs)), (20000, 1))
+    keys = jax.random.split(jax.random.key(0), 20000)
+    drawn = np.asarray(draw(logits, Sampling(), keys))
+    assert np.abs(np.bincount(drawn) / 20000 - probs).max() < 0.015
+    drawn = np.asarray(draw(logits, Sampling(top_k=2), keys))
+    assert np.abs(np.bincount(drawn) / 20000 - [0.625, 0, 0.375]).max() < 0.015
+    assert np.all(np.asarray(draw(logits, GREEDY, keys)) == 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"temperature": -1}, "temperature must"),
+        ({"temperature": float("nan")}, "temperature must"),
+        ({"top_k": -1}, "top_k must not be negative"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\]"),
+        ({"min_p": 1.0}, r"min_p must lie in \[0, 1\)"),
+        ({"tokens": 0}, "tokens must be positive"),
+        ({"stop": ["x", ""]}, "A stop string is empty"),
+        ({"context": 8}, r"A prompt has 9 tokens, and the context 8: no room for more\. Cut the"),
+    ],
+)
+def test_values_out_of_range_are_refused(model, how, message):
+    with pytest.raises(ConfigError, match=message):
+        model.generate("8 bytes.", **how)
+
+
+# ------------------------------------------------------------------------------ loaded models
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A model with random weights, bytes, context 96."""
+    from ngpt_jax import config as config_lib
+
+    values = config_lib.default_config()
+    values.model.update(layers=2, width=16, heads=2, context=96, vocab_size=257, loss_chunk=64)
+    values.train.steps = 1
+    config = config_lib.from_config_dict(values)
+    mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    return LoadedModel(config, ByteTokenizer(), moved(config.model), mesh, 0)
+
+
+def test_greedy_text_follows_the_logits_in_batches_of_different_lengths(model):
+    prompts = ["a", "some longer prompt than that one", "third"]
+    found = model.generate(prompts, 20, temperature=0)
+    for prompt, got in zip(prompts, found):
+        seen = [256, *prompt.encode(), *got.ids]
+        logits = logits_of(model.config.model, model.params, np.array([seen]))[0, :, :257]
+        n = len(got.ids)
+        assert got.ids == np.argmax(logits[-1 - n : -1], axis=-1).tolist()
+        assert got.stop_reason == "tokens" and n == 20
+        want = jax.nn.log_softmax(logits, axis=-1)[np.arange(len(seen) - 1), seen[1:]]
+        np.testing.assert_allclose(got.log_probs, want[-n:], atol=1e-4)
+        np.testing.assert_allclose(model.logprobs(seen), want, atol=1e-4)
+    text = model.logprobs("some")
+    np.testing.assert_array_equal(text, model.logprobs([256, *b"some"]))
+
+
+def test_draws_depend_on_the_seed_and_the_row_alone(model):
+    prompts = ["row 0", "row one"]
+    both = model.generate(prompts, 40, temperature=1.0, seed=3)
+    assert both == model.generate(prompts, 40, temperature=1.0, seed=3)
+    assert both[0].ids == model.generate("row 0", 40, temperature=1.0, seed=3).ids
+    assert both[0].ids != model.generate("row 0", 40, temperature=1.0, seed=4).ids
+    same = model.generate(["x", "x"], 40, temperature=1.0)
+    assert same[0].ids != same[1].ids
+
+
+def test_a_stream_gives_the_text_of_generate(model):
+    for stop in ((), ("a", "\n"), "e"):
+        how = {"temperature": 1.0, "seed": 5, "stop": stop}
+        whole = model.generate("Begin", 80, **how)
+        stream = model.stream("Begin", 80, **how)
+        assert "".join(stream) == whole.text
+        assert stream.result.text == whole.text and stream.result.ids == whole.ids
+        assert stream.result.stop_reason == whole.stop_reason
+
+
+def test_the_context_ends_a_text(model):
+    short, long = model.generate(["x", "y" * 80], 40, temperature=1.0, seed=1)
+    assert (len(short.ids), short.stop_reason) == (40, "tokens")
+    assert (len(long.ids), long.stop_reason) == (15, "context")
+    (more,) = model.generate(["y" * 80], 40, temperature=1.0, context=200)
+    assert (len(more.ids), more.stop_reason) == (40, "tokens")
+    with pytest.raises(ConfigError, match="A text has 97 tokens, more than the context of 96"):
+        model.logprobs("z" * 97)
+
+
+def test_the_end_of_the_document_ends_a_text(model):
+    weights = dict(model._weights)
+    # The last hidden state points somewhere: a table in which only ``eod`` lies there.
+    table = np.zeros(weights["output_embedding"].shape, np.float32)
+    probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
+    h, _ = generation.forward(
+        probe._folded, weights, jnp.array([[256, 97]]), empty_cache(probe._folded, 1, 2),
+        Slots(jnp.zeros(1, jnp.int32), None),
+    )  # fmt: skip
+    table[256] = 50 * h[0, -1]
+    probe._weights = weights | {"output_embedding": jnp.asarray(table)}
+    got = probe.generate("a", 20, temperature=0)
+    assert (got.ids, got.text, got.stop_reason) == ([256], "", "document")
+
+
+def test_prompts_may_be_ids_and_must_be_known(model):
+    assert model.generate([256, 97], 5, seed=1) == model.generate("a", 5, seed=1)
+    assert model.generate([], 5) == []
+    with pytest.raises(ConfigError, match="A prompt holds the token id 257; the model knows 0 to"):
+        model.generate([257], 5)
+    with pytest.raises(ConfigError, match="A prompt has no tokens"):
+        model.generate([[]], 5)
+
+
+def pieces(ids, stops=(), chunk=1):
+    text = TextStream(ByteTokenizer(), [256], stops)
+    text.limit(len(ids), 1000)
+
+    def draws():
+        for i in range(0, len(ids), chunk):
+            text.add(ids[i : i + chunk], [0.0] * chunk)
+            yield
+
+    stream = Streamed(text, draws())
+    return list(stream), stream.result
+
+
+def test_pieces_are_whole_characters_and_hold_back_what_may_be_a_stop():
+    ids = list("aé\u20acb".encode())
+    assert pieces(ids)[0] == ["a", "é", "\u20ac", "b"]
+    told, result = pieces(list(b"one END two"), stops=("END",))
+    assert "".join(told) == result.text == "one " and result.stop_reason == "stop"
+    assert bytes(result.ids) == b"one END"  # to the token that made it whole
+    assert pieces(list(b"one END two"), ("END",), chunk=4)[1] == result
+    told, result = pieces(list(b"one EN"), stops=("END",))
+    assert told[-1] == "EN" and result.text == "one EN"  # nothing came after
+    told, _ = pieces(list("é".encode())[:1])
+    assert told == ["\ufffd"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of finished runs of both kinds, on a small text."""
+    from ngpt_jax import config as config_lib
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    for kind in ("ngpt", "gpt"):
+        values = config_lib.default_config()
+        values.model.update(kind=kind, layers=2, width=16, heads=2, context=32, loss_chunk=64)
+        values.data.update(source="text", paths=(str(folder / "book.txt"),), held_out=0.5)
+        values.data.eval_paths = (f"val={folder / 'val.txt'}",)
+        values.train.update(steps=4, batch_size=4)
+        values.sample.tokens = 12
+        values.optimizer.learning_rate = 1e-2
+        (folder / "val.txt").write_text("the lazy dog\n" * 20)
+        config = config_lib.from_config_dict(values)
+        assert loop.train(config, folder / kind) == 0
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_a_run_is_loaded_without_its_text(runs, kind, tmp_path):
+    model = ngpt_jax.load(str(runs / kind))
+    assert model.step == 4 and model.config.model.kind == kind
+    assert model.config.model.vocab_size == 257
+    got = model.generate("the ", 8, temperature=0)
+    assert len(got.ids) == 8
+    copy = tmp_path / "copy"
+    opening.write_weights(str(copy), model.config, model.params, model.tokenizer.fingerprint)
+    again = ngpt_jax.load(str(copy))
+    assert again.step == 0 and again.generate("the ", 8, temperature=0) == got
+    half = ngpt_jax.load(str(runs / kind), overrides={"model.dtype": "bfloat16"})
+    assert half.config.model.dtype == "bfloat16" and half.generate("the ", 8).ids
+
+
+def test_folders_that_are_no_runs_and_other_tokenizers_are_refused(runs, tmp_path):
+    with pytest.raises(ConfigError, match="no such folder; give the --workdir of a training run"):
+        ngpt_jax.load(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="is not the folder of a training run"):
+        ngpt_jax.load(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--step=3: .* has no such checkpoint; there are 4"):
+        ngpt_jax.load(str(runs / "ngpt"), step=3)
+    with pytest.raises(ConfigError, match=r"data\.path\b.*Did you mean data\.paths"):
+        ngpt_jax.load(str(runs / "ngpt"), overrides={"data.path": "x"})
+    with pytest.raises(ConfigError, match=r"is there already, and not empty"):
+        opening.write_weights(str(runs / "ngpt"), *[None] * 3)
+    from tokenizers import Tokenizer, models
+
+    other = Tokenizer(models.WordLevel({"</s>": 0, "the": 1}, unk_token="</s>"))
+    other.save(str(tmp_path / "other.json"))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer .* is not the one that it was trained"):
+        ngpt_jax.load(
+            str(runs / "ngpt"), overrides={"data.tokenizer": str(tmp_path / "other.json")}
+        )
+
+
+def test_training_goes_on_from_imported_weights_but_not_in_their_folder(runs, tmp_path):
+    model = ngpt_jax.load(str(runs / "ngpt"))
+    weights = tmp_path / "weights"
+    opening.write_weights(str(weights), model.config, model.params, model.tokenizer.fingerprint)
+    config = dataclasses.replace(model.config, init_from=str(weights))
+    assert loop.train(config, tmp_path / "more") == 0
+    with pytest.raises(ConfigError, match=r"holds weights alone; start .*--config\.init_from"):
+        loop.train(model.config, weights)
+
+
+def test_importing_the_package_loads_nothing():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, json, ngpt_jax; print(json.dumps([m for m in ('jax', 'flax', 'orbax') if m in"
+        " sys.modules]))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(out.stdout) == []
+    with pytest.raises(AttributeError, match="has no attribute 'lode'"):
+        _ = ngpt_jax.lode
