@@ -72,3 +72,24 @@ def small(tiny, book):
         })  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """Folders of finished runs of both kinds, on a small text."""
+    from ngpt_jax.training import loop
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
+    for kind in ("ngpt", "gpt"):
+        values = config_lib.default_config()
+        values.model.update(kind=kind, layers=2, width=16, heads=2, context=32, loss_chunk=64)
+        values.data.update(source="text", paths=(str(folder / "book.txt"),), held_out=0.5)
+        values.data.eval_paths = (f"val={folder / 'val.txt'}",)
+        values.train.update(steps=4, batch_size=4)
+        values.sample.tokens = 12
+        values.optimizer.learning_rate = 1e-2
+        (folder / "val.txt").write_text("the lazy dog\n" * 20)
+        config = config_lib.from_config_dict(values)
+        assert loop.train(config, folder / kind) == 0
+    return folder

@@ -15,7 +15,7 @@ from ngpt_jax.data.tokenizers import ByteTokenizer
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
 from ngpt_jax.model import folding, generation
-from ngpt_jax.model.cache import Slots, empty_cache
+from ngpt_jax.model.cache import Slots, empty_cache, empty_newest
 from ngpt_jax.model.sampling import Sampling, draw, filter_logits
 from ngpt_jax.model.transformer import (
     FOLDED_MARK,
@@ -63,16 +63,23 @@ def decoded_logits(config, params, tokens, cut, pieces):
         return generation.forward(folded, weights, tokens, caches, Slots(first, None))
 
     @jax.jit
-    def go_on(tokens, caches, end):
-        return generation.forward(folded, weights, tokens, caches, Slots(first, end))
+    def go_on(tokens, caches, end, newest):
+        return generation.forward(folded, weights, tokens, caches, Slots(first, end, newest))
 
-    caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3)
-    out, place = [], 0
+    caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3, 4)
+    out, place, newest = [], 0, 0
     for size in pieces:
-        some = tokens[:, place : place + size]
-        h, caches = go_on(some, caches, place) if place else start(some, caches)
+        some = tokens[:, place + newest :][:, :size]
+        if place == 0:
+            h, caches = start(some, caches)
+            place = size
+        else:
+            h, caches = go_on(some, caches, place, newest)
+            newest += size
+        if newest >= 3:
+            caches, slots = empty_newest(caches, Slots(first, place, newest))
+            place, newest = slots.end, 0
         out.append(output_logits(folded, h, weights["output_embedding"]))
-        place += size
     return np.concatenate(out, axis=1)
 
 
@@ -281,7 +288,7 @@ def test_the_end_of_the_document_ends_a_text(model):
     table = np.zeros(weights["output_embedding"].shape, np.float32)
     probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
     h, _ = generation.forward(
-        probe._folded, weights, jnp.array([[256, 97]]), empty_cache(probe._folded, 1, 2),
+        probe._folded, weights, jnp.array([[256, 97]]), empty_cache(probe._folded, 1, 2, 1),
         Slots(jnp.zeros(1, jnp.int32), None),
     )  # fmt: skip
     table[256] = 50 * h[0, -1]
@@ -323,27 +330,6 @@ def test_pieces_are_whole_characters_and_hold_back_what_may_be_a_stop():
     assert told[-1] == "EN" and result.text == "one EN"  # nothing came after
     told, _ = pieces(list("é".encode())[:1])
     assert told == ["\ufffd"]
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """Folders of finished runs of both kinds, on a small text."""
-    from ngpt_jax import config as config_lib
-
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "book.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 200)
-    for kind in ("ngpt", "gpt"):
-        values = config_lib.default_config()
-        values.model.update(kind=kind, layers=2, width=16, heads=2, context=32, loss_chunk=64)
-        values.data.update(source="text", paths=(str(folder / "book.txt"),), held_out=0.5)
-        values.data.eval_paths = (f"val={folder / 'val.txt'}",)
-        values.train.update(steps=4, batch_size=4)
-        values.sample.tokens = 12
-        values.optimizer.learning_rate = 1e-2
-        (folder / "val.txt").write_text("the lazy dog\n" * 20)
-        config = config_lib.from_config_dict(values)
-        assert loop.train(config, folder / kind) == 0
-    return folder
 
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.cache import LayerCache, Slots, empty_cache
+from ngpt_jax.model.cache import KeysValues, LayerCache, Slots, empty_cache, empty_newest
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import rope_tables
 from ngpt_jax.model.sampling import Sampling, draw
@@ -19,6 +19,7 @@ from ngpt_jax.model.transformer import Block, output_logits, rms_norm
 from ngpt_jax.parallel import rules
 
 _BUCKET = 64  # prompts and caches are padded to multiples of this: few programs for many lengths
+CHUNK = 16  # tokens, at most, between two looks of the host
 
 
 def forward(
@@ -28,18 +29,18 @@ def forward(
     caches: Sequence[LayerCache],
     slots: Slots,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
-    """Last hidden states (B, T, embed) of the tokens in the next T slots, and the caches with them.
+    """Last hidden states (B, T, embed) of the next T tokens, and the caches with them.
 
     Args:
       config: of the parameters, folded_config's.
       params: from folding.for_inference.
-      tokens: (B, T); those in slots before ``slots.first`` are padding.
+      tokens: (B, T); in an empty cache those before ``slots.first`` are padding.
       caches: a layer each.
       slots: before these tokens.
     """
     assert config.head_dim is not None
     length = tokens.shape[1]
-    slot = (0 if slots.end is None else slots.end) + jnp.arange(length)
+    slot = (0 if slots.end is None else slots.end + slots.newest) + jnp.arange(length)
     positions = jnp.maximum(slot - slots.first[:, None], 0)  # (B, T)
     segment_ids = None
     if slots.empty:  # padding sees padding alone, tokens see tokens alone
@@ -47,9 +48,9 @@ def forward(
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     tables = rope_tables(positions, config.head_dim, config.rope_base, dtype)
     h = embed_tokens(params["input_embedding"], tokens)
-    block: Any = Block(config)
     new = []
-    for layer, old in zip(params["layers"], caches, strict=True):
+    for i, (layer, old) in enumerate(zip(params["layers"], caches, strict=True)):
+        block: Any = Block(config, after_first=i > 0)
         h, cache = block.apply({"params": layer}, h, tables, segment_ids, old, slots)
         new.append(cache)
     if config.kind == "gpt":
@@ -86,7 +87,7 @@ def prefill(
       num_slots: of the cache: T and as many as are to be generated.
       keys: (B,) random keys.
     """
-    caches = empty_cache(config, tokens.shape[0], num_slots)
+    caches = empty_cache(config, tokens.shape[0], num_slots, CHUNK)
     tokens = rules.constrain(tokens, "batch", "length")
     h, caches = forward(config, params, tokens, caches, Slots(first, None))
     logits = output_logits(config, h[:, -1:], params["output_embedding"])[:, 0]
@@ -95,52 +96,57 @@ def prefill(
     return Decoder(caches, slots, logits, keys, jnp.zeros((), jnp.int32), ended)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
 def decode(
     config: ModelConfig,
     params: Any,
     decoder: Decoder,
     count: jax.Array,
-    size: int,
     how: Sampling,
     eod: jax.Array,
 ) -> tuple[Decoder, jax.Array, jax.Array]:
-    """Draws tokens until ``count``, or until all rows have ended.
+    """Draws ``count`` tokens, or fewer where all rows have ended.
 
     Args:
       config, params: as in :func:`forward`.
       decoder: its buffers are taken.
-      count: at most ``size``.
-      size: of what is returned, static.
+      count: at most CHUNK.
       how: static.
       eod: the id that ends a row, which then goes on with it; -1: none does.
 
     Returns:
-      The decoder, the ids (B, size), and the log-probability of each (B, size) under the
+      The decoder, the ids (B, CHUNK), and the log-probability of each (B, CHUNK) under the
       model itself, at temperature 1 and without filters; after those drawn there are -1 and 0.
     """
     batch = decoder.logits.shape[0]
-    ids = jnp.full((batch, size), -1, jnp.int32)
-    log_probs = jnp.zeros((batch, size), decoder.logits.dtype)
+    ids = jnp.full((batch, CHUNK), -1, jnp.int32)
+    log_probs = jnp.zeros((batch, CHUNK), decoder.logits.dtype)
+    slots = [c.all for c in decoder.caches]  # read in the loop, written after it
 
     def go_on(state):
-        i, decoder, _, _ = state
-        return (i < count) & ~jnp.all(decoder.ended)
+        i, _, ended, *_ = state
+        return (i < count) & ~jnp.all(ended)
 
     def step(state):
-        i, d, ids, log_probs = state
-        token = draw(d.logits, how, jax.vmap(jax.random.fold_in, (0, None))(d.keys, d.drawn))
-        token = jnp.where(d.ended, eod, token).astype(jnp.int32)
-        log_prob = jax.nn.log_softmax(d.logits, axis=-1)
-        log_prob = jnp.take_along_axis(log_prob, token[:, None], axis=-1)[:, 0]
-        h, caches = forward(config, params, token[:, None], d.caches, d.slots)
+        i, logits, ended, newest, ids, log_probs = state
+        keys = jax.vmap(jax.random.fold_in, (0, None))(decoder.keys, decoder.drawn + i)
+        token = jnp.where(ended, eod, draw(logits, how, keys)).astype(jnp.int32)
+        log_prob = jax.nn.log_softmax(logits, axis=-1)
+        log_prob = jnp.take_along_axis(log_prob, token[:, None], axis=-1)
+        caches = [LayerCache(*both) for both in zip(slots, newest)]
+        where = decoder.slots._replace(newest=i)
+        h, caches = forward(config, params, token[:, None], caches, where)
         logits = output_logits(config, h, params["output_embedding"])[:, 0]
-        slots = d.slots._replace(end=d.slots.end + 1)
-        new = Decoder(caches, slots, logits, d.keys, d.drawn + 1, d.ended | (token == eod))
-        return i + 1, new, ids.at[:, i].set(token), log_probs.at[:, i].set(log_prob)
+        put = jax.lax.dynamic_update_slice_in_dim
+        ids, log_probs = put(ids, token[:, None], i, 1), put(log_probs, log_prob, i, 1)
+        return i + 1, logits, ended | (token == eod), [c.newest for c in caches], ids, log_probs
 
-    state = (jnp.zeros((), jnp.int32), decoder, ids, log_probs)
-    _, decoder, ids, log_probs = jax.lax.while_loop(go_on, step, state)
+    newest: list[KeysValues] = [c.newest for c in decoder.caches]
+    state = (jnp.zeros((), jnp.int32), decoder.logits, decoder.ended, newest, ids, log_probs)
+    i, logits, ended, newest, ids, log_probs = jax.lax.while_loop(go_on, step, state)
+    caches = tuple(LayerCache(*both) for both in zip(slots, newest))
+    caches, where = empty_newest(caches, decoder.slots._replace(newest=i))
+    decoder = Decoder(caches, where, logits, decoder.keys, decoder.drawn + i, ended)
     whole = rules.constrain(ids, None, None), rules.constrain(log_probs, None, None)
     return decoder, *whole
 
@@ -153,7 +159,7 @@ def generate(
     how: Sampling,
     seed: int,
     eod: int = -1,
-    chunk: int = 16,
+    chunk: int = CHUNK,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Goes on from prompts, a chunk of tokens at a time.
 
@@ -166,7 +172,7 @@ def generate(
       how: of the draw.
       seed: of the draw.
       eod: the id that ends a row, -1: none does.
-      chunk: tokens drawn between two looks of the host.
+      chunk: tokens drawn between two looks of the host, at most CHUNK.
 
     Yields:
       ids (B, n) and their log-probabilities (B, n); a row that has ended goes on with ``eod``. It
@@ -184,7 +190,7 @@ def generate(
     done = 0
     while done < count:
         n = min(chunk, count - done)
-        decoder, ids, log_probs = decode(config, params, decoder, n, chunk, how, eod)
+        decoder, ids, log_probs = decode(config, params, decoder, n, how, eod)
         n, ended = int(decoder.drawn) - done, bool(decoder.ended.all())
         if n:
             yield np.asarray(ids)[:, :n], np.asarray(log_probs)[:, :n]

@@ -141,9 +141,15 @@ class Block(nn.Module):
 
     With a cache, attention also sees what is in it; returned beside h is the cache with the keys
     and values of these positions.
+
+    Attributes:
+      config: of the model.
+      after_first: h comes from a block, and is a unit vector but for rounding: its norm is left
+        out, which in decoding costs as much as a small product. Training keeps it.
     """
 
     config: ModelConfig
+    after_first: bool = False
 
     @nn.compact
     def __call__(
@@ -157,7 +163,7 @@ class Block(nn.Module):
         c = self.config
         x = self._norm(h, "attention_norm")
         proposal, cache = self._attention(x, tables, segment_ids, cache, slots)
-        if c.kind == "ngpt" and not c.folded:
+        if c.kind == "ngpt" and not self.after_first:
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
             h = sphere.normalize(h)

@@ -1,0 +1,179 @@
+"""The tokenizer of a Hugging Face folder: what transformers' AutoTokenizer reads, and the original.
+
+``tokenizer.json`` gives the ids of the training and adds none of its own. A document begins after
+the end of another: put ``eos_token`` before a prompt, as training does. Unlike in training, a text
+that spells a special token is read as that token, unless ``split_special_tokens=True`` is given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from ngpt_jax.config import DataConfig
+from ngpt_jax.data.tiktoken_files import TiktokenTokenizer
+from ngpt_jax.data.tokenizers import (
+    ByteTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+)
+
+ORIGINAL = "original_tokenizer"  # folder of the files as the training read them
+EOD_OF_BYTES = "<|endoftext|>"
+# What a tokenizer that was made anew must encode as the original does.
+_PROBES = (
+    "Hello world, it's 12345.67 o'clock; WE'LL see: don't!",
+    "def f(x):\n    return x ** 2  # two\n\n\n\tand\ttabs  \n",
+    "  two\n \n a\r\n\r b \n x \u3000\xa0 y   ",
+    "na\u00efve caf\u00e9 \u6f22\u5b57 \u0939\u093f\u0928\u094d\u0926\u0940 \U0001f389\x00",
+    "".join(map(chr, range(1, 384))),
+)
+
+
+def write(
+    folder: Path, data: DataConfig, tokenizer: Tokenizer, context: int
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes the tokenizer's files.
+
+    Args:
+      folder: that of the model.
+      data: says where the original lies.
+      tokenizer: loaded from it.
+      context: of the training, in tokens.
+
+    Returns:
+      What --from_hf wants to know: fingerprint and file (from the folder on; None for bytes); and
+      notes on what transformers cannot read.
+    """
+    eos, readable = EOD_OF_BYTES, True
+    notes = []
+    built: tokenizers.Tokenizer | None = None
+    if isinstance(tokenizer, ByteTokenizer):
+        built = _of_bytes()
+    elif isinstance(tokenizer, JsonTokenizer):
+        eos, built = _token(tokenizer.tokenizer, tokenizer.eod), _plain(tokenizer.tokenizer)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        eos = tokenizer.processor.id_to_piece(tokenizer.eod)
+        shutil.copyfile(Path(data.tokenizer).expanduser(), folder / "tokenizer.model")
+        notes = ["AutoTokenizer reads this SentencePiece model from transformers 5 on."]
+    elif isinstance(tokenizer, TiktokenTokenizer):
+        eos, built = tokenizer.encoding.decode([tokenizer.eod]), _of_tiktoken(tokenizer)
+        readable = _agree(built, tokenizer)
+    if not readable:
+        notes = [
+            "AutoTokenizer finds no tokenizer: what the tokenizers library makes of this one of"
+            f" tiktoken's does not encode alike; use the file in {ORIGINAL} with tiktoken."
+        ]
+    else:
+        if built is not None:
+            built.save(str(folder / "tokenizer.json"))
+        values = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": eos,
+            "eos_token": eos,
+            "pad_token": eos,
+            "padding_side": "left",
+            "model_max_length": context,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "clean_up_tokenization_spaces": False,
+        }
+        text = json.dumps(values, indent=2) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    file = _copy_original(folder, data.tokenizer)
+    return {"fingerprint": tokenizer.fingerprint, "file": file}, notes
+
+
+def _copy_original(folder: Path, path: str) -> str | None:
+    """Where the copy lies in the folder."""
+    if path == "byte":
+        return None
+    source, place = Path(path).expanduser(), folder / ORIGINAL
+    place.mkdir()
+    if source.is_dir():
+        for name in ("encoder.json", "vocab.bpe"):
+            shutil.copyfile(source / name, place / name)
+        return ORIGINAL
+    shutil.copyfile(source, place / source.name)
+    return f"{ORIGINAL}/{source.name}"
+
+
+def _byte_names() -> dict[int, str]:
+    """The printable character that byte-level tokenizers write for each byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in set(printable)]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    # A word that is a token is not put together from its parts, which may lead elsewhere.
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _of_bytes() -> tokenizers.Tokenizer:
+    tokenizer = _byte_level({name: b for b, name in _byte_names().items()}, [])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.add_special_tokens([EOD_OF_BYTES])
+    return tokenizer
+
+
+def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Without the tokens that a file adds to a text, its truncation and its padding."""
+    values = json.loads(tokenizer.to_str())
+    values |= {"post_processor": None, "truncation": None, "padding": None}
+    return tokenizers.Tokenizer.from_str(json.dumps(values))
+
+
+def _token(tokenizer: tokenizers.Tokenizer, i: int) -> str:
+    token = tokenizer.id_to_token(i)
+    assert token is not None
+    return token
+
+
+def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
+    """Merges from ranks: any two tokens that make a third one, the lowest ranks first."""
+    encoding, names = tokenizer.encoding, _byte_names()
+    ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
+    special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+
+    def name(token: bytes) -> str:
+        return "".join(names[b] for b in token)
+
+    merges = [
+        (name(token[:i]), name(token[i:]))
+        for token in sorted(ranks, key=ranks.__getitem__)
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    ]
+    vocab = {name(token): rank for token, rank in ranks.items()} | special
+    built = _byte_level(vocab, merges)
+    built.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(tokenizers.Regex(_pattern(encoding._pat_str)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    built.add_special_tokens(list(special))
+    return built
+
+
+def _pattern(pattern: str) -> str:
+    """tiktoken's pattern as the tokenizers library reads it.
+
+    There $ is the end of a line, and {1,3}+ is not possessive. None of the patterns needs to be
+    possessive: what comes after begins with other characters.
+    """
+    return re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")
+
+
+def _agree(built: tokenizers.Tokenizer, tokenizer: TiktokenTokenizer) -> bool:
+    return all(
+        built.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+        for text in _PROBES
+    )

@@ -1,0 +1,361 @@
+"""nGPT and its GPT baseline in PyTorch: a copy of this file lies beside the weights.
+
+Written by ``ngpt_jax.tools.convert``; load it with
+``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)``. Attention is torch's
+scaled_dot_product_attention. Equation numbers are those of https://arxiv.org/abs/2410.01131.
+
+For inference and for training on: ``transformers`` trains, but does not put the matrices back onto
+the sphere after each step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .configuration_ngpt import NGPTConfig
+
+# The cache of keys and values is called so by the transformers that runs this.
+_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In at least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+    """Norm(x) = x / ||x|| (section 2.1), computed in at least float32; zero stays zero."""
+    return F.normalize(_wide(x), dim=dim).to(x.dtype)
+
+
+def _scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return (_wide(x) * scale).to(x.dtype)
+
+
+class NGPTLinear(nn.Linear):
+    """Without bias; its vectors along ``unit_dim`` are normalized on read, where that is given."""
+
+    def __init__(self, size: int, out: int, unit_dim: int | None):
+        super().__init__(size, out, bias=False)
+        self.unit_dim = unit_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.matrix())
+
+    def matrix(self) -> torch.Tensor:
+        return self.weight if self.unit_dim is None else _normalize(self.weight, self.unit_dim)
+
+
+class NGPTRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, in at least float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = _wide(x)
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * self.weight).to(x.dtype)
+
+
+def _effective(module: nn.Module, name: str) -> torch.Tensor:
+    """A learned scale of nGPT (section 2.5): stored * factor, in at least float32."""
+    return _wide(getattr(module, name)) * module.config.scale_factors[name]
+
+
+def _rope_tables(
+    positions: torch.Tensor, config: NGPTConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of t * base^(-2j/head_dim), each (B, 1, T, head_dim/2)."""
+    size = config.head_dim
+    frequencies = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
+    dtype = torch.promote_types(dtype, torch.float32)
+    angles = positions[:, None, :, None].to(dtype) * torch.tensor(
+        frequencies, dtype=dtype, device=positions.device
+    )
+    return angles.cos(), angles.sin()
+
+
+def _rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """RoPE on x (B, heads, T, head_dim): channel j turns with channel j + head_dim/2."""
+    cos, sin = tables
+    a, b = _wide(x).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+class NGPTAttention(nn.Module):
+    """softmax(sqrt(head_dim) q k^T) v in nGPT, 1/sqrt(head_dim) in GPT."""
+
+    def __init__(self, config: NGPTConfig, layer: int):
+        super().__init__()
+        c = self.config = config
+        self.layer = layer
+        unit_in, unit_out = (1, 0) if c.normalize_on_read else (None, None)
+        heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
+        self.q_proj = NGPTLinear(c.hidden_size, heads, unit_in)
+        self.k_proj = NGPTLinear(c.hidden_size, kv_heads, unit_in)
+        self.v_proj = NGPTLinear(c.hidden_size, kv_heads, unit_in)
+        self.o_proj = NGPTLinear(heads, c.hidden_size, unit_out)
+        if c.kind == "gpt":
+            self.softmax_scale = 1 / math.sqrt(c.head_dim)
+            if c.qk_norm:
+                self.q_norm = NGPTRMSNorm(c.head_dim, c.rms_norm_eps)
+                self.k_norm = NGPTRMSNorm(c.head_dim, c.rms_norm_eps)
+        elif c.folded:  # sqrt(head_dim) is in the factor
+            self.softmax_scale = 1.0
+            self.folded_qk_scale = nn.Parameter(torch.ones(c.num_attention_heads, c.head_dim))
+        else:
+            self.softmax_scale = math.sqrt(c.head_dim)
+            self.s_qk = nn.Parameter(torch.ones(c.num_key_value_heads, c.head_dim))
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        c = self.config
+        q, k, v = (  # (B, heads, T, head_dim)
+            f(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
+            for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if c.kind == "gpt":
+            if c.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = _rotate(q, tables), _rotate(k, tables)
+        else:  # equations 15, 16; the same s_qk scales q and k: (q s) . (k s) = q . (k s^2)
+            q, k = _rotate(q, tables), _rotate(k, tables)
+            if c.qk_norm:
+                q, k = _normalize(q), _normalize(k)
+            if c.folded:
+                q = _scaled(q, self.folded_qk_scale[:, None])
+            else:
+                k = _scaled(k, _effective(self, "s_qk").square()[:, None])
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer, {"cache_position": slots})  # read by 4.x alone
+        group = c.num_attention_heads // c.num_key_value_heads
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class NGPTMLP(nn.Module):
+    """SwiGLU(u, v) = u SiLU(v)."""
+
+    def __init__(self, config: NGPTConfig):
+        super().__init__()
+        c = self.config = config
+        unit_in, unit_out = (1, 0) if c.normalize_on_read else (None, None)
+        self.up_proj = NGPTLinear(c.hidden_size, c.intermediate_size, unit_in)
+        self.gate_proj = NGPTLinear(c.hidden_size, c.intermediate_size, unit_in)
+        self.down_proj = NGPTLinear(c.intermediate_size, c.hidden_size, unit_out)
+        self.scaled = c.kind == "ngpt" and not c.folded
+        if self.scaled:
+            self.s_u = nn.Parameter(torch.ones(c.intermediate_size))
+            self.s_v = nn.Parameter(torch.ones(c.intermediate_size))
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        u, v = self.up_proj(h), self.gate_proj(h)
+        if self.scaled:  # equations 20, 21
+            u = _scaled(u, _effective(self, "s_u"))
+            v = _scaled(v, _effective(self, "s_v") * math.sqrt(self.config.hidden_size))
+        return self.down_proj(u * F.silu(v))
+
+
+class NGPTBlock(nn.Module):
+    """nGPT: h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11). GPT: h <- h + f(RMSNorm(h)) (4, 5)."""
+
+    def __init__(self, config: NGPTConfig, layer: int):
+        super().__init__()
+        c = self.config = config
+        self.self_attn = NGPTAttention(c, layer)
+        self.mlp = NGPTMLP(c)
+        if c.kind == "gpt":
+            self.attention_norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
+            self.mlp_norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
+        else:
+            self.alpha_a = nn.Parameter(torch.ones(c.hidden_size))
+            self.alpha_m = nn.Parameter(torch.ones(c.hidden_size))
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        tables: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Cache | None,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        if self.config.kind == "gpt":
+            h = h + self.self_attn(self.attention_norm(h), tables, mask, cache, slots)
+            return h + self.mlp(self.mlp_norm(h))
+        h = self._step(_normalize(h), self.self_attn(h, tables, mask, cache, slots), "alpha_a")
+        return self._step(h, self.mlp(h), "alpha_m")
+
+    def _step(self, h: torch.Tensor, proposal: torch.Tensor, name: str) -> torch.Tensor:
+        h32, alpha = _wide(h), _effective(self, name).abs()
+        return _normalize(h32 + alpha * (_normalize(_wide(proposal)) - h32)).to(h.dtype)
+
+
+class NGPTPreTrainedModel(PreTrainedModel):
+    config_class = NGPTConfig
+    base_model_prefix = "model"
+    _no_split_modules = ("NGPTBlock",)
+    _supports_sdpa = True
+
+    def post_init(self) -> None:
+        """Scales and gains are few: they stay float32 where the matrices are of half the size."""
+        matrices = ("_proj.weight", "embed_tokens.weight", "lm_head.weight")
+        small = [n for n, _ in self.named_parameters() if not n.endswith(matrices)]
+        names = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in small}
+        self._keep_in_fp32_modules_strict = sorted(names)
+        super().post_init()
+
+
+class NGPTModel(NGPTPreTrainedModel):
+    """Token ids (B, T) to the last hidden states (B, T, hidden_size)."""
+
+    def __init__(self, config: NGPTConfig):
+        super().__init__(config)
+        c = config
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(NGPTBlock(c, i) for i in range(c.num_hidden_layers))
+        if c.kind == "gpt":
+            self.norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_: Any,
+    ) -> Any:
+        """As other models of transformers; tokens before each row's first may be padding.
+
+        ``cache`` and ``past_key_values`` are two names of one argument.
+        """
+        c = self.config
+        cache = past_key_values if cache is None else cache
+        if cache is None and (c.use_cache if use_cache is None else use_cache):
+            cache = DynamicCache()
+        h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if c.normalize_on_read and inputs_embeds is None:
+            h = _normalize(h)
+        length, past = h.shape[1], 0 if cache is None else cache.get_seq_length()
+        slots = past + torch.arange(length, device=h.device)
+        if position_ids is None:
+            position_ids = slots[None]
+            if attention_mask is not None and attention_mask.dim() == 2:
+                position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            mask = _visible(mask, past, length, h.device)
+        tables = _rope_tables(position_ids, c, h.dtype)
+        states: tuple[torch.Tensor, ...] | None = None
+        if c.output_hidden_states if output_hidden_states is None else output_hidden_states:
+            states = ()
+        for layer in self.layers:
+            states = None if states is None else (*states, h)
+            h = layer(h, tables, mask, cache, slots)
+        if c.kind == "gpt":
+            h = self.norm(h)
+        states = None if states is None else (*states, h)
+        out = BaseModelOutputWithPast(last_hidden_state=h, hidden_states=states, **{_CACHE: cache})
+        return out.to_tuple() if return_dict is False else out
+
+
+def _visible(
+    mask: torch.Tensor | None, past: int, length: int, device: torch.device
+) -> torch.Tensor | None:
+    """Which positions each of the ``length`` new ones attends to; None: all before it and itself.
+
+    Args:
+      mask: (B, past + length), 0 for padding, or None.
+      past: positions in the cache.
+
+    Returns:
+      (1 or B, 1, length, past + length) bool. Padding sees itself, so that no softmax is empty.
+    """
+    if mask is None and past == 0:
+        return None
+    slot = torch.arange(past + length, device=device)
+    own = slot[past:, None]
+    seen = (slot <= own)[None, None]
+    return seen if mask is None else seen & (mask[:, None, None].bool() | (slot == own))
+
+
+class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
+    """Logits in at least float32 (equations 1 and 3)."""
+
+    def __init__(self, config: NGPTConfig):
+        super().__init__(config)
+        c = config
+        self.model = NGPTModel(c)
+        self.lm_head = NGPTLinear(c.hidden_size, c.vocab_size, 1 if c.normalize_on_read else None)
+        self.scaled = c.kind == "ngpt" and not c.folded
+        if self.scaled:
+            self.s_z = nn.Parameter(torch.ones(c.vocab_size))
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As other models of transformers; ``labels`` are ``input_ids``, -100 where left out."""
+        out = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        # A product in float32: in bfloat16 it would round each logit.
+        h = _wide(out.last_hidden_state[:, kept])
+        logits = F.linear(h, self.lm_head.matrix().to(h.dtype))
+        if self.scaled:
+            logits = logits * _effective(self, "s_z")
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        out = CausalLMOutputWithPast(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, **{_CACHE: out.get(_CACHE)}
+        )
+        return out.to_tuple() if return_dict is False else out

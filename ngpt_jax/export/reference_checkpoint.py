@@ -1,0 +1,276 @@
+"""Checkpoints in the layout of the authors' PyTorch code, read and written.
+
+A file is what torch.save makes of the state dict itself, or of a dict with it under "model" and the
+shape under "model_args", as code of nanoGPT's kind saves it. Names may carry torch.compile's
+prefix. It is never unpickled but with ``weights_only=True``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ngpt_jax import config as config_lib
+from ngpt_jax import config_file, sphere
+from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale
+from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.export.folders import Imported, OpenedRun, new_output
+from ngpt_jax.export.huggingface import check_tensors
+from ngpt_jax.files import reason
+from ngpt_jax.model.reference_layout import from_reference, to_reference
+from ngpt_jax.model.transformer import axis_sizes, is_axes, is_matrix, param_axes
+from ngpt_jax.training.loop import enable_x64_if_used
+from ngpt_jax.training.run import with_tokenizer
+
+POSITION_NOTE = (
+    "the released code's own position operator is not RoPE: weights trained with it do not"
+    " give its logits here; those trained with standard RoPE do."
+)
+# model_args -> field of model.
+_ARGUMENTS = {
+    "n_layer": "layers",
+    "n_head": "heads",
+    "n_embd": "width",
+    "vocab_size": "vocab_size",
+    "block_size": "context",
+}
+
+
+def require_torch(flag: str) -> Any:
+    """The module torch."""
+    try:
+        import torch
+    except ImportError as e:
+        raise ConfigError(f"--{flag} needs PyTorch: pip install 'ngpt-jax[torch]'.") from e
+    return torch
+
+
+def read(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Imported:
+    """Reads ``--from_reference``.
+
+    Args:
+      path: of the file.
+      overrides: (dotted name, text): what the file does not say (model.heads, model.context,
+        data.tokenizer), and all else of the config.
+
+    Raises ConfigError.
+    """
+    where = f"--from_reference={path}"
+    state, arguments = _load(where, Path(path).expanduser())
+    config = _config(where, state, arguments, overrides)
+    config, tokenizer = with_tokenizer(config)
+    check_tensors(where, _shapes(config.model), state)
+    enable_x64_if_used(config)
+    params = from_reference(state, config.model)
+    params = jax.tree.map(lambda w: jnp.asarray(w, config.model.param_dtype), params)
+    return Imported(config, params, tokenizer)
+
+
+def _load(where: str, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors by their plain names, and model_args."""
+    torch = require_torch("from_reference")
+    if not file.is_file():
+        raise ConfigError(f"{where}: there is no such file.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a file that is no checkpoint: told below
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        if "Unsupported global" in str(e):  # not "Unsupported operand", of what is no pickle
+            raise ConfigError(
+                f"{where} holds other objects than tensors, numbers and texts, which are not"
+                " loaded, as they may run any code; save the state dict alone."
+            ) from e
+        raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
+    except OSError as e:
+        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+    except Exception as e:  # of the zip reader, and of what a damaged file gives it
+        raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
+    state = content.get("model", content) if isinstance(content, Mapping) else None
+    arguments = content.get("model_args") if isinstance(content, Mapping) else None
+    tensors = {
+        str(name).removeprefix("_orig_mod."): w
+        for name, w in (state.items() if isinstance(state, Mapping) else ())
+        if isinstance(w, torch.Tensor)
+    }
+    if not {"transformer.wte.weight", "lm_head.weight"} <= set(tensors):
+        raise ConfigError(
+            f"{where} has no tensors transformer.wte.weight and lm_head.weight, be it at the top or"
+            " under 'model': it is not of the authors' layout."
+        )
+    found = {
+        name: (w if w.dtype == torch.float64 else w.float()).detach().numpy()
+        for name, w in tensors.items()
+    }
+    return found, dict(arguments) if isinstance(arguments, Mapping) else {}
+
+
+def _config(
+    where: str,
+    state: Mapping[str, np.ndarray],
+    arguments: Mapping[str, Any],
+    overrides: Sequence[tuple[str, str]],
+) -> Config:
+    """From shapes, then model_args, then overrides; they may not contradict one another."""
+    given = dict(overrides)
+    known = _from_shapes(where, state)
+    for name, field in _ARGUMENTS.items():
+        value = arguments.get(name)
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise ConfigError(f"{where}: model_args has {name} = {value!r}, which is no number.")
+        if known.setdefault(field, value) != value:
+            raise ConfigError(
+                f"{where}: model_args has {name} = {value}, but its tensors are of {known[field]}."
+            )
+    use = arguments.get("use_nGPT")
+    if use is not None and bool(use) != (known["kind"] == "ngpt"):
+        there = "are" if known["kind"] == "ngpt" else "are no"
+        raise ConfigError(f"{where}: model_args has use_nGPT = {use}, but there {there} scales sz.")
+    for field, meaning in (("heads", "query heads"), ("context", "tokens of a training window")):
+        if field not in known and f"model.{field}" not in given:
+            raise ConfigError(
+                f"--config.model.{field} is needed: {where} does not tell the number of {meaning}."
+            )
+    if "data.tokenizer" not in given and known["vocab_size"] != ByteTokenizer().vocab_size:
+        raise ConfigError(
+            f"--config.data.tokenizer is needed: {where} does not name the tokenizer of its"
+            f" {known['vocab_size']} token ids."
+        )
+    heads = str(known.get("heads", given.get("model.heads")))
+    if not heads.isdecimal() or int(heads) == 0:
+        raise ConfigError(f"--config.model.heads wants a number, got {heads!r}.")
+    known |= _from_heads(where, state, int(heads))
+    for field, value in known.items():
+        text = given.get(f"model.{field}", str(value))
+        if text.replace("_", "").lower() != str(value).lower():
+            raise ConfigError(
+                f"--config.model.{field}={text} contradicts {where}, which has {value}; leave it"
+                " out."
+            )
+    values = config_lib.default_config()
+    values.train.steps = 1  # of no effect: there are no moments to go on with
+    values.model.update(known)
+    base = arguments.get("base_scale")
+    if known["kind"] == "ngpt" and isinstance(base, float):
+        for name in ("alpha_a", "alpha_m", "s_qk", "s_z"):
+            values.model[name].scale = base
+    return config_file.load_config(values, overrides)
+
+
+def _from_shapes(where: str, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Fields of model that need nothing else."""
+    table, down = (_matrix(where, state, n) for n in ("wte", "h.0.mlp_c_proj"))
+    (vocab_size, width), mlp_width = table.shape, down.shape[1]
+    blocks = [n.split(".") for n in state if n.startswith("transformer.h.")]
+    layers = 1 + max((int(b[2]) for b in blocks if b[2].isdecimal()), default=-1)
+    kind = "ngpt" if "sz" in state else "gpt"
+    return {
+        "kind": kind, "layers": layers, "width": width, "vocab_size": vocab_size,
+        "mlp_width": mlp_width, "qk_norm": kind == "ngpt", "folded": False,
+    }  # fmt: skip
+
+
+def _from_heads(where: str, state: Mapping[str, np.ndarray], heads: int) -> dict[str, int]:
+    query, key = (len(_matrix(where, state, f"h.0.{name}")) for name in ("query", "key"))
+    head_dim, rest = divmod(query, heads)
+    if rest or head_dim == 0 or key % head_dim:
+        raise ConfigError(
+            f"{where}: {heads} heads do not divide its {query} query and {key} key channels; give"
+            " the right --config.model.heads."
+        )
+    return {"head_dim": head_dim, "kv_heads": key // head_dim}
+
+
+def _matrix(where: str, state: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+    name = f"transformer.{name}.weight"
+    if name not in state or state[name].ndim != 2:
+        raise ConfigError(f"{where} lacks the matrix {name}.")
+    return state[name]
+
+
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Of every tensor of theirs; those of one layer are made, of bytes, and counted for all."""
+    one = dataclasses.replace(config, layers=1)
+    sizes = axis_sizes(one)
+    params = jax.tree.map(
+        lambda axes: np.zeros([sizes[a] for a in axes], bool), param_axes(one), is_leaf=is_axes
+    )
+    first = "transformer.h.0."
+    shapes = {name: w.shape for name, w in to_reference(params, one).items()}
+    out = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
+    for layer in range(config.layers):
+        of_block = {n: s for n, s in shapes.items() if n.startswith(first)}
+        out |= {n.replace(".0.", f".{layer}.", 1): s for n, s in of_block.items()}
+    return out
+
+
+def write(run: OpenedRun, path: str) -> list[str]:
+    """Writes ``--to_reference``: {"model": state dict, "model_args": its shape}, in float32.
+
+    Scales are told as the authors' code reads them (init 0.05 or 1, scale base_scale or 1), which
+    changes the raw numbers where this run has others.
+
+    Returns:
+      Notes on what the authors' code cannot load.
+
+    Raises ConfigError: what the layout has no place for; it cannot be written.
+    """
+    torch, model = require_torch("to_reference"), run.config.model
+    for problem, what in (
+        (model.folded, "scales that are folded in (model.folded); convert the raw weights"),
+        (model.qk_norm != (model.kind == "ngpt"), f"model.qk_norm={model.qk_norm} in {model.kind}"),
+        (model.rope_base != 10000, f"model.rope_base={model.rope_base}, only for 10000"),
+        (model.kind == "gpt" and model.rms_eps != 1e-6, f"model.rms_eps={model.rms_eps}"),
+    ):
+        if problem:
+            raise ConfigError(f"--to_reference: the authors' layout has no place for {what}.")
+    base_scale = model.width**-0.5
+    state = to_reference(_as_theirs(model, run.params, base_scale), model)
+    arguments: dict[str, Any] = {name: getattr(model, field) for name, field in _ARGUMENTS.items()}
+    arguments |= {"use_nGPT": int(model.kind == "ngpt"), "base_scale": base_scale}
+    tensors = {
+        name: torch.from_numpy(np.array(w, np.float32, order="C")) for name, w in state.items()
+    }
+    with new_output("to_reference", path) as file:
+        try:
+            torch.save({"model": tensors, "model_args": arguments}, file)
+        except RuntimeError as e:  # of torch's own writer
+            raise ConfigError(f"--to_reference={path} cannot be written: {reason(e)}.") from e
+    usual = (model.heads, model.width // model.heads, 4 * model.width)
+    if (model.kv_heads, model.head_dim, model.mlp_width) == usual:
+        return []
+    return [
+        "the authors' code has no model of these kv_heads, head_dim or mlp_width;"
+        " --from_reference reads it."
+    ]
+
+
+def _as_theirs(model: ModelConfig, params: Any, base_scale: float) -> Any:
+    """Parameters that give the same model under the authors' constants."""
+    if model.kind == "gpt":
+        return params
+    constants = {name: Scale(1.0, base_scale) for name in ("s_qk", "s_z")}
+    constants |= {name: Scale(0.05, base_scale) for name in ("alpha_a", "alpha_m")}
+    constants |= {name: Scale(1.0, 1.0) for name in ("s_u", "s_v")}
+
+    def change(path: Any, w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+        name = path[-1].key
+        if model.normalize_on_read and is_matrix(axes):
+            return sphere.normalize(w, axes.index("embed"))
+        ours, theirs = getattr(model, name, None), constants.get(name)
+        if theirs is None or ours == theirs:
+            return w
+        assert ours is not None and theirs.scale is not None
+        return w * (ours.init / ours.scale * theirs.scale / theirs.init)
+
+    return jax.tree_util.tree_map_with_path(change, params, param_axes(model))
