@@ -43,7 +43,7 @@ def get_config(variants: str = ""):
     config.checkpoint.keep = 1
     config.log.every = 50
     config.sample.tokens = 0
-    return apply_variants(config, variants, {"search": _same, "ablation": _same})
+    return apply_variants(config, variants, {"search": _same, "finals": _same, "ablation": _same})
 
 
 def _same(config):
@@ -84,9 +84,9 @@ RATES = {
 
 
 def get_study(variants: str = ""):
-    studies = {"": speedup, "search": search, "ablation": ablation}
+    studies = {"": speedup, "search": search, "finals": finals, "ablation": ablation}
     if variants not in studies:
-        raise ConfigError(f"Unknown variant {variants!r}; known are search and ablation.")
+        raise ConfigError(f"Unknown variant {variants!r}; known are search, finals, ablation.")
     return studies[variants]()
 
 
@@ -232,6 +232,54 @@ def search():
         settings={name: SETTINGS[name] for name in ("prose512", "stdlib128")},
         models=models,
         budgets=(750,),
+        seeds=(7,),
+        cores=1,
+    )
+
+
+def finals():
+    """Five recipes a model that were good in the search, in runs four times as long.
+
+    With the learning rates that such runs want: a short search prefers what is fast at the start.
+    """
+
+    def recipe(std: float, decay: float, warmup: float) -> dict[str, float]:
+        return {
+            "optimizer.learning_rate": 6e-3,
+            "model.init_std": std,
+            "optimizer.weight_decay": decay,
+            "optimizer.warmup_share": warmup,
+        }
+
+    gpt = {
+        f"init{std:g}+decay{decay:g}+warmup{100 * warmup:g}": recipe(std, decay, warmup)
+        for std, decay, warmup in (
+            (0.06, 0.1, 0.2),
+            (0.125, 0.1, 0.2),
+            (0.125, 0.1, 0.1),
+            (0.125, 0.3, 0.2),
+            (0.25, 0.3, 0.2),
+        )
+    }
+    slow = {f"model.{name}.scale": 0.5 for name in ("alpha_a", "alpha_m", "s_qk", "s_z")}
+    slower = dict.fromkeys(slow, 1.0)
+    ngpt = {
+        "warmup10": {"optimizer.warmup_share": 0.1},
+        "slow+warmup10": slow | {"optimizer.warmup_share": 0.1},
+        "slow": slow,
+        "slow+on_read": slow | {"model.normalize_on_read": True},
+        "slower": slower,
+    }
+    start = {"optimizer.learning_rate": 1e-2, **_INIT}
+    models = {f"ngpt+{name}": start | fields for name, fields in ngpt.items()}
+    kinds = {"gpt": {"model.kind": "gpt"}, "gpt_qk": {"model.kind": "gpt", "model.qk_norm": True}}
+    for kind, base in kinds.items():
+        models |= {f"{kind}+{name}": base | fields for name, fields in gpt.items()}
+    return Study(
+        title="Finals of the search for the recipes of speedup.py",
+        settings={name: SETTINGS[name] for name in ("stdlib128", "prose512")},
+        models=models,
+        budgets=(3000,),
         seeds=(7,),
         cores=1,
     )

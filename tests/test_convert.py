@@ -19,7 +19,6 @@ from data_helpers import ROOT, raises
 from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
-from ngpt_jax import sphere
 from ngpt_jax.data.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
@@ -32,9 +31,8 @@ from ngpt_jax.model.transformer import (
     param_axes,
     real_vocab,
 )
-from ngpt_jax.training import layout
+from ngpt_jax.training import layout, opening
 from ngpt_jax.training.checkpoint import restore_params
-from ngpt_jax.training.opening import write_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 GQA = {"model.heads": 4, "model.kv_heads": 2, "model.head_dim": 6, "model.mlp_width": 24}
@@ -70,13 +68,7 @@ def make_run(tiny, name="ngpt", **fields):
     """Random weights over bytes; there are more ids than bytes, and rows of padding besides."""
     config = tiny(**{"model.vocab_size": 260, **MODELS[name], **fields})
     tokenizer = load_tokenizer(config.data)
-    return folders.OpenedRun(config, tokenizer, random_params(config.model), 7)
-
-
-def with_unit_rows(run):
-    """Where weights are folded, Block takes h for a unit vector: the table's rows must be such."""
-    table = sphere.normalize(run.params["input_embedding"])
-    return run._replace(params=run.params | {"input_embedding": table})
+    return opening.OpenedRun(config, tokenizer, random_params(config.model), None, 7)
 
 
 def logits(config, params, tokens):
@@ -156,18 +148,18 @@ def test_bfloat16_keeps_scales(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ngpt-gqa", "ngpt-read"])
 def test_folded_folder(tiny, tmp_path, name):
-    run = with_unit_rows(make_run(tiny, name))
+    run = make_run(tiny, name)
     huggingface.write_folder(run, str(tmp_path / "hf"), fold=True)
     config, params, tokenizer = huggingface.read_folder(str(tmp_path / "hf"))
     assert config.model == folding.folded_config(run.config.model)
     assert same(params, folding.fold(run.config.model, run.params), config.model)
-    write_weights(str(tmp_path / "run"), config, params, tokenizer.fingerprint)
+    opening.write_weights(str(tmp_path / "run"), config, params, tokenizer.fingerprint)
     model = ngpt_jax.load(str(tmp_path / "run"))
     x = some_tokens(run.config.model)
     right = logits(run.config.model, run.params, x)
     assert worst(logits(model.config.model, model.params, x), right) < 1e-5
     assert model.generate("ab", 4, temperature=0).ids
-    again = folders.open_run(str(tmp_path / "run"), None, [])
+    again = opening.open_run("workdir", str(tmp_path / "run"), None, [])
     huggingface.write_folder(again, str(tmp_path / "again"), fold=True)
     assert same(huggingface.read_folder(str(tmp_path / "again")).params, params, config.model)
 
@@ -176,7 +168,7 @@ def test_folded_folder(tiny, tmp_path, name):
 def test_command_there_and_back(tiny, tmp_path):
     run = make_run(tiny, "ngpt-gqa", **{"data.seed": 3, "train.batch_size": 8})
     one, folder, two = (tmp_path / n for n in ("one", "folder", "two"))
-    write_weights(str(one), run.config, run.params, run.tokenizer.fingerprint)
+    opening.write_weights(str(one), run.config, run.params, run.tokenizer.fingerprint)
     folder.mkdir()  # an empty folder may be there
     out = convert(f"--workdir={one}", f"--to_hf={folder}")
     assert (out.returncode, out.stderr) == (0, "")

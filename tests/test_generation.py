@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -212,7 +214,7 @@ def test_draws_follow_the_distribution():
         ({"min_p": 1.0}, r"min_p must lie in \[0, 1\)"),
         ({"tokens": 0}, "tokens must be positive"),
         ({"stop": ["x", ""]}, "A stop string is empty"),
-        ({"context": 8}, r"A prompt has 9 tokens, and the context 8: no room for more\. Cut the"),
+        ({"context": 8}, r"A prompt has 9 tokens, and the context 8: no room for more\. Cut it,"),
     ],
 )
 def test_values_out_of_range_are_refused(model, how, message):
@@ -378,10 +380,50 @@ def test_training_goes_on_from_imported_weights_but_not_in_their_folder(runs, tm
         loop.train(model.config, weights)
 
 
-def test_importing_the_package_loads_nothing():
-    import subprocess
-    import sys
+@pytest.mark.slow
+def test_the_sample_command(runs, tmp_path):
+    def run(*arguments, **how):
+        command = [sys.executable, "-m", "ngpt_jax.tools.sample", f"--workdir={runs / 'ngpt'}"]
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, **how)
 
+    (tmp_path / "start.txt").write_text("the q")
+    done = run(f"--prompt_file={tmp_path / 'start.txt'}", "--tokens=6", "--temperature=0")
+    assert done.returncode == 0, done.stderr
+    text = ngpt_jax.load(str(runs / "ngpt")).generate("the q", 6, temperature=0).text
+    assert done.stdout == f"the q{text}\n"
+    assert "[6 tokens in" in done.stderr and "as many as asked for" in done.stderr
+    done = run("--prompt=-", "--prompt=b", "--tokens=90", input="a")
+    assert done.stdout.startswith("--- 1 of 2\na") and "\n--- 2 of 2\nb" in done.stdout
+    assert "the context is full (--context allows more)" in done.stderr
+    for arguments, message in (
+        (["--prompt=" + 40 * "x"], "error: A prompt has 41 tokens, and the context 32: no room"),
+        (["--top_p=0"], "error: top_p must lie in (0, 1], got 0.0."),
+        (["--prompt_file=none.txt"], "error: --prompt_file=none.txt cannot be read"),
+        (["--prompt=-", "--prompt=-"], "error: --prompt=- is given twice"),
+    ):
+        refused = run(*arguments, input="")
+        assert (refused.returncode, refused.stdout) == (2, "")
+        assert refused.stderr.startswith(message) and refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_decoding(tmp_path):
+    command = (
+        f"-m ngpt_jax.tools.benchmark_decode --tokens=64 --rounds=1 --prompt=8 --batch_size=2"
+        f" --json={tmp_path / 'decode.json'} --config.model.width=16 --config.model.layers=1"
+        " --config.model.vocab_size=64"
+    )
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    numbers = json.loads((tmp_path / "decode.json").read_text())
+    assert set(numbers["models"]) == {"ngpt", "gpt"} and numbers["slots"] == [72, 288]
+    for row in numbers["models"].values():
+        assert row["decode_tokens_per_second"] == pytest.approx(2e3 / row["decode_ms"])
+        assert row["prefill_tokens_per_second"] == pytest.approx(16e3 / row["prefill_ms"])
+    assert "nGPT's tokens/s over GPT's: prefill" in done.stdout
+
+
+def test_importing_the_package_loads_nothing():
     code = (
         "import sys, json, ngpt_jax; print(json.dumps([m for m in ('jax', 'flax', 'orbax') if m in"
         " sys.modules]))"

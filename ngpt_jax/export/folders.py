@@ -1,32 +1,17 @@
-"""Folders that conversions read and write: a run opened for export, output that is whole or not."""
+"""What conversions read, and output that is whole or not there."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
 
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.tokenizers import Tokenizer
 from ngpt_jax.files import is_remote, reason
-from ngpt_jax.parallel.mesh import device_mesh
-from ngpt_jax.training import opening
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.run import with_tokenizer
-
-
-class OpenedRun(NamedTuple):
-    """A checkpoint of a run; ``config`` is resolved, with the vocabulary filled in."""
-
-    config: Config
-    tokenizer: Tokenizer
-    params: Any
-    step: int
 
 
 class Imported(NamedTuple):
@@ -35,36 +20,6 @@ class Imported(NamedTuple):
     config: Config
     params: Any
     tokenizer: Tokenizer
-
-
-def open_run(path: str, step: int | None, overrides: Sequence[tuple[str, str]]) -> OpenedRun:
-    """The run of ``--workdir``, on one device.
-
-    Args:
-      path: the folder.
-      step: of the checkpoint; None: the newest.
-      overrides: (dotted name, text), where the tokenizer lies here, say.
-
-    Raises ConfigError.
-    """
-    config = opening.read_config("workdir", path, overrides)
-    checkpoint = opening.find_checkpoint("workdir", path, step)
-    config, tokenizer = with_tokenizer(config)
-    enable_x64_if_used(config)
-    mesh = device_mesh(config.mesh, jax.devices()[:1])
-    params, progress = opening.read_params(path, config, checkpoint, mesh)
-    check_tokenizer(f"--workdir={path}", config, tokenizer, progress["tokenizer"])
-    return OpenedRun(config, tokenizer, params, int(checkpoint.name))
-
-
-def check_tokenizer(where: str, config: Config, tokenizer: Tokenizer, saved: str) -> None:
-    """Refuses a tokenizer that is not the one that the weights were trained with."""
-    if tokenizer.fingerprint != saved:
-        raise ConfigError(
-            f"{where}: data.tokenizer ({config.data.tokenizer}) is not the one that it was trained"
-            f" with ({saved[:8]}, not {tokenizer.fingerprint[:8]}); give that one with"
-            " --config.data.tokenizer."
-        )
 
 
 def check_new(flag: str, path: str, remote: bool = False) -> None:

@@ -36,13 +36,14 @@ from ngpt_jax import __version__, config_file
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.export import hf_tokenizer
-from ngpt_jax.export.folders import Imported, OpenedRun, check_tokenizer, new_output
+from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.files import reason
 from ngpt_jax.model import folding
 from ngpt_jax.model.reference_layout import pad_vocab
 from ngpt_jax.model.transformer import FOLDED_MARK, axis_sizes, is_matrix, real_vocab
 from ngpt_jax.training.layout import named_params
 from ngpt_jax.training.loop import enable_x64_if_used
+from ngpt_jax.training.opening import OpenedRun, check_tokenizer
 from ngpt_jax.training.run import with_tokenizer
 
 MODEL_TYPE = "ngpt_jax"

@@ -22,12 +22,13 @@ from ngpt_jax import config as config_lib
 from ngpt_jax import config_file, sphere
 from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale
 from ngpt_jax.data.tokenizers import ByteTokenizer
-from ngpt_jax.export.folders import Imported, OpenedRun, new_output
+from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors
 from ngpt_jax.files import reason
 from ngpt_jax.model.reference_layout import from_reference, to_reference
 from ngpt_jax.model.transformer import axis_sizes, is_axes, is_matrix, param_axes
 from ngpt_jax.training.loop import enable_x64_if_used
+from ngpt_jax.training.opening import OpenedRun
 from ngpt_jax.training.run import with_tokenizer
 
 POSITION_NOTE = (

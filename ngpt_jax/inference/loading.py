@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,10 +14,7 @@ from ngpt_jax.data.tokenizers import Tokenizer
 from ngpt_jax.inference.text import Streamed, TextStream
 from ngpt_jax.model import folding, generation, scoring
 from ngpt_jax.model.sampling import Sampling
-from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout, opening
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.run import with_tokenizer
 
 Prompt = str | Sequence[int]
 _BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
@@ -135,8 +131,8 @@ class LoadedModel:
         longest = max(len(stream.prompt) for stream in streams)
         if longest >= limit:
             raise ConfigError(
-                f"A prompt has {longest} tokens, and the context {limit}: no room for more. Cut the"
-                " prompt, or allow more with a larger context (beyond the"
+                f"A prompt has {longest} tokens, and the context {limit}: no room for more. Cut it,"
+                f" or give a larger --context, as context= in Python (beyond the"
                 f" {self.config.model.context} of the training the model was not taught)."
             )
         count = max(stream.limit(tokens, limit) for stream in streams)
@@ -264,22 +260,5 @@ def open_model(
     flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
 ) -> LoadedModel:
     """As :func:`load`, for a command with this flag."""
-    config = opening.read_config(flag, path, overrides)
-    checkpoint = opening.find_checkpoint(flag, path, step)
-    config, tokenizer = with_tokenizer(config)
-    enable_x64_if_used(config)
-    several = any(name.startswith("mesh.") for name, _ in overrides)
-    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
-    config, _ = layout.for_mesh(config, mesh)
-    params, progress = opening.read_params(path, config, checkpoint, mesh)
-    if progress["tokenizer"] != tokenizer.fingerprint:
-        raise ConfigError(
-            f"--{flag}={path}: data.tokenizer ({config.data.tokenizer}) is not the one that it was"
-            f" trained with ({progress['tokenizer'][:8]}, not {tokenizer.fingerprint[:8]}); give"
-            " that one with --config.data.tokenizer."
-        )
-    # The kernel depends on the length: a prompt is shorter than a training window.
-    model = dataclasses.replace(config.model, attention="auto")
-    return LoadedModel(
-        dataclasses.replace(config, model=model), tokenizer, params, mesh, int(checkpoint.name)
-    )
+    run = opening.open_run(flag, path, step, overrides)
+    return LoadedModel(run.config, run.tokenizer, run.params, run.mesh, run.step)

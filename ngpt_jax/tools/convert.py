@@ -91,7 +91,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; nothing needs more
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
     from ngpt_jax.model.transformer import num_params
-    from ngpt_jax.training.opening import write_weights
+    from ngpt_jax.training import opening
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
@@ -100,7 +100,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         reference_checkpoint.require_torch(flag)
     notes = []
     if source == "workdir":
-        run = folders.open_run(path, _STEP.value, overrides)
+        run = opening.open_run("workdir", path, _STEP.value, overrides)
         config, path = run.config, f"{path}, step {run.step}"
         if target == "to_hf":
             notes = huggingface.write_folder(run, out, _DTYPE.value or "float32", _FOLDED.value)
@@ -109,7 +109,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     else:
         read = huggingface.read_folder if source == "from_hf" else reference_checkpoint.read
         config, params, tokenizer = read(path, overrides)
-        write_weights(out, config, params, tokenizer.fingerprint)
+        opening.write_weights(out, config, params, tokenizer.fingerprint)
     if "reference" in source + target:
         notes = [reference_checkpoint.POSITION_NOTE, *notes]
     for note in notes:

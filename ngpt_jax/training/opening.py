@@ -15,12 +15,16 @@ from jax.sharding import Mesh
 from ngpt_jax import config as config_lib
 from ngpt_jax import config_file
 from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig
+from ngpt_jax.data.tokenizers import Tokenizer
 from ngpt_jax.files import reason
+from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout, manifest
 from ngpt_jax.training import workdir as workdir_lib
 from ngpt_jax.training.checkpoint import CheckpointError, Checkpoints
 from ngpt_jax.training.checkpoint_folder import CheckpointFolder
+from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.restoring import restore
+from ngpt_jax.training.run import with_tokenizer
 
 
 def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -83,6 +87,51 @@ def read_params(
     like = {"params": layout.abstract_params(config.model, mesh)}
     state, progress = restore(checkpoint, like, tell, only="params/")
     return state["params"], progress
+
+
+class OpenedRun(NamedTuple):
+    """A checkpoint's weights; ``config`` is resolved, with the vocabulary filled in."""
+
+    config: Config
+    tokenizer: Tokenizer
+    params: Any
+    mesh: Mesh
+    step: int
+
+
+def open_run(
+    flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
+) -> OpenedRun:
+    """The weights of a run's folder, or of one that :func:`write_weights` made.
+
+    Args:
+      flag: that named the folder.
+      path: the folder.
+      step: of the checkpoint; None: the newest.
+      overrides: (dotted name, text): where the tokenizer lies here, say. One device is used where
+        none of mesh.* is among them.
+
+    Raises ConfigError.
+    """
+    config = read_config(flag, path, overrides)
+    checkpoint = find_checkpoint(flag, path, step)
+    config, tokenizer = with_tokenizer(config)
+    enable_x64_if_used(config)
+    several = any(name.startswith("mesh.") for name, _ in overrides)
+    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
+    params, progress = read_params(path, config, checkpoint, mesh)
+    check_tokenizer(f"--{flag}={path}", config, tokenizer, progress["tokenizer"])
+    return OpenedRun(config, tokenizer, params, mesh, int(checkpoint.name))
+
+
+def check_tokenizer(where: str, config: Config, tokenizer: Tokenizer, saved: str) -> None:
+    """Refuses a tokenizer that is not the one that the weights were trained with."""
+    if tokenizer.fingerprint != saved:
+        raise ConfigError(
+            f"{where}: data.tokenizer ({config.data.tokenizer}) is not the one that it was trained"
+            f" with ({saved[:8]}, not {tokenizer.fingerprint[:8]}); give that one with"
+            " --config.data.tokenizer."
+        )
 
 
 class _Weights(NamedTuple):
