@@ -16,6 +16,7 @@ from absl import app, flags
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import is_remote, reason
 
 Edit = Callable[[ml_collections.ConfigDict], None]
 
@@ -167,6 +168,19 @@ def check_output(**files: str | None) -> None:
     for flag, file in files.items():
         if file and not Path(file).parent.is_dir():
             raise ConfigError(f"--{flag}={file}: there is no folder {Path(file).parent}.")
+
+
+def output_folder(workdir: str, out: str | None, name: str) -> Path:
+    """The folder of results about a run, made: --out, or WORKDIR/name by default."""
+    if out is None and is_remote(workdir):
+        raise ConfigError(f"--out is needed: results cannot be written to {workdir}.")
+    folder = Path(out or Path(workdir).expanduser() / name)
+    check_output(out=str(folder))
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as e:
+        raise ConfigError(f"--out={folder} cannot be made: {reason(e)}.") from e
+    return folder
 
 
 def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:

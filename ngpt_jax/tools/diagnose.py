@@ -27,7 +27,7 @@ from absl import flags, logging
 
 from ngpt_jax import config_file
 from ngpt_jax.config import ConfigError
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import reason
 from ngpt_jax.tools import diagnose_figures as figures
 from ngpt_jax.tools import diagnose_measures as measures
 from ngpt_jax.tools import diagnose_tables as tables_lib
@@ -64,18 +64,6 @@ _FIGURES: dict[str, Callable[..., Any]] = {
 }
 
 
-def _out_folder(workdir: str) -> Path:
-    if _OUT.value is None and is_remote(workdir):
-        raise ConfigError(f"--out is needed: figures cannot be written to {workdir}.")
-    folder = Path(_OUT.value or Path(workdir).expanduser() / "diagnose")
-    config_file.check_output(out=str(folder))
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out={folder} cannot be made: {reason(e)}.") from e
-    return folder
-
-
 def _chosen_layers(least: int) -> list[int] | None:
     """The layers of --layers, where the smaller model has ``least``."""
     if _LAYERS.value is None:
@@ -103,7 +91,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         for flag, path in folders.items()
     ]  # fmt: skip
     layers = _chosen_layers(min(config.model.layers for _, config, _ in found))
-    out = _out_folder(_WORKDIR.value)
+    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "diagnose")
 
     names = [Path(path).name for path in folders.values()]
     if len(set(names)) < len(names):

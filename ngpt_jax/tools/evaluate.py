@@ -43,7 +43,7 @@ from absl import flags, logging
 
 from ngpt_jax import config_file
 from ngpt_jax.config import ConfigError
-from ngpt_jax.files import is_remote, reason, write_atomically
+from ngpt_jax.files import reason, write_atomically
 from ngpt_jax.inference import tasks as tasks_lib
 from ngpt_jax.inference.tasks import Task
 from ngpt_jax.terminal import Terminal, format_duration
@@ -83,18 +83,6 @@ def _find_tasks() -> tuple[list[Task], list[str]]:
     if twice := [name for name in several if several.count(name) > 1]:
         raise ConfigError(f"--tasks: {twice[0]} is there twice; rename a file, or drop one.")
     return found, names
-
-
-def _out_folder(workdir: str) -> Path:
-    if _OUT.value is None and is_remote(workdir):
-        raise ConfigError(f"--out is needed: results cannot be written to {workdir}.")
-    folder = Path(_OUT.value or Path(workdir).expanduser() / "evaluate")
-    config_file.check_output(out=str(folder))
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as e:
-        raise ConfigError(f"--out={folder} cannot be made: {reason(e)}.") from e
-    return folder
 
 
 def _progress(terminal: Terminal, label: str) -> Any:
@@ -180,7 +168,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
     config = opening.read_config("workdir", _WORKDIR.value, overrides)
     texts = [] if _TEXT.value is None else scorers.read_text(_TEXT.value, config.data.text_key)
-    out = _out_folder(_WORKDIR.value)
+    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "evaluate")
     model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
     results, tables = _evaluate(model, "", tasks, names, texts)
     found, written = [results], {f"{name}.csv": table for name, table in tables.items()}

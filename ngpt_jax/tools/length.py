@@ -22,7 +22,7 @@ from absl import flags, logging
 from ngpt_jax import config_file
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus import load_corpus
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import reason
 from ngpt_jax.inference import scorers
 from ngpt_jax.inference.loading import LoadedModel, open_model
 from ngpt_jax.terminal import Terminal
@@ -64,10 +64,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
     plots.require_matplotlib()
-    if _OUT.value is None and is_remote(_WORKDIR.value):
-        raise ConfigError(f"--out is needed: results cannot be written to {_WORKDIR.value}.")
-    out = Path(_OUT.value or Path(_WORKDIR.value).expanduser() / "length")
-    config_file.check_output(out=str(out))
+    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "length")
     folders = {"workdir": _WORKDIR.value} | ({"against": _AGAINST.value} if _AGAINST.value else {})
     models = {path: open_model(flag, path, None, overrides) for flag, path in folders.items()}
     first, *others = models.values()
@@ -95,7 +92,6 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         contexts[label] = model.config.model.context
     terminal.close()
     try:
-        out.mkdir(exist_ok=True)
         plots.write_csv(out / "length.csv", list(rows[0]), rows)
         plots.write_csv(out / "position.csv", list(positions[0]), positions)
         plots.save(measures.figure(rows, positions, contexts), out / "length.png")
