@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -34,12 +35,16 @@ class LoadedModel:
     def __init__(self, config: Config, tokenizer: Tokenizer, params: Any, mesh: Mesh, step: int):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.mesh, self.step = mesh, step
-        model = config.model
-        self._folded = folding.folded_config(model)
+        self._folded = folding.folded_config(config.model)
+
+    @functools.cached_property
+    def _weights(self) -> Any:
+        """Of ``_folded``; made when a text is first asked for, as scoring reads ``params``."""
+        model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
-            self._weights = jax.jit(
+            return jax.jit(
                 lambda p: folding.for_inference(model, p), out_shardings=_shardings(model, mesh)
-            )(params)
+            )(self.params)
 
     def generate(
         self,
@@ -71,9 +76,8 @@ class LoadedModel:
 
         Raises ConfigError: a prompt that is empty or too long, values out of range.
         """
-        one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        many, one = _as_list(prompts)
         how = Sampling(temperature, top_k, top_p, min_p)
-        many: Any = [prompts] if one else prompts
         streams = [TextStream(self.tokenizer, self._ids(p), _stops(stop)) for p in many]
         for _ in self._run(streams, tokens, how, seed, context):
             pass
@@ -160,8 +164,7 @@ class LoadedModel:
 
         Raises ConfigError: a text longer than the training context.
         """
-        one = isinstance(texts, str) or (len(texts) > 0 and isinstance(texts[0], int))
-        many: Any = [texts] if one else texts
+        many, one = _as_list(texts)
         rows = [self._ids(text) for text in many]
         limit = self.config.model.context + 1
         if (longest := max(map(len, rows), default=0)) > limit:
@@ -210,6 +213,12 @@ class LoadedModel:
                 if progress is not None:
                     progress(1 - left / total)
         return [found[i] for i in range(len(rows))]
+
+
+def _as_list(prompts: Any) -> tuple[list[Prompt], bool]:
+    """A prompt alone in a list, and that it was alone; or the prompts of a list."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return ([prompts] if one else list(prompts)), one
 
 
 def _padded(length: int) -> int:
