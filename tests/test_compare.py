@@ -125,6 +125,13 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         "train.seed": "3", "data.seed": "3", "optimizer.learning_rate": "0.02",
     }  # fmt: skip
     assert point.name == "long-ngpt-40-0.02-seed3"
+    own = {"long": {"ngpt": {"optimizer.warmup_share": 0.0}, "gpt": {"optimizer.b2": 0.9}}}
+    plan = dataclasses.replace(PLAN, recipes=own)
+    study.check(plan)
+    assert dict(study.overrides_of(plan, point))["optimizer.warmup_share"] == "0.0"
+    assert "optimizer.b2" not in dict(study.overrides_of(plan, point))
+    elsewhere = dataclasses.replace(point, setting="short")
+    assert study.overrides_of(plan, elsewhere) == study.overrides_of(PLAN, elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +148,11 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         ({"settings": {"a": {"data.paths": ()}}}, "data.paths is empty"),
         ({"settings": {"a": {"train.seed": 3}}}, "train.seed is set by the study itself"),
         ({"models": {"gpt": {"optimizer.learning_rate": 1.0}}}, "is set by the study itself"),
+        ({"recipes": {"lnog": {}}}, "recipes: there is no setting 'lnog'"),
+        ({"recipes": {"long": {"ngtp": {}}}}, r"recipes\['long'\]: there is no model 'ngtp'"),
+        ({"recipes": {"long": {"gpt": {"model.widht": 3}}}}, "unknown field 'model.widht'"),
+        ({"recipes": {"long": {"gpt": {"train.seed": 3}}}}, "is set by the study itself"),
+        ({"recipes": {"long": ["gpt"]}}, "must be a dict of models"),
         ({"settings": {"a": {}, "a-gpt": {}}, "models": {"gpt-b": {}, "b": {}}}, "into each other"),
         ({"tuned": "train.batch_size"}, "must name a field that is a float"),
         ({"cores": 0}, "cores must be positive"),

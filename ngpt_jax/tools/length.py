@@ -64,6 +64,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
     plots.require_matplotlib()
+    measures.lengths_of(1, _FACTOR.value)  # refused before models are read
     out = config_file.output_folder(_WORKDIR.value, _OUT.value, "length")
     folders = {"workdir": _WORKDIR.value} | ({"against": _AGAINST.value} if _AGAINST.value else {})
     models = {path: open_model(flag, path, None, overrides) for flag, path in folders.items()}

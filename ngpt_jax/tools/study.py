@@ -31,6 +31,7 @@ class Study:
     Attributes:
       models: overrides by name, the first one first in tables. See :func:`grid` for sweeps.
       settings: overrides by name: corpora, contexts, sizes.
+      recipes: by setting and model, overrides on top of both: what a model wants there alone.
       budgets: train.steps, ascending; each run has a whole schedule of its own.
       seeds: of init and of the order of the data; the first one tunes.
       tuned: the field that is tuned; None: nothing is.
@@ -46,6 +47,7 @@ class Study:
     settings: Mapping[str, Overrides]
     budgets: Sequence[int]
     seeds: Sequence[int] = (0,)
+    recipes: Mapping[str, Mapping[str, Overrides]] = dataclasses.field(default_factory=dict)
     tuned: str | None = None
     ladders: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     baseline: str | None = None
@@ -109,18 +111,30 @@ def check(study: Study) -> None:
     for what in ("models", "settings"):
         arms = getattr(study, what)
         require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
-        for name, fields in arms.items():
+        for name in arms:
             require(
                 isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
                 f"{name!r}: a name is made of letters, digits and _ = , . + -",
             )
-            require(isinstance(fields, Mapping), f"{what}[{name!r}] must be a dict of fields.")
-            for field, value in fields.items():
-                known = field_hint(str(field)) is not None
-                require(known, f"{what}[{name!r}]: unknown field {field!r}.")
-                own = field in _SET_BY_POINTS or (what == "models" and field == study.tuned)
-                require(not own, f"{what}[{name!r}]: {field} is set by the study itself.")
-                require(value != () and value != [], f"{what}[{name!r}]: {field} is empty.")
+    arms = {f"models[{m!r}]": fields for m, fields in study.models.items()}
+    arms |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
+    require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
+    for setting, models in study.recipes.items():
+        require(setting in study.settings, f"recipes: there is no setting {setting!r}.")
+        require(isinstance(models, Mapping), f"recipes[{setting!r}] must be a dict of models.")
+        for model, fields in models.items():
+            require(model in study.models, f"recipes[{setting!r}]: there is no model {model!r}.")
+            arms[f"recipes[{setting!r}][{model!r}]"] = fields
+    for what, fields in arms.items():
+        require(isinstance(fields, Mapping), f"{what} must be a dict of fields.")
+        for field, value in fields.items():
+            known = field_hint(str(field)) is not None
+            require(known, f"{what}: unknown field {field!r}.")
+            own = field in _SET_BY_POINTS or (
+                field == study.tuned and not what.startswith("settings")
+            )
+            require(not own, f"{what}: {field} is set by the study itself.")
+            require(value != () and value != [], f"{what}: {field} is empty.")
     names = [f"{s}-{m}" for s in study.settings for m in study.models]
     require(len(set(names)) == len(names), "names of settings and models run into each other.")
     for what in ("budgets", "seeds"):
@@ -164,6 +178,7 @@ def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
     values: dict[str, Any] = {
         **study.settings[point.setting],
         **study.models[point.model],
+        **study.recipes.get(point.setting, {}).get(point.model, {}),
         "train.steps": point.steps,
         "train.seed": point.seed,
         "data.seed": point.seed,
