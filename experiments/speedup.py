@@ -43,7 +43,9 @@ def get_config(variants: str = ""):
     config.checkpoint.keep = 1
     config.log.every = 50
     config.sample.tokens = 0
-    return apply_variants(config, variants, {"search": _same, "finals": _same, "ablation": _same})
+    return apply_variants(
+        config, variants, dict.fromkeys(("search", "finals", "playoff", "ablation"), _same)
+    )
 
 
 def _same(config):
@@ -84,9 +86,17 @@ RATES = {
 
 
 def get_study(variants: str = ""):
-    studies = {"": speedup, "search": search, "finals": finals, "ablation": ablation}
+    studies = {
+        "": speedup,
+        "search": search,
+        "finals": finals,
+        "playoff": playoff,
+        "ablation": ablation,
+    }
     if variants not in studies:
-        raise ConfigError(f"Unknown variant {variants!r}; known are search, finals, ablation.")
+        raise ConfigError(
+            f"Unknown variant {variants!r}; known are {', '.join(list(studies)[1:])}."
+        )
     return studies[variants]()
 
 
@@ -275,6 +285,25 @@ def finals():
         title="Finals of the search for the recipes of speedup.py",
         settings={name: SETTINGS[name] for name in ("stdlib128", "prose512")},
         models=models,
+        budgets=(3000,),
+        seeds=(7,),
+        cores=1,
+    )
+
+
+def playoff():
+    """Where the finals of the two contexts have other winners: which one for the third setting?"""
+    models = finals().models
+    winners = (
+        "ngpt+slower",
+        "ngpt+slow+warmup10",
+        "gpt+init0.125+decay0.1+warmup20",
+        "gpt+init0.06+decay0.1+warmup20",
+    )
+    return Study(
+        title="Play-off of the search for the recipes of speedup.py",
+        settings={"prose128": SETTINGS["prose128"]},
+        models={name: models[name] for name in winners},
         budgets=(3000,),
         seeds=(7,),
         cores=1,
