@@ -2,10 +2,11 @@
 
     python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py
 
-0.25 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
+0.23 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
 run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
 (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
-Variant search: the search for the three recipes, on a budget and a seed that the study has not.
+Variants search, finals and playoff: the search for the three recipes, on budgets and a seed that
+the study has not. Variant ablation: which piece of nGPT does it.
 One run by hand: the column "command" of the table, with a --workdir.
 """
 
