@@ -136,7 +136,7 @@ class LoadedModel:
         if longest >= limit:
             raise ConfigError(
                 f"A prompt has {longest} tokens, and the context {limit}: no room for more. Cut it,"
-                f" or give a larger --context, as context= in Python (beyond the"
+                " or give a larger --context, as context= in Python (beyond the"
                 f" {self.config.model.context} of the training the model was not taught)."
             )
         count = max(stream.limit(tokens, limit) for stream in streams)

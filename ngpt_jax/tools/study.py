@@ -116,16 +116,16 @@ def check(study: Study) -> None:
                 isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
                 f"{name!r}: a name is made of letters, digits and _ = , . + -",
             )
-    arms = {f"models[{m!r}]": fields for m, fields in study.models.items()}
-    arms |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
+    overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
+    overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
     require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
     for setting, models in study.recipes.items():
         require(setting in study.settings, f"recipes: there is no setting {setting!r}.")
         require(isinstance(models, Mapping), f"recipes[{setting!r}] must be a dict of models.")
         for model, fields in models.items():
             require(model in study.models, f"recipes[{setting!r}]: there is no model {model!r}.")
-            arms[f"recipes[{setting!r}][{model!r}]"] = fields
-    for what, fields in arms.items():
+            overrides[f"recipes[{setting!r}][{model!r}]"] = fields
+    for what, fields in overrides.items():
         require(isinstance(fields, Mapping), f"{what} must be a dict of fields.")
         for field, value in fields.items():
             known = field_hint(str(field)) is not None
