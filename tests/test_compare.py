@@ -576,6 +576,22 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
     assert "<th>diverged</th>" in text
 
 
+def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    for row in rows:
+        row["seconds"] = row["steps"] * (2.0 if row["model"] == "gpt" else 3.0)
+    for row in [r for r in rows if (r["model"], r["steps"]) == ("gpt", 40)][:3]:
+        row["seconds"] *= 5  # of its 6
+    cells = report.cells_of(PLAN, rows)
+    paces = {(c["model"], c["seconds"] / c["steps"]) for c in cells}
+    assert paces == {("gpt", 2.0), ("ngpt", 3.0)}
+    found = {(s["model"], s["setting"], s["steps"], s["cost"]): s["speed_up"]
+             for s in report.speedups_of(PLAN, cells)}  # fmt: skip
+    for (model, setting, steps, cost), value in found.items():
+        if cost == "steps":
+            assert found[model, setting, steps, "seconds"] == pytest.approx(value * 2 / 3)
+
+
 def test_with_one_seed_there_is_no_interval(tmp_path):
     plan = dataclasses.replace(PLAN, seeds=(0,))
     rows = made_up_rows(plan, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))

@@ -32,16 +32,22 @@ SPEEDUP_COLUMNS = "setting model baseline steps cost bound speed_up low high".sp
 def cells_of(plan: Study, rows: Sequence[Row]) -> list[Row]:
     """One row a complete cell: mean and spread over its seeds at the best value.
 
-    ``loss`` is inf where a seed diverged.
+    ``loss`` is inf where a seed diverged. ``seconds`` are steps times the median seconds a step of
+    all runs of that model and setting: a run alone tells how busy the machine was.
     """
     losses = results.losses_of(plan, rows)
     by_point = {results.point_of(row): row for row in rows}
+    pace: dict[tuple[str, str], list[float]] = {}  # seconds a step, by setting and model
+    for r in rows:
+        if r["seconds"]:
+            pace.setdefault((r["setting"], r["model"]), []).append(r["seconds"] / r["steps"])
     out = []
     for (setting, model, steps), points in study.chosen(plan, losses).items():
         runs = [by_point[p] for p in points]
         found = [losses[p] for p in points]
         bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
         below, above = study.neighbours(plan, losses, points[0])
+        seconds = steps * statistics.median(pace.get((setting, model), [0.0]))
         finite = max(found) < math.inf
         out.append({
             "setting": setting, "model": model, "steps": steps, "value": points[0].value,
@@ -54,8 +60,8 @@ def cells_of(plan: Study, rows: Sequence[Row]) -> list[Row]:
             "tokens": runs[0]["tokens"],
             "tokens_per_parameter": runs[0]["tokens"] / runs[0]["parameters"],
             "flops": runs[0]["flops"],
-            "seconds": statistics.median(r["seconds"] for r in runs),
-            "tokens_per_second": statistics.median(r["tokens_per_second"] or 0 for r in runs),
+            "seconds": seconds,
+            "tokens_per_second": runs[0]["tokens"] / seconds if seconds else 0.0,
             "losses": found,
         })  # fmt: skip
     order = list(plan.settings), list(plan.models)

@@ -168,6 +168,7 @@ def write(
             f"<p>How many times fewer steps (FLOPs, seconds) a model needs for the mean loss that"
             f" {html.escape(str(plan.baseline))} reaches at a budget: straight lines between"
             " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
+            " Seconds: steps times the median seconds a step of a model's runs in that setting."
             + (
                 f" In brackets a 95 % bootstrap interval over {len(plan.seeds)} seeds, within what"
                 " the budgets cover; with so few seeds it is rough."
