@@ -9,6 +9,7 @@ Variants: gpt (the baseline, with a recipe of its own), debug (tiny, seconds).
 
 from ngpt_jax.config import default_config
 from ngpt_jax.config_file import apply_variants
+from ngpt_jax.tools.study import Study
 
 
 def get_config(variants: str = ""):
@@ -54,3 +55,32 @@ def debug(config):
     config.eval.batches = 2
     config.checkpoint.every = 10
     config.log.every = 5
+
+
+def get_study(variants: str = ""):
+    """The search for both recipes: python -m ngpt_jax.tools.compare --experiment=FILE"""
+    rate, warmup = "optimizer.learning_rate", "optimizer.warmup_share"
+    gpt = {"model.kind": "gpt", warmup: 0.2}
+    ngpt = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
+    scales = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
+    models = {
+        "gpt_init0.09": gpt | {"model.init_std": 0.09},
+        "gpt_init0.09+warmup10": gpt | {"model.init_std": 0.09, warmup: 0.1},
+        "gpt_init0.125": gpt | {"model.init_std": 0.125},
+        "ngpt": ngpt | {warmup: 0.1},
+        "ngpt+slow": ngpt | dict.fromkeys(scales, 0.5) | {warmup: 0.1},
+        "ngpt+slower": ngpt | dict.fromkeys(scales, 1.0) | {warmup: 0.0},
+    }
+    once = {"eval.every": 1_000_000, "checkpoint.every": 1_000_000, "sample.tokens": 0}
+    return Study(
+        title="Search for the recipes of quickstart.py",
+        models=models,
+        settings={"stdlib256": once},
+        budgets=(700,),
+        seeds=(7,),
+        tuned=rate,
+        ladders={
+            m: (2e-3, 4e-3, 8e-3) if m.startswith("gpt") else (7e-3, 1.4e-2, 2.8e-2) for m in models
+        },
+        cores=1,
+    )
