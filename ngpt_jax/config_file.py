@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import tempfile
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -174,12 +175,13 @@ def output_folder(workdir: str, out: str | None, name: str) -> Path:
     """The folder of results about a run, made: --out, or WORKDIR/name by default."""
     if out is None and is_remote(workdir):
         raise ConfigError(f"--out is needed: results cannot be written to {workdir}.")
-    folder = Path(out or Path(workdir).expanduser() / name)
+    folder = Path(out or Path(workdir) / name).expanduser()
     check_output(out=str(folder))
     try:
         folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as e:
-        raise ConfigError(f"--out={folder} cannot be made: {reason(e)}.") from e
+        raise ConfigError(f"--out={folder} cannot be written: {reason(e)}.") from e
     return folder
 
 
@@ -200,4 +202,7 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
         app.run(checked, argv=rest, flags_parser=_parse_flags)
     except ConfigError as e:
         _fail(str(e))
+    except BrokenPipeError:  # nobody reads what is said any more: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     raise AssertionError("app.run exits")

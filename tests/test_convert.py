@@ -311,6 +311,7 @@ def edit(file, change):
     [
         (lambda v: v.update(model_type="llama"), "is of model_type 'llama', not ngpt_jax; give a"),
         (lambda v: v.pop("ngpt_jax"), "what config.json has under ngpt_jax cannot be read"),
+        (lambda v: v["ngpt_jax"]["tokenizer"].update(file=3), "ngpt_jax cannot be read .tokenizer"),
         (lambda v: v["ngpt_jax"]["config"].update(modle=3), "Unknown field modle.*; give a folder"),
         (lambda v: v.update(vocab_size=300), "says vocab_size = 300, but the config .* 260"),
         (lambda v: v["scale_factors"].update(s_z=1.0), "says scale_factors = .*, but"),
@@ -333,6 +334,12 @@ def test_damaged_folders(folder, tmp_path):
         huggingface.read_folder(str(folder))
     weights.unlink()
     with raises("--from_hf=.* is not whole: model.safetensors must be in it"):
+        huggingface.read_folder(str(folder))
+    weights.with_suffix(".safetensors.index.json").write_text('{"weight_map": ["a"]}')
+    with raises("--from_hf=.*: model.safetensors.index.json has no weight_map"):
+        huggingface.read_folder(str(folder))
+    config.write_text("[" * 100_000)
+    with raises("--from_hf=.*: config.json cannot be read"):
         huggingface.read_folder(str(folder))
     config.write_text("{")
     with raises("--from_hf=.*: config.json cannot be read"):

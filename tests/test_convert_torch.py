@@ -111,6 +111,8 @@ def test_what_transformers_asks_of_a_model(tiny, tmp_path):
     before, after = out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     nats = torch.nn.functional.cross_entropy(before, after)
     assert out.loss.item() == pytest.approx(nats.item(), rel=1e-6)
+    with pytest.raises(NotImplementedError, match="The vocabulary is that of the training"):
+        model.resize_token_embeddings(300)
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert len(out.hidden_states) == 3
@@ -277,6 +279,15 @@ def test_files_that_are_no_weights(tmp_path):
     for content in ({}, {"model": {"a": torch.ones(2)}}, {"model": 3}, [torch.ones(2)]):
         torch.save(content, file)
         refused("has no tensors transformer.wte.weight and lm_head.weight")
+    plain = torch.ones(2, 2)
+    for odd, what in (
+        (plain.to_sparse(), "torch.float32, torch.sparse_coo"),
+        (plain.to("meta"), "meta, torch.strided"),
+        (plain.to(torch.complex64), "torch.complex64"),
+        (plain.to(torch.int8), "torch.int8"),
+    ):
+        torch.save({"transformer.wte.weight": odd, "lm_head.weight": plain}, file)
+        refused(f"the tensor transformer.wte.weight is {what}.*; save plain tensors")
 
 
 @pytest.mark.parametrize(

@@ -394,6 +394,7 @@ GOOD = {"id": 0, "context": "x", "continuations": ["a", "b"], "label": 1}
         ({"id": ...}, "line 2 has no 'id'"),
         ({"continuations": ...}, "line 2 has no 'continuations'"),
         ({"id": 1.5}, "line 2: 'id' must be a number or a text, got 1.5"),
+        ({"id": "a\ud800"}, "line 2: 'id' holds half a surrogate pair"),
         ({"label": 2}, "line 2: 'label' must be an index from 0 to 1, got 2"),
         ({"label": -1}, "'label' must be an index from 0 to 1, got -1"),
         ({"label": True}, "'label' must be an index"),

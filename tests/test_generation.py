@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 
@@ -183,7 +184,7 @@ def test_filters_keep_what_they_say():
     assert kept() == [0, 1, 2, 3, 4]
     assert kept(top_k=2) == [0, 2]
     assert kept(top_k=99) == [0, 1, 2, 3, 4]
-    assert kept(top_p=0.01) == [0]
+    assert kept(top_p=0.01) == kept(top_p=1e-38) == [0]
     assert kept(top_p=0.69) == [0, 2]
     assert kept(top_p=0.75) == [0, 2, 4]
     assert kept(min_p=0.3) == [0, 2, 4]
@@ -202,7 +203,8 @@ def test_draws_follow_the_distribution():
     assert np.abs(np.bincount(drawn) / 20000 - probs).max() < 0.015
     drawn = np.asarray(draw(logits, Sampling(top_k=2), keys))
     assert np.abs(np.bincount(drawn) / 20000 - [0.625, 0, 0.375]).max() < 0.015
-    assert np.all(np.asarray(draw(logits, GREEDY, keys)) == 0)
+    for how in (GREEDY, Sampling(temperature=1e-38)):
+        assert np.all(np.asarray(draw(logits, how, keys)) == 0)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +217,10 @@ def test_draws_follow_the_distribution():
         ({"min_p": 1.0}, r"min_p must lie in \[0, 1\)"),
         ({"tokens": 0}, "tokens must be positive"),
         ({"stop": ["x", ""]}, "A stop string is empty"),
+        ({"seed": 2**32}, "seed must lie in 0 to 4294967295, got 4294967296"),
+        ({"seed": -1}, "seed must lie in 0 to"),
+        ({"context": 0}, "and the context 0: no room"),
+        ({"tokens": 2**31, "context": 2**32}, r"A text of 2\^31 tokens does not fit"),
         ({"context": 8}, r"A prompt has 9 tokens, and the context 8: no room for more\. Cut it,"),
     ],
 )
@@ -279,6 +285,7 @@ def test_the_context_ends_a_text(model):
     short, long = model.generate(["x", "y" * 80], 40, temperature=1.0, seed=1)
     assert (len(short.ids), short.stop_reason) == (40, "tokens")
     assert (len(long.ids), long.stop_reason) == (15, "context")
+    assert long.text == model.tokenizer.decode(long.ids)
     (more,) = model.generate(["y" * 80], 40, temperature=1.0, context=200)
     assert (len(more.ids), more.stop_reason) == (40, "tokens")
     with pytest.raises(ConfigError, match="A text has 97 tokens, more than the context of 96"):
@@ -300,8 +307,27 @@ def test_the_end_of_the_document_ends_a_text(model):
     assert (got.ids, got.text, got.stop_reason) == ([256], "", "document")
 
 
+def test_a_text_that_ends_within_a_chunk_is_whole():
+    stream = TextStream(ByteTokenizer(), [256], ())
+    stream.limit(10, 100)
+    stream.add([*b"ab", 256, *b"cd"], 5 * [0.0])
+    assert stream.result() == ("ab", [*b"ab", 256], 3 * [0.0], "document")
+    stream = TextStream(ByteTokenizer(), [256], ())
+    stream.limit(3, 100)
+    stream.add(list(b"abcde"), 5 * [0.0])
+    assert stream.result() == ("abc", list(b"abc"), 3 * [0.0], "tokens")
+
+
+def test_weights_that_are_not_finite_are_refused(model):
+    broken = jax.tree.map(lambda w: w * jnp.nan, model.params)
+    broken = LoadedModel(model.config, model.tokenizer, broken, model.mesh, 0)
+    with pytest.raises(ConfigError, match="a log-probability of nan: its weights are not finite"):
+        broken.generate("a", 5)
+
+
 def test_prompts_may_be_ids_and_must_be_known(model):
     assert model.generate([256, 97], 5, seed=1) == model.generate("a", 5, seed=1)
+    assert model.generate(np.array([256, 97]), 5, seed=1) == model.generate("a", 5, seed=1)
     assert model.generate([], 5) == []
     with pytest.raises(ConfigError, match="A prompt holds the token id 257; the model knows 0 to"):
         model.generate([257], 5)
@@ -396,11 +422,22 @@ def test_the_sample_command(runs, tmp_path):
     done = run("--prompt=-", "--prompt=b", "--tokens=90", input="a")
     assert done.stdout.startswith("--- 1 of 2\na") and "\n--- 2 of 2\nb" in done.stdout
     assert "the context is full (--context allows more)" in done.stderr
+    (tmp_path / "mark.txt").write_bytes(b"\xef\xbb\xbfthe q")
+    done = run(f"--prompt_file={tmp_path / 'mark.txt'}", "--tokens=6", "--temperature=0")
+    assert done.stdout == f"the q{text}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.tools.sample", f"--workdir={runs / 'ngpt'}",
+         "--prompt=-", "--tokens=6"],
+        input=b"\xff\xfe", capture_output=True, env=os.environ | {"LC_ALL": "C"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"error: --prompt=- is not UTF-8 text")
     for arguments, message in (
         (["--prompt=" + 40 * "x"], "error: A prompt has 41 tokens, and the context 32: no room"),
         (["--top_p=0"], "error: top_p must lie in (0, 1], got 0.0."),
         (["--prompt_file=none.txt"], "error: --prompt_file=none.txt cannot be read"),
         (["--prompt=-", "--prompt=-"], "error: --prompt=- is given twice"),
+        (["--prompt=\udcff"], "error: A --prompt or --stop is not UTF-8 text; convert it first."),
     ):
         refused = run(*arguments, input="")
         assert (refused.returncode, refused.stdout) == (2, "")

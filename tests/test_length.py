@@ -1,6 +1,7 @@
 """Perplexity beyond the training context."""
 
 import math
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 from test_generation import logits_of, model  # noqa: F401 (a fixture)
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.tools import length_measures as measures
 
 EOD = 256
@@ -48,6 +50,13 @@ def test_nats_are_those_of_the_full_forward_pass(model):  # noqa: F811
         for row, mine, want in zip(rows, found, log_probs):
             np.testing.assert_allclose(mine, -want[np.arange(length), row[1:]], atol=2e-4)
 
+    broken = LoadedModel(
+        model.config, model.tokenizer, jax.tree.map(lambda w: w * np.nan, model.params),
+        model.mesh, 0,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="its weights are not finite"):
+        measures.score_windows(broken, windows, [32])
+
 
 def test_summaries_by_hand():
     nats = np.arange(16.0).reshape(2, 8)
@@ -79,6 +88,13 @@ def test_the_command(runs, tmp_path):
     }  # fmt: skip
     lines = (tmp_path / "out" / "length.csv").read_text().splitlines()
     assert len(lines) == 1 + 2 * 3
+    twin = tmp_path / "twin" / "ngpt"
+    shutil.copytree(runs / "ngpt", twin)
+    done = run(f"--against={twin}", f"--text={runs / 'book.txt'}", "--factor=2", "--windows=2",
+               f"--out={tmp_path / 'two'}")  # fmt: skip
+    assert done.returncode == 0 and f"nGPT {twin.resolve()}" in done.stdout, done.stderr
+    refused = run(f"--against={runs / 'gpt' / '..' / 'ngpt'}", "--factor=2")
+    assert refused.stderr.startswith("error: --against is the folder of --workdir")
     refused = run("--factor=64")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: No document has the 2048 tokens of the longest window")

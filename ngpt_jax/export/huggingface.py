@@ -212,6 +212,8 @@ def write_folder(
     with new_output("to_hf", path) as folder:
         folder.mkdir()
         facts, notes = hf_tokenizer.write(folder, config.data, run.tokenizer, config.model.context)
+        if dtype == "float32" and config.model.param_dtype == "float64":
+            notes.append("The weights are float64; the folder holds them rounded to float32.")
         values = {
             "model_type": MODEL_TYPE,
             "architectures": ["NGPTForCausalLM"],
@@ -268,6 +270,8 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
     try:
         saved = config_lib.from_config_dict(facts["config"])
         fingerprint, file = facts["tokenizer"]["fingerprint"], facts["tokenizer"]["file"]
+        if not (isinstance(fingerprint, str) and isinstance(file, str | None)):
+            raise TypeError("tokenizer is not told by texts")
     except (KeyError, TypeError, AttributeError, ConfigError) as e:
         raise ConfigError(
             f"{where}: what config.json has under ngpt_jax cannot be read ({reason(e)}); give a"
@@ -295,7 +299,7 @@ def _read_json(where: str, file: Path) -> dict[str, Any]:
         raise ConfigError(f"{where} is not a Hugging Face folder: {file.name} must be in it.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ConfigError(f"{where}: {file.name} cannot be read ({reason(e)}).") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: {file.name} is not a table of names and values.")
@@ -306,13 +310,17 @@ def _read_weights(where: str, folder: Path) -> dict[str, np.ndarray]:
     """All tensors, of one file or of the parts that an index names."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists() and (folder / _INDEX).exists():
-        names = sorted(set(_read_json(where, folder / _INDEX).get("weight_map", {}).values()))
+        parts = _read_json(where, folder / _INDEX).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(p, str) for p in parts.values()):
+            raise ConfigError(f"{where}: {_INDEX} has no weight_map from tensors to files.")
+        names = sorted(set(parts.values()))
     tensors: dict[str, np.ndarray] = {}
     for name in names:
         try:
             tensors |= safetensors.numpy.load_file(folder / name)
         except FileNotFoundError:
             raise ConfigError(f"{where} is not whole: {name} must be in it.") from None
-        except (OSError, safetensors.SafetensorError) as e:
+        except (OSError, safetensors.SafetensorError, AttributeError, KeyError) as e:
+            # The last two: of a dtype that numpy has not.
             raise ConfigError(f"{where}: {name} cannot be read ({reason(e)}).") from e
     return tensors

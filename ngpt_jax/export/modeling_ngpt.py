@@ -318,6 +318,9 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
             self.s_z = nn.Parameter(torch.ones(c.vocab_size))
         self.post_init()
 
+    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
+        raise NotImplementedError("The vocabulary is that of the training: each row has its scale.")
+
     def forward(
         self,
         input_ids: torch.Tensor | None = None,

@@ -107,6 +107,12 @@ def _load(where: str, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
             f"{where} has no tensors transformer.wte.weight and lm_head.weight, be it at the top or"
             " under 'model': it is not of the authors' layout."
         )
+    for name, w in tensors.items():
+        if w.layout != torch.strided or w.is_meta or not w.dtype.is_floating_point:
+            raise ConfigError(
+                f"{where}: the tensor {name} is {'meta' if w.is_meta else w.dtype}, {w.layout};"
+                " save plain tensors of floating point numbers."
+            )
     found = {
         name: (w if w.dtype == torch.float64 else w.float()).detach().numpy()
         for name, w in tensors.items()

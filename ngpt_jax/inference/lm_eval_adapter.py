@@ -231,6 +231,14 @@ def run_harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # The bootstrap of a perplexity would fork, which JAX's threads do not survive.
     os.environ["DISABLE_MULTIPROC"] = "1"
+    for task in tasks:
+        if task.kind == "contexts":
+            for example in task.examples:
+                if not all(context for context, _ in example.pairs):
+                    raise ConfigError(
+                        f"--tasks={task.name}: a context of {example.id!r} is empty, which lm_eval"
+                        " cannot read; leave out --harness."
+                    )
     manager = TaskManager(include_defaults=bool(names))
     for name in names:
         if name not in manager.all_tasks:

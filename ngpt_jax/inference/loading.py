@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -67,14 +68,15 @@ class LoadedModel:
           tokens: to generate for each, at most.
           temperature: 0 takes the likeliest token.
           top_k, top_p, min_p: filters, see :class:`ngpt_jax.model.sampling.Sampling`.
-          seed: of the draw; row i of a batch depends on the seed, its prompt and i alone.
+          seed: of the draw, below 2^32; row i of a batch depends on it, its prompt and i alone.
           stop: texts at which to stop.
           context: tokens of prompt and text together, at most; None: the training context.
 
         Returns:
           A :class:`ngpt_jax.inference.text.Generation` for one prompt, a list of them for a list.
 
-        Raises ConfigError: a prompt that is empty or too long, values out of range.
+        Raises ConfigError: a prompt that is empty or too long, values out of range, weights that
+        give no finite numbers.
         """
         many, one = _as_list(prompts)
         how = Sampling(temperature, top_k, top_p, min_p)
@@ -129,9 +131,11 @@ class LoadedModel:
             raise ConfigError(f"{problem}.")
         if tokens < 1:
             raise ConfigError(f"tokens must be positive, got {tokens}.")
+        if not 0 <= seed < 2**32:  # jax would take what is left of it in 32 bits
+            raise ConfigError(f"seed must lie in 0 to {2**32 - 1}, got {seed}.")
         if not streams:
             return
-        limit = context or self.config.model.context
+        limit = self.config.model.context if context is None else context
         longest = max(len(stream.prompt) for stream in streams)
         if longest >= limit:
             raise ConfigError(
@@ -140,6 +144,10 @@ class LoadedModel:
                 f" {self.config.model.context} of the training the model was not taught)."
             )
         count = max(stream.limit(tokens, limit) for stream in streams)
+        if longest + count >= 2**31:
+            raise ConfigError(
+                "A text of 2^31 tokens does not fit; give less --tokens or --context."
+            )
         prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
         chunks = generation.generate(
             self._folded, self._weights, prompts, count, how, seed, eod, chunk
@@ -147,6 +155,7 @@ class LoadedModel:
         while not all(stream.stop_reason for stream in streams):
             with jax.set_mesh(self.mesh):  # not while the caller has its turn
                 ids, log_probs = next(chunks)
+            check_finite(float(log_probs.sum()))
             for stream, row, probs in zip(streams, ids.tolist(), log_probs.tolist()):
                 stream.add(row, probs)
             yield
@@ -217,8 +226,19 @@ class LoadedModel:
 
 def _as_list(prompts: Any) -> tuple[list[Prompt], bool]:
     """A prompt alone in a list, and that it was alone; or the prompts of a list."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    one = isinstance(prompts, str) or (
+        len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
+    )
     return ([prompts] if one else list(prompts)), one
+
+
+def check_finite(log_prob: float) -> None:
+    """Refuses a log-probability that is not a number, or infinite."""
+    if not math.isfinite(log_prob):
+        raise ConfigError(
+            f"The model gives a log-probability of {log_prob}: its weights are not finite, or"
+            " too large for model.dtype; try another --step, or --config.model.dtype=float32."
+        )
 
 
 def _padded(length: int) -> int:

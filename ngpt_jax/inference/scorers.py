@@ -30,7 +30,7 @@ import numpy as np
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import corpus_files, text_files
 from ngpt_jax.data.tokenizers import Tokenizer, utf8
-from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.inference.loading import LoadedModel, check_finite
 from ngpt_jax.inference.tasks import Task
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training import layout
@@ -110,11 +110,7 @@ def log_likelihoods(
             log_probs, likeliest = next(found)
             log_prob += float(np.sum(log_probs[len(log_probs) - count :], dtype=np.float64))
             greedy &= bool(np.all(likeliest[len(likeliest) - count :]))
-        if not math.isfinite(log_prob):
-            raise ConfigError(
-                f"The model gives a log-probability of {log_prob}: its weights are not finite, or"
-                " too large for model.dtype; try another --step, or --config.model.dtype=float32."
-            )
+        check_finite(log_prob)
         out.append(Likelihood(log_prob, greedy))
     return out
 

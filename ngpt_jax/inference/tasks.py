@@ -11,6 +11,7 @@ A file NAME.jsonl or NAME.jsonl.gz holds an example a line, all of one of these 
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -168,6 +169,8 @@ def _parse(line: str, where: str) -> tuple[str, Example]:
             raise ConfigError(f"{where} has no {name!r} but {there}; see the format in --help.")
     if isinstance(record["id"], bool) or not isinstance(record["id"], int | str):
         raise ConfigError(f"{where}: 'id' must be a number or a text, got {record['id']!r}.")
+    if re.search("[\ud800-\udfff]", str(record["id"])):
+        raise ConfigError(f"{where}: 'id' holds half a surrogate pair, {record['id']!r}; mend it.")
     if several:
         contexts, continuation = _texts(record, "contexts", where), record["continuation"]
         if len(contexts) < 2:

@@ -55,7 +55,7 @@ class TextStream:
         """Takes what was drawn; nothing after its end."""
         for i, log_prob in zip(ids, log_probs):
             if self.stop_reason:
-                return
+                break
             self._ids.append(i)
             self._log_probs.append(log_prob)
             if i == self._tokenizer.eod:

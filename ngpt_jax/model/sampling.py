@@ -7,12 +7,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_COLDEST = 1e-6
+
 
 class Sampling(NamedTuple):
     """How tokens are drawn; filters work on the softmax at the temperature, in this order.
 
     Attributes:
-      temperature: of the softmax; 0 takes the likeliest token.
+      temperature: of the softmax; 0 (below 1e-6) takes the likeliest token.
       top_k: only the k likeliest tokens; 0: all.
       top_p: only the fewest likeliest tokens whose probabilities reach p; 1: all.
       min_p: only tokens at least this share as likely as the likeliest one; 0: all.
@@ -50,7 +52,8 @@ def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
         ordered = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs  # of all likelier tokens
-        least = jnp.min(jnp.where(before < how.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
+        inside = (before < how.top_p) | (before == 0)  # the likeliest, however small top_p is
+        least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if how.min_p > 0:
         top = jnp.max(logits, axis=-1, keepdims=True)
@@ -66,7 +69,7 @@ def draw(logits: jax.Array, how: Sampling, keys: jax.Array) -> jax.Array:
       how: static.
       keys: (B,) random keys, one a row, so that a row does not depend on the others.
     """
-    if how.temperature == 0:
+    if how.temperature < _COLDEST:  # logits over less are infinite
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, how))
     return drawn.astype(jnp.int32)

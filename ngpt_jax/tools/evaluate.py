@@ -163,13 +163,15 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         from ngpt_jax.inference import lm_eval_adapter  # noqa: F401, where it is not, say so now
     from ngpt_jax.inference import scorers
     from ngpt_jax.inference.loading import open_model
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.model.transformer import num_params, refuse_folded
     from ngpt_jax.training import opening
 
     config = opening.read_config("workdir", _WORKDIR.value, overrides)
     texts = [] if _TEXT.value is None else scorers.read_text(_TEXT.value, config.data.text_key)
     out = config_file.output_folder(_WORKDIR.value, _OUT.value, "evaluate")
     model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
+    if _UNTRAINED.value:
+        refuse_folded(model.config.model)
     results, tables = _evaluate(model, "", tasks, names, texts)
     found, written = [results], {f"{name}.csv": table for name, table in tables.items()}
     config, step = model.config, model.step

@@ -8,7 +8,8 @@ The same tokens are read in windows of the training context, of twice as many to
 --factor times; RoPE is unchanged (figure 13 of the paper). Windows lie within one document. Without
 --text it is the held-out text of the run. Written into --out: length.csv, position.csv, length.png.
 --config.NAME=VALUE changes the runs' config for here: where the tokenizer lies (data.tokenizer),
-model.dtype, the mesh.
+the field of a .jsonl line or column of .parquet that is the text (data.text_key), model.dtype, the
+mesh.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ _AGAINST = flags.DEFINE_string("against", None, "The folder of a run to compare 
 _TEXT = flags.DEFINE_string(
     "text", None, "A file, folder or glob of .txt, .jsonl, ...; the run's held-out text by default."
 )
-_TEXT_KEY = flags.DEFINE_string("text_key", "text", "Field of a .jsonl line or .parquet column.")
 _FACTOR = flags.DEFINE_integer("factor", 32, "The longest window over the training context.")
 _WINDOWS = flags.DEFINE_integer("windows", 32, "Longest windows to read.", lower_bound=1)
 _OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/length by default.")
@@ -44,7 +44,7 @@ _OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/length b
 def _documents(model: LoadedModel) -> list[np.ndarray]:
     """Token ids of each document."""
     if _TEXT.value is not None:
-        texts = scorers.read_text(_TEXT.value, _TEXT_KEY.value)
+        texts = scorers.read_text(_TEXT.value, model.config.data.text_key)
         return model.tokenizer.encode_batch(texts)
     try:
         config = model.config
@@ -58,6 +58,17 @@ def _documents(model: LoadedModel) -> list[np.ndarray]:
     return [ids[ids != model.tokenizer.eod] for ids in documents]
 
 
+def _labels(paths: list[str]) -> list[str]:
+    """Names of the folders, or their paths where two have one name."""
+    whole = [str(Path(path).expanduser().resolve()) for path in paths]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(
+            "--against is the folder of --workdir; give another run, or leave it out."
+        )
+    names = [Path(path).name for path in whole]
+    return names if len(set(names)) == len(names) else whole
+
+
 def _main(overrides: list[tuple[str, str]]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is needed: the folder of a training run.")
@@ -67,8 +78,10 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     measures.lengths_of(1, _FACTOR.value)  # refused before models are read
     out = config_file.output_folder(_WORKDIR.value, _OUT.value, "length")
     folders = {"workdir": _WORKDIR.value} | ({"against": _AGAINST.value} if _AGAINST.value else {})
-    models = {path: open_model(flag, path, None, overrides) for flag, path in folders.items()}
-    first, *others = models.values()
+    labels = _labels(list(folders.values()))
+    first, *others = models = [
+        open_model(flag, path, None, overrides) for flag, path in folders.items()
+    ]
     for other in others:
         if (other.config.model.context, other.tokenizer.fingerprint) != (
             first.config.model.context, first.tokenizer.fingerprint,
@@ -83,8 +96,8 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     )
     terminal = Terminal()
     rows, positions, contexts = [], [], {}
-    for path, model in models.items():
-        label = f"{'nGPT' if model.config.model.kind == 'ngpt' else 'GPT'} {Path(path).name}"
+    for label, model in zip(labels, models):
+        label = f"{'nGPT' if model.config.model.kind == 'ngpt' else 'GPT'} {label}"
         terminal.show(label, 0.0)
         progress = functools.partial(terminal.show, label)
         scored = measures.score_windows(model, windows, lengths, progress)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.inference.loading import LoadedModel, check_finite
 from ngpt_jax.tools import plots
 
 Row = dict[str, Any]
@@ -63,7 +63,7 @@ def score_windows(
       progress: called with the share that is done.
 
     Returns:
-      By length, (n * longest / length, length) nats.
+      By length, (n * longest / length, length) nats. Raises ConfigError where they are not finite.
     """
     longest, out = windows.shape[1] - 1, dict[int, np.ndarray]()
     for length in lengths:
@@ -71,6 +71,7 @@ def score_windows(
         rows = [w[i : i + length + 1].tolist() for w, i in itertools.product(windows, starts)]
         batch = max(1, 16 * model.config.model.context // length)
         out[length] = -np.stack([log_probs for log_probs, _ in model.score(rows, batch)])
+        check_finite(float(out[length].sum()))
         progress(len(out) / len(lengths))
     return out
 

@@ -18,6 +18,7 @@ model.dtype, the mesh (one device is used where none of mesh.* is given).
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,7 @@ _TOP_P = flags.DEFINE_float(
 _MIN_P = flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens at least this share as likely as the likeliest one."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the draw.", lower_bound=0, upper_bound=2**32 - 1)
 _STOP = flags.DEFINE_multi_string("stop", [], "Text at which to stop; repeat it for more.")
 _CONTEXT = flags.DEFINE_integer(
     "context", None, "Tokens of prompt and text together; that of the training by default.",
@@ -56,15 +57,27 @@ def _prompts() -> list[str]:
     prompts = list(_PROMPT.value or [])
     if prompts.count("-") > 1:
         raise ConfigError("--prompt=- is given twice; standard input is read once.")
+    where = "--prompt=-"
     try:
-        texts = [sys.stdin.read() if p == "-" else p for p in prompts]
+        texts = [_standard_input() if p == "-" else p for p in prompts]
         if _PROMPT_FILE.value is not None:
-            texts.append(Path(_PROMPT_FILE.value).expanduser().read_text(encoding="utf-8"))
+            where = f"--prompt_file={_PROMPT_FILE.value}"
+            texts.append(Path(_PROMPT_FILE.value).expanduser().read_text(encoding="utf-8-sig"))
     except OSError as e:
-        raise ConfigError(f"--prompt_file={_PROMPT_FILE.value} cannot be read: {reason(e)}.") from e
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"The prompt is not UTF-8 text ({reason(e)}); convert it first.") from e
+        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+    except UnicodeError as e:
+        raise ConfigError(f"{where} is not UTF-8 text ({reason(e)}); convert it first.") from e
+    if any(re.search("[\ud800-\udfff]", text) for text in [*texts, *_STOP.value]):
+        raise ConfigError("A --prompt or --stop is not UTF-8 text; convert it first.")
     return texts or [""]
+
+
+def _standard_input() -> str:
+    if sys.stdin is None:
+        raise ConfigError("--prompt=-: standard input is closed.")
+    # Not as the locale has it: a container's takes any bytes.
+    sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # type: ignore[union-attr]
+    return sys.stdin.read()
 
 
 def _main(overrides: list[tuple[str, str]]) -> None:
@@ -75,6 +88,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
     prompts = _prompts()
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
     how: dict[str, Any] = {
         "temperature": _TEMPERATURE.value, "top_k": _TOP_K.value, "top_p": _TOP_P.value,

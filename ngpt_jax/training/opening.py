@@ -50,7 +50,7 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
         config = config_lib.from_config_dict(json.loads(saved.read_text()))
     except OSError as e:
         raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except (ValueError, AttributeError, TypeError) as e:
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
         raise ConfigError(f"{saved} cannot be read ({e}).") from e
     # Devices and kernel are those of this machine, not of the one that trained.
     model = dataclasses.replace(config.model, attention="auto")
