@@ -67,7 +67,7 @@ def get_study(variants: str = ""):
         "gpt_init0.09": gpt | {"model.init_std": 0.09},
         "gpt_init0.09+warmup10": gpt | {"model.init_std": 0.09, warmup: 0.1},
         "gpt_init0.125": gpt | {"model.init_std": 0.125},
-        "ngpt": ngpt | {warmup: 0.1},
+        "ngpt": ngpt | dict.fromkeys(scales, None) | {warmup: 0.1},  # 1/sqrt(width)
         "ngpt+slow": ngpt | dict.fromkeys(scales, 0.5) | {warmup: 0.1},
         "ngpt+slower": ngpt | dict.fromkeys(scales, 1.0) | {warmup: 0.0},
     }
