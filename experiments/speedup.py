@@ -6,7 +6,8 @@
 run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
 (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
 Variants search, finals and playoff: the search for the three recipes, on budgets and a seed that
-the study has not. Variant ablation: which piece of nGPT does it.
+the study has not. Variant ablation: which piece of nGPT does it. Variant long: four times the
+largest budget, one seed, on whatever device is at hand (a GPU, say).
 One run by hand: the column "command" of the table, with a --workdir.
 """
 
@@ -45,7 +46,7 @@ def get_config(variants: str = ""):
     config.log.every = 50
     config.sample.tokens = 0
     return apply_variants(
-        config, variants, dict.fromkeys(("search", "finals", "playoff", "ablation"), _same)
+        config, variants, dict.fromkeys(("search", "finals", "playoff", "ablation", "long"), _same)
     )
 
 
@@ -92,6 +93,7 @@ def get_study(variants: str = ""):
         "finals": finals,
         "playoff": playoff,
         "ablation": ablation,
+        "long": long,
     }
     if variants not in studies:
         raise ConfigError(
@@ -113,6 +115,19 @@ def speedup():
         baseline="gpt",
         cores=1,
         trials={"gpt": 50, "gpt_qk": 48, "ngpt": 50},  # 2 * 19 + 2 * 5, play-off 2
+    )
+
+
+def long():
+    """What the curves do beyond the study: 33 M tokens, 140 a parameter."""
+    return Study(
+        title="Does nGPT learn faster? Longer runs",
+        models=MODELS,
+        settings={"prose512": SETTINGS["prose512"]},
+        budgets=(4000, 16_000),
+        tuned="optimizer.learning_rate",
+        ladders=RATES,
+        baseline="gpt",
     )
 
 

@@ -621,7 +621,7 @@ def command(*arguments, **how):
     [
         ([], "error: Give --experiment="),
         (["--experiment=no.py"], "error: --experiment: no file 'no.py'"),
-        (["--experiment=experiments/quickstart.py"], "it defines no function get_study"),
+        (["--experiment=experiments/124m.py"], "it defines no function get_study"),
         (["--experiment=experiments/speedup.py:serch"], "Unknown variant 'serch'"),
         (["--experiment=x.py", "--config.train.steps=3"], "error: --config.… is for training"),
     ],
