@@ -6,8 +6,8 @@
 run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
 (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
 Variants search, finals and playoff: the search for the three recipes, on budgets and a seed that
-the study has not. Variant ablation: which piece of nGPT does it. Variant long: four times the
-largest budget, one seed, on whatever device is at hand (a GPU, say).
+the study has not. Variant ablation: which piece of nGPT does it. Variant long: twice the largest
+budget, one seed, on whatever device is at hand (a GPU, say).
 One run by hand: the column "command" of the table, with a --workdir.
 """
 
@@ -119,12 +119,12 @@ def speedup():
 
 
 def long():
-    """What the curves do beyond the study: 33 M tokens, 140 a parameter."""
+    """What the curves do beyond the study: 16 M tokens, 70 a parameter."""
     return Study(
         title="Does nGPT learn faster? Longer runs",
         models=MODELS,
         settings={"prose512": SETTINGS["prose512"]},
-        budgets=(4000, 16_000),
+        budgets=(8000,),
         tuned="optimizer.learning_rate",
         ladders=RATES,
         baseline="gpt",
