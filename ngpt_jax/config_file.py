@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import runpy
@@ -202,7 +203,12 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
         app.run(checked, argv=rest, flags_parser=_parse_flags)
     except ConfigError as e:
         _fail(str(e))
-    except BrokenPipeError:  # nobody reads what is said any more: `| head`
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What is said goes nowhere from here on: its flush at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if e.errno == errno.EPIPE:  # nobody reads it any more: `| head`
+            sys.exit(1)
+        _fail(f"{reason(e)}{'' if e.filename is None else f': {e.filename}'}.")
     raise AssertionError("app.run exits")

@@ -200,3 +200,26 @@ def test_the_command_answers_bad_input_with_one_line(arguments, message):
     assert done.stdout == ""
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+SPEAKS = """
+from ngpt_jax import config_file
+config_file.run_command(lambda overrides: print("x" * 1_000_000, flush=True))
+"""
+
+
+def test_a_command_whose_output_cannot_be_written():
+    """A full disk gets one line; a reader that went away (`| head`) none."""
+    command = [sys.executable, "-c", SPEAKS]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device.\n")
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read()
+    assert (process.wait(), said) == (1, "")
