@@ -364,10 +364,16 @@ def _check_data(data: DataConfig) -> None:
     for name, _, value, _ in fields(SourceConfig(source="mixture")):
         _require(
             getattr(data, name) == value,
-            f"data.{name} is not read where data.source=mixture; set data.mixture.NAME.{name}.",
+            f"data.{name} is not read where data.source=mixture; set data.mixture.NAME.{name}"
+            f"{_taken_back(f'data.{name}', value)}.",
         )
     for name, source in data.mixture.items():
         check_source(source, f"data.mixture.{name}", SOURCES)
+
+
+def _taken_back(name: str, value: Any) -> str:
+    """How a list that an experiment file gives is emptied on the command line."""
+    return f" (--config.{name}= empties it)" if isinstance(value, tuple) else ""
 
 
 def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
@@ -387,8 +393,8 @@ def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
     for name in sorted(given - {"source", *reads[s.source].split()}):
         readers = ", ".join(source for source, names in reads.items() if name in names.split())
         raise ConfigError(
-            f"{prefix}.{name} is for {prefix}.source={readers}, not {s.source}; leave it out, or"
-            " change the source."
+            f"{prefix}.{name} is for {prefix}.source={readers}, not {s.source}; leave it out"
+            f"{_taken_back(f'{prefix}.{name}', getattr(s, name))}, or change the source."
         )
     example = {"text": "book.txt", "array_record": "DIR", "bin": "train.bin"}.get(s.source)
     if example is not None:

@@ -75,7 +75,7 @@ def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
     if optional and text == "None":
         return None
     if typing.get_origin(hint) is tuple:
-        return (*old, text)
+        return (*old, text) if text else old
     try:
         if plain is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -117,7 +117,8 @@ def load_config(
 
     Args:
       source: FILE[:variant,...], or the ConfigDict itself.
-      overrides: (dotted name, text); a tuple of strings is replaced by all values given for it.
+      overrides: (dotted name, text); a tuple of strings is replaced by all values given for it,
+        an empty text is none.
     """
     values = _load_file(source) if isinstance(source, str) else source
     known = [name for name, *_ in config_lib.fields(Config())]

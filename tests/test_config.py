@@ -57,6 +57,7 @@ def test_overrides_of_every_type():
     assert config.model.kv_heads == 2
     assert config.train.steps == -(-1_000_000 // 2048)
     assert config.data.paths == ("a.txt", "b.txt")
+    assert load("--config.data.paths=").data.paths == ()
     assert config.model.s_z.init == 3.5
 
 

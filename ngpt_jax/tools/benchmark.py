@@ -3,9 +3,10 @@
 Examples:
   python -m ngpt_jax.tools.benchmark
   python -m ngpt_jax.tools.benchmark --steps=30 --json=benchmark.json
-  python -m ngpt_jax.tools.benchmark --config=experiments/124m.py --config.train.batch_size=32
-  python -m ngpt_jax.tools.benchmark --config=experiments/1b.py:ctx4k --config.train.batch_size=8 \
-      --config.model.attention=xla
+  python -m ngpt_jax.tools.benchmark --config=experiments/124m.py --config.train.batch_size=32 \\
+      --config.model.vocab_size=32000
+  python -m ngpt_jax.tools.benchmark --config=experiments/1b.py:ctx4k --config.train.batch_size=8 \\
+      --config.model.vocab_size=32000 --config.model.attention=xla
 
 With --config: nGPT and GPT on the mesh of all devices here, as training runs them, with the
 config's shapes, batch, dtype, kernels and remat.

@@ -3,8 +3,8 @@
 Examples:
   python -m ngpt_jax.tools.benchmark_decode
   python -m ngpt_jax.tools.benchmark_decode --batch_size=8 --tokens=512 --json=decode.json
-  python -m ngpt_jax.tools.benchmark_decode --config=experiments/124m.py --prompt=2048 \\
-      --config.model.dtype=bfloat16
+  python -m ngpt_jax.tools.benchmark_decode --config=experiments/124m.py --prompt=768 \\
+      --config.model.vocab_size=32000
 
 Without --config: 4 layers, width 256, 4 heads, 8192 token ids, float32. Weights are folded, as a
 loaded model's are; tokens are drawn greedily; one device is used. Beside the time a token it tells

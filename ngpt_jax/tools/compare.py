@@ -5,7 +5,7 @@ Examples:
   python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py --dry_run
   python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py --report_only
   python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py \\
-      --check=stdlib128-ngpt-500-0.02-seed0
+      --check=stdlib128-ngpt-500-0.014-seed0
 
 The experiment file defines get_config(variants), as for training, and get_study(), what to compare:
 models, settings, budgets, the field to tune, seeds (see ngpt_jax/tools/study.py). The same command
