@@ -318,6 +318,23 @@ def test_a_text_that_ends_within_a_chunk_is_whole():
     assert stream.result() == ("abc", list(b"abc"), 3 * [0.0], "tokens")
 
 
+def test_a_prompt_of_ids_may_end_within_a_character():
+    def says(prompt: bytes, *pieces: bytes) -> list[str]:
+        stream = TextStream(ByteTokenizer(), [256, *prompt], ())
+        stream.limit(sum(map(len, pieces)), 100)
+        told = []
+        for piece in pieces:
+            stream.add(list(piece), [0.0] * len(piece))
+            told.append(stream.news())
+        assert "".join(told) == stream.result().text
+        return told
+
+    smile = "😀".encode()
+    assert says(b"a" + smile[:2], smile[2:3], smile[3:], b"!") == ["", "😀", "!"]
+    assert says(b"a" + smile[:2], b"b") == ["b"]
+    assert says("a\ufffd".encode(), b"b") == ["b"]
+
+
 def test_weights_that_are_not_finite_are_refused(model):
     broken = jax.tree.map(lambda w: w * jnp.nan, model.params)
     broken = LoadedModel(model.config, model.tokenizer, broken, model.mesh, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ class TextStream:
         self._ids: list[int] = []
         self._log_probs: list[float] = []
         # A tokenizer may treat the start of a text in a way of its own: decode from the start.
-        self._before = len(tokenizer.decode(prompt))
+        self._before = tokenizer.decode(prompt)
         self._text, self._told = "", 0
 
     def limit(self, tokens: int, context: int) -> int:
@@ -68,7 +69,9 @@ class TextStream:
             self._text = self._decode()
 
     def _decode(self) -> str:
-        return self._tokenizer.decode(self.prompt + self._ids)[self._before :]
+        text = self._tokenizer.decode(self.prompt + self._ids)
+        # A prompt of ids may end within a character, which comes out otherwise once it is whole.
+        return text[len(os.path.commonprefix([self._before, text])) :]
 
     def _find_stop(self) -> None:
         self._text = self._decode()
