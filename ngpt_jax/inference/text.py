@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -71,7 +70,9 @@ class TextStream:
     def _decode(self) -> str:
         text = self._tokenizer.decode(self.prompt + self._ids)
         # A prompt of ids may end within a character, which comes out otherwise once it is whole.
-        return text[len(os.path.commonprefix([self._before, text])) :]
+        pairs = enumerate(zip(self._before, text))
+        same = next((i for i, (a, b) in pairs if a != b), len(self._before))
+        return text[same:]
 
     def _find_stop(self) -> None:
         self._text = self._decode()
