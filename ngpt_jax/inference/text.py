@@ -69,10 +69,11 @@ class TextStream:
 
     def _decode(self) -> str:
         text = self._tokenizer.decode(self.prompt + self._ids)
+        if text.startswith(self._before):
+            return text[len(self._before) :]
         # A prompt of ids may end within a character, which comes out otherwise once it is whole.
         pairs = enumerate(zip(self._before, text))
-        same = next((i for i, (a, b) in pairs if a != b), len(self._before))
-        return text[same:]
+        return text[next((i for i, (a, b) in pairs if a != b), len(self._before)) :]
 
     def _find_stop(self) -> None:
         self._text = self._decode()
