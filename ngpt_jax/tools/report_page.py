@@ -20,20 +20,25 @@ _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; color: #1c1c1c; background: #fff; margin: 0; }
-main { max-width: 1100px; margin: 0 auto; padding: 1rem; }
+main { max-width: 1280px; margin: 0 auto; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2rem; }
 p { max-width: 75ch; }
-.wide { overflow-x: auto; }
+/* Shadows at the edges tell that there is more to scroll to; the covers scroll along. */
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, #fff 40%, #fff0) 0 / 3rem 100% no-repeat local,
+  linear-gradient(270deg, #fff 40%, #fff0) 100% / 3rem 100% no-repeat local,
+  linear-gradient(90deg, #0003, #0000) 0 / .6rem 100% no-repeat scroll,
+  linear-gradient(270deg, #0003, #0000) 100% / .6rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, th.text, td.text { text-align: left; }
-thead th { border-bottom: 2px solid #888; background: #fff; }
-tr.main td { font-weight: 600; }
+thead th { border-bottom: 2px solid #888; white-space: normal; vertical-align: bottom; }
 figure { margin: 1.5rem 0; } figcaption { color: #555; font-size: .875rem; }
 img { max-width: 100%; height: auto; }
 code { background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }
 @media (max-width: 700px) {
+  table { font-size: .75rem; } th, td { padding: .25rem .3rem; white-space: normal; }
   figure .wide img { max-width: none; height: 260px; width: auto; }
   figure .wide img.tall { height: 620px; }
 }
@@ -45,7 +50,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 2) 
 
     def cell(tag: str, place: int, value: Any) -> str:
         kind = ' class="text"' if place < text else ""
-        return f"<{tag}{kind}>{html.escape(str(value))}</{tag}>"
+        return f"<{tag}{kind}>{html.escape(str(value)).replace(' to ', '&nbsp;to&nbsp;')}</{tag}>"
 
     head = "".join(cell("th", i, c) for i, c in enumerate(columns))
     body = "".join(
@@ -78,7 +83,7 @@ def _loss(x: float | None) -> str:
 
 def _loss_table(plan: Study, cells: Sequence[Row]) -> str:
     tuned = (plan.tuned or "").rsplit(".", 1)[-1]
-    names = {"steps": "steps", "tokens_per_parameter": "tokens a parameter"}
+    names = {"steps": "steps"}
     if tuned:
         names |= {"value": tuned}
     names |= {"loss": "loss"}
@@ -90,7 +95,12 @@ def _loss_table(plan: Study, cells: Sequence[Row]) -> str:
             "loss_at_value_below": f"at {tuned} below",
             "loss_at_value_above": "above",
         }
-    names |= {"bits_per_byte": "bits a byte", "seconds": "seconds", "tokens_per_second": "tokens/s"}
+    names |= {
+        "bits_per_byte": "bits a byte",
+        "tokens_per_parameter": "tokens a parameter",
+        "seconds": "seconds",
+        "tokens_per_second": "tokens/s",
+    }
     if any(c["diverged"] for c in cells):
         names |= {"diverged": "diverged"}
     forms = {
@@ -155,12 +165,12 @@ def write(
     diverged = sum(r["status"] == "diverged" for r in rows)
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in plan.notes.strip().split("\n\n") if text]
+    seeds = f"{len(plan.seeds)} seed{'s'[: len(plan.seeds) > 1]}"
     state = "complete" if len(cells) == wanted else f"so far: {len(cells)} of {wanted} cells"
     parts += [f"<p><strong>Not found: {html.escape(line)}</strong></p>" for line in lost]
     parts.append(
         f"<p>{len(rows)} runs ({diverged} diverged), {format_duration(seconds)} of training,"
-        f" {len(plan.seeds)} seed(s); {state}. Each point is a run of its own with its whole"
-        " schedule.</p>"
+        f" {seeds}; {state}. Each point is a run of its own with its whole schedule.</p>"
     )
     if speedups:
         parts += [
@@ -170,7 +180,7 @@ def write(
             " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
             " Seconds: steps times the median seconds a step of a model's runs in that setting."
             + (
-                f" In brackets a 95 % bootstrap interval over {len(plan.seeds)} seeds, within what"
+                f" In brackets a 95 % bootstrap interval over {seeds}, within what"
                 " the budgets cover; with so few seeds it is rough."
                 if len(plan.seeds) > 1
                 else ""
