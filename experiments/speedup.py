@@ -5,9 +5,9 @@
 0.23 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
 run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
 (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
-Variants search, finals and playoff: the search for the three recipes, on budgets and a seed that
-the study has not. Variant ablation: which piece of nGPT does it. Variant long: twice the largest
-budget, one seed, on whatever device is at hand (a GPU, say).
+Variants search, finals, playoff and starts: the search for the three recipes, on budgets and a
+seed that the study has not. Variant ablation: which piece of nGPT does it. Variant long: twice the
+largest budget, one seed, on whatever device is at hand (a GPU, say).
 One run by hand: the column "command" of the table, with a --workdir.
 """
 
@@ -45,9 +45,7 @@ def get_config(variants: str = ""):
     config.checkpoint.keep = 1
     config.log.every = 50
     config.sample.tokens = 0
-    return apply_variants(
-        config, variants, dict.fromkeys(("search", "finals", "playoff", "ablation", "long"), _same)
-    )
+    return apply_variants(config, variants, {name: _same for name in STUDIES if name})
 
 
 def _same(config):
@@ -87,19 +85,11 @@ RATES = {
 
 
 def get_study(variants: str = ""):
-    studies = {
-        "": speedup,
-        "search": search,
-        "finals": finals,
-        "playoff": playoff,
-        "ablation": ablation,
-        "long": long,
-    }
-    if variants not in studies:
+    if variants not in STUDIES:
         raise ConfigError(
-            f"Unknown variant {variants!r}; known are {', '.join(list(studies)[1:])}."
+            f"Unknown variant {variants!r}; known are {', '.join(list(STUDIES)[1:])}."
         )
-    return studies[variants]()
+    return STUDIES[variants]()
 
 
 def speedup():
@@ -324,3 +314,65 @@ def playoff():
         seeds=(7,),
         cores=1,
     )
+
+
+def starts():
+    """After the ablation, where alpha fixed at 0.5 beat what the search had found: where to start?
+
+    With as many changes to the two GPTs.
+    """
+
+    def alpha(init: float, scale: float) -> dict[str, float]:
+        return {
+            f"model.alpha_{kind}.{field}": value
+            for kind in "am"
+            for field, value in (("init", init), ("scale", scale))
+        }
+
+    ngpt = {
+        "alpha0.5+fixed": alpha(0.5, 1e6),  # see ablation
+        "alpha0.5": alpha(0.5, 0.5),
+        "alpha0.5+slower": alpha(0.5, 2.0),
+        "alpha0.35": alpha(0.35, 0.5),
+        "alpha0.35+slower": alpha(0.35, 2.0),
+    }
+    gpt = {
+        "init0.09": {"model.init_std": 0.09},
+        "warmup30": {"optimizer.warmup_share": 0.3},
+        "decay0.03": {"optimizer.weight_decay": 0.03},
+        "b2_0.98": {"optimizer.b2": 0.98},
+        "b2_0.99": {"optimizer.b2": 0.99},
+    }
+    models = {
+        f"ngpt+{name}": MODELS["ngpt"] | fields | {"optimizer.learning_rate": 1e-2}
+        for name, fields in ngpt.items()
+    }
+    stdlib = {
+        name: RECIPES["stdlib128"]["ngpt"] | {k: v for k, v in fields.items() if "alpha" in k}
+        for name, fields in models.items()
+    }
+    for kind in ("gpt", "gpt_qk"):
+        models |= {
+            f"{kind}+{name}": MODELS[kind] | fields | {"optimizer.learning_rate": 6e-3}
+            for name, fields in gpt.items()
+        }
+    return Study(
+        title="Starts: the last round of the search for the recipes of speedup.py",
+        settings={name: SETTINGS[name] for name in ("prose512", "stdlib128")},
+        recipes={"stdlib128": stdlib},
+        models=models,
+        budgets=(3000,),
+        seeds=(7,),
+        cores=1,
+    )
+
+
+STUDIES = {
+    "": speedup,
+    "search": search,
+    "finals": finals,
+    "playoff": playoff,
+    "starts": starts,
+    "ablation": ablation,
+    "long": long,
+}
