@@ -100,6 +100,8 @@ def main(overrides: list[tuple[str, str]]) -> int:
     except runner.PointFailed as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # `| head`
+        raise
     except OSError as e:  # a full disk, a folder that cannot be written, no locks
         raise ConfigError(f"{e.filename or _OUT.value}: {reason(e)}.") from e
     except KeyboardInterrupt:
