@@ -50,7 +50,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 2) 
 
     def cell(tag: str, place: int, value: Any) -> str:
         kind = ' class="text"' if place < text else ""
-        return f"<{tag}{kind}>{html.escape(str(value)).replace(' to ', '&nbsp;to&nbsp;')}</{tag}>"
+        return f"<{tag}{kind}>{html.escape(str(value))}</{tag}>"
 
     head = "".join(cell("th", i, c) for i, c in enumerate(columns))
     body = "".join(
@@ -124,7 +124,8 @@ def _speedup_table(plan: Study, speedups: Sequence[Row]) -> str:
         s = by.get((*key, cost))
         if s is None:
             return "-"
-        return speedup.show(speedup.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
+        text = speedup.show(speedup.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
+        return text.replace(" to ", "\u00a0to\u00a0")  # an interval stays on one line
 
     rows = [
         [k[0], k[1], f"{k[2]:,}", *(show(k, c) for c in ("steps", "flops", "seconds"))]
@@ -165,7 +166,7 @@ def write(
     diverged = sum(r["status"] == "diverged" for r in rows)
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in plan.notes.strip().split("\n\n") if text]
-    seeds = f"{len(plan.seeds)} seed{'s'[: len(plan.seeds) > 1]}"
+    seeds = "1 seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds"
     state = "complete" if len(cells) == wanted else f"so far: {len(cells)} of {wanted} cells"
     parts += [f"<p><strong>Not found: {html.escape(line)}</strong></p>" for line in lost]
     parts.append(
