@@ -25,6 +25,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers import ByteTokenizer
 from ngpt_jax.training import loop, run, saving, workdir
 from ngpt_jax.training.metrics import MetricWriter
+from ngpt_jax.training.stop_signal import EXIT_RESUME
 
 
 def arrays(folder, step):
@@ -219,7 +220,7 @@ def test_a_checkpoint_that_is_evaluated_later_may_be_the_best(small, tmp_path, m
                       "checkpoint.keep_best": 1, "checkpoint.keep": 1})  # fmt: skip
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch)
-        assert loop.train(config, tmp_path) == loop.EXIT_RESUME
+        assert loop.train(config, tmp_path) == EXIT_RESUME
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(
         run, "evaluate", lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0}
@@ -240,7 +241,7 @@ def test_a_signal_while_a_run_starts(tmp_path, number, seconds):
     time.sleep(seconds)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (loop.EXIT_RESUME, "")
+    assert (process.returncode, err) == (EXIT_RESUME, "")
     assert f"{signal.Signals(number).name}: s" in out
 
 

@@ -29,6 +29,7 @@ from ngpt_jax.terminal import format_duration
 from ngpt_jax.training import dry_run, loop, run, step, throughput
 from ngpt_jax.training.evaluate import evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter
+from ngpt_jax.training.stop_signal import EXIT_RESUME
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +85,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch, kind):
     assert loop.train(config, tmp_path / "whole") == 0
     with monkeypatch.context() as patch:
         stop_at(patch, 7)
-        assert loop.train(config, tmp_path / "cut") == loop.EXIT_RESUME
+        assert loop.train(config, tmp_path / "cut") == EXIT_RESUME
     assert rows(tmp_path / "cut")[-1]["step"] == 6
     assert loop.train(config, tmp_path / "cut") == 0
 
@@ -121,7 +122,7 @@ def test_a_stop_in_the_last_evaluation_is_made_up_for(small, tmp_path, monkeypat
     config = small(**{"train.steps": 3, "checkpoint.every": 3})
     with monkeypatch.context() as patch:
         stop_in_evaluation(patch)
-        assert loop.train(config, tmp_path) == loop.EXIT_RESUME
+        assert loop.train(config, tmp_path) == EXIT_RESUME
     for _ in range(2):
         assert loop.train(config, tmp_path) == 0
         assert "bits/byte" in capsys.readouterr().out
@@ -231,7 +232,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
     # A skip before a stop counts after it.
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
-        assert loop.train(config, tmp_path / "c") == loop.EXIT_RESUME
+        assert loop.train(config, tmp_path / "c") == EXIT_RESUME
     with pytest.raises(run.RunError, match="last of them step 8"):
         loop.train(config, tmp_path / "c")
 
@@ -322,7 +323,7 @@ def test_the_command_trains_stops_on_ctrl_c_and_goes_on(tmp_path, book):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == loop.EXIT_RESUME, err
+    assert process.returncode == EXIT_RESUME, err
     assert "SIGINT: saved step" in out
     step = rows(tmp_path / "run")[-1]["step"]
     assert f"saved step {step};" in out

@@ -27,7 +27,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.files import is_remote, reason
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import plots, report, results, runner, study
-from ngpt_jax.training.stop_signal import StopSignal
+from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
 _EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "File with get_config() and get_study()[:variant,...]."
@@ -91,7 +91,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     lost = study.given_up(plan, results.losses_of(plan, rows))
     for line in lost:
         print(f"error: {line}", file=sys.stderr)
-    return 1 if lost else 0 if complete else runner.EXIT_RESUME
+    return 1 if lost else 0 if complete else EXIT_RESUME
 
 
 def main(overrides: list[tuple[str, str]]) -> int:

@@ -18,10 +18,9 @@ from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.tools import results, study
 from ngpt_jax.tools.results import Origin
 from ngpt_jax.tools.study import Point, Study
-from ngpt_jax.training.stop_signal import StopSignal
+from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
-EXIT_DIVERGED = 3  # of main
-EXIT_RESUME = 75
+EXIT_DIVERGED = 3  # workdir.Diverged.exit_code, without loading jax
 
 
 class PointFailed(RuntimeError):

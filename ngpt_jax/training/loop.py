@@ -26,9 +26,7 @@ from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training import workdir as workdir_lib
 from ngpt_jax.training.run import Run, RunError, with_tokenizer
-from ngpt_jax.training.stop_signal import StopSignal
-
-EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
 
 def enable_x64_if_used(config: Config) -> None:

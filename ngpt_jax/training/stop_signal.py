@@ -6,6 +6,8 @@ import os
 import signal
 from typing import Any
 
+EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+
 
 class StopSignal:
     """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
