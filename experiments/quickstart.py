@@ -60,15 +60,18 @@ def debug(config):
 def get_study(variants: str = ""):
     """The search for both recipes: python -m ngpt_jax.tools.compare --experiment=FILE
 
-    Each model has the two recipes that did best in the search of speedup.py.
+    Each model has the two recipes that did best in the search of speedup.py, and one step further.
     """
     ngpt = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
     gpt = {"model.kind": "gpt", "optimizer.warmup_share": 0.2}
     scales = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
+    slow = ngpt | dict.fromkeys(scales, 0.5) | {"optimizer.warmup_share": 0.1}
     models = {
+        "gpt_init0.06": gpt | {"model.init_std": 0.06},
         "gpt_init0.09": gpt | {"model.init_std": 0.09},  # 1/sqrt(width)
         "gpt_init0.125": gpt | {"model.init_std": 0.125},
-        "ngpt+slow": ngpt | dict.fromkeys(scales, 0.5) | {"optimizer.warmup_share": 0.1},
+        "ngpt+slow": slow,
+        "ngpt+slow+alpha0.35": slow | {"model.alpha_a.init": 0.35, "model.alpha_m.init": 0.35},
         "ngpt+slower": ngpt | dict.fromkeys(scales, 1.0) | {"optimizer.warmup_share": 0.0},
     }
     once = {"eval.every": 1_000_000, "checkpoint.every": 1_000_000, "sample.tokens": 0}
