@@ -33,6 +33,7 @@ def get_config(variants: str = ""):
     for scale in (config.model.s_z, config.model.s_qk, config.model.alpha_a, config.model.alpha_m):
         scale.scale = 0.5
     config.optimizer.learning_rate = 7e-3
+    config.optimizer.warmup_share = 0.1
     config.train.steps = 8000
     config.train.batch_size = 8
     config.data.source = "text"
@@ -50,8 +51,8 @@ def get_config(variants: str = ""):
 
 def gpt(config):
     config.model.kind = "gpt"
-    config.model.init_std = 0.125
-    config.optimizer.learning_rate = 6e-3
+    config.model.init_std = 0.07  # 1/sqrt(width)
+    config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_share = 0.2
 
 
