@@ -19,13 +19,16 @@ def get_config(variants: str = ""):
     config.model.heads = 4
     config.model.context = 256
     config.model.scan_layers = False  # a CPU runs four unrolled blocks faster
-    # A short run starts the scales nearer to where they end: from the paper's 1, s_z moves by
-    # learning_rate * sqrt(width) a step and would not arrive; alpha likewise. See speedup.py for
-    # the search. A high rate over few steps wants a short warm-up, though the paper's has none.
+    # A short run starts the scales near where they end, and lets them move in small steps: from the
+    # paper's 1, s_z would move by learning_rate * sqrt(width) a step and not arrive; alpha likewise.
+    # get_study() is the search. A high rate over few steps wants a short warm-up, though the
+    # paper's has none.
     config.model.s_z.init = 10.0
-    config.model.alpha_a.init = 0.2
-    config.model.alpha_m.init = 0.2
-    config.optimizer.learning_rate = 1e-2
+    config.model.alpha_a.init = 0.35
+    config.model.alpha_m.init = 0.35
+    for scale in (config.model.s_z, config.model.s_qk, config.model.alpha_a, config.model.alpha_m):
+        scale.scale = 0.5
+    config.optimizer.learning_rate = 7e-3
     config.optimizer.warmup_share = 0.1
     config.train.steps = 700
     config.train.batch_size = 8
@@ -40,8 +43,8 @@ def get_config(variants: str = ""):
 
 def gpt(config):
     config.model.kind = "gpt"
-    config.model.init_std = 0.125  # 0.02 is for wide models
-    config.optimizer.learning_rate = 8e-3
+    config.model.init_std = 0.06  # 0.02 is for wide models
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_share = 0.2
 
 
