@@ -23,7 +23,8 @@ def test_defaults_are_resolved():
     config = load()
     assert (config.model.head_dim, config.model.kv_heads, config.model.mlp_width) == (32, 4, 512)
     assert config.model.qk_norm is True
-    assert config.model.alpha_a.scale == 128**-0.5
+    paper = load("--config.model.alpha_a.scale=None")
+    assert paper.model.alpha_a.scale == 128**-0.5
     no_share = "--config.optimizer.warmup_share=None"
     assert (config.optimizer.weight_decay, load(no_share).optimizer.warmup_steps) == (0.0, 0)
     gpt = load(no_share, spec=QUICKSTART + ":gpt")
@@ -95,7 +96,7 @@ def test_the_papers_models():
 
 
 def test_describe_lists_every_field_with_type_and_meaning():
-    text = describe(load())
+    text = describe(load("--config.optimizer.learning_rate=0.01"))
     line = next(row for row in text.splitlines() if "optimizer.learning_rate" in row)
     assert "learning_rate = 0.01 " in line
     assert "# float: peak (default: 0.001)" in line
