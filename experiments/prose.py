@@ -4,8 +4,7 @@
 
 Reads prose.train.jsonl.gz and prose.val.jsonl.gz ({"text": ...} a line) in the folder that
 NGPT_PROSE names. 4 layers, width 192, 6 heads, context 256, 4,096 tokens (3.7 characters each):
-3.9 M parameters; 12.3 M tokens in 6,000 steps of 8 windows,
-once through the text.
+3.9 M parameters; 12.3 M tokens in 6,000 steps of 8 windows, once through the text.
 Expected cost, not measured: 3.3e14 FLOPs; under two hours on two cores at 27 GFLOP/s each.
 Variants: gpt (the baseline).
 prose/tokenizer.json was made from the training text: python experiments/prose.py

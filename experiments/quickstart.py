@@ -19,10 +19,10 @@ def get_config(variants: str = ""):
     config.model.heads = 4
     config.model.context = 256
     config.model.scan_layers = False  # a CPU runs four unrolled blocks faster
-    # A short run starts the scales near where they end, and lets them move in small steps: from the
-    # paper's 1, s_z would move by learning_rate * sqrt(width) a step and not arrive; alpha likewise.
-    # get_study() is the search. A high rate over few steps wants a short warm-up, though the
-    # paper's has none.
+    # A short run starts the scales near where they end, and lets them move in small steps: from
+    # the paper's 1, s_z moves by learning_rate * sqrt(width) a step and would not arrive; alpha
+    # likewise. get_study() is the search. A high rate over few steps wants a short warm-up, though
+    # the paper's has none.
     config.model.s_z.init = 10.0
     config.model.alpha_a.init = 0.35
     config.model.alpha_m.init = 0.35
