@@ -66,8 +66,9 @@ def get_study(variants: str = ""):
     Each model has the two recipes that did best in the search of speedup.py, and one step further.
     """
     ngpt = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
-    gpt = {"model.kind": "gpt", "optimizer.warmup_share": 0.2}
     scales = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
+    gpt = {"model.kind": "gpt", "optimizer.warmup_share": 0.2}
+    gpt |= ngpt | dict.fromkeys(scales, None)  # not read by GPT; what its rows were made with
     slow = ngpt | dict.fromkeys(scales, 0.5) | {"optimizer.warmup_share": 0.1}
     models = {
         "gpt_init0.06": gpt | {"model.init_std": 0.06},
