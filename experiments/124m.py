@@ -12,7 +12,7 @@ Variants: gpt (the baseline), debug (tiny, on bytes of the standard library).
 """
 
 from ngpt_jax.config import default_config
-from ngpt_jax.config_file import apply_variants
+from ngpt_jax.config.experiment import apply_variants
 
 
 def get_config(variants: str = ""):

@@ -21,7 +21,7 @@ Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standar
 """
 
 from ngpt_jax.config import default_config
-from ngpt_jax.config_file import apply_variants
+from ngpt_jax.config.experiment import apply_variants
 
 
 def get_config(variants: str = ""):

@@ -16,7 +16,7 @@ prose/tokenizer.json was made from the training text: python experiments/prose.p
 import os
 
 from ngpt_jax.config import default_config
-from ngpt_jax.config_file import apply_variants
+from ngpt_jax.config.experiment import apply_variants
 
 PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
 TRAIN = f"{PROSE}/prose.train.jsonl.gz"

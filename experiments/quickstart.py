@@ -8,8 +8,8 @@ Variants: gpt (the baseline, with a recipe of its own), debug (tiny, seconds).
 """
 
 from ngpt_jax.config import default_config
-from ngpt_jax.config_file import apply_variants
-from ngpt_jax.tools.study import Study
+from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.study.plan import Study
 
 
 def get_config(variants: str = ""):

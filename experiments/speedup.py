@@ -14,8 +14,8 @@ One run by hand: the column "command" of the table, with a --workdir.
 import os
 
 from ngpt_jax.config import ConfigError, default_config
-from ngpt_jax.config_file import apply_variants
-from ngpt_jax.tools.study import Study
+from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.study.plan import Study
 
 PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
 SETTINGS = {

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config import Config, ConfigError, command, experiment
 from ngpt_jax.parallel import xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
@@ -57,13 +56,13 @@ def _default_workdir(spec: str) -> Path:
 
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _HELP_CONFIG.value and _CONFIG.value is None:
-        print(config_file.describe(Config()))
+        print(experiment.describe(Config()))
         return 0
     if _CONFIG.value is None:
         raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
-    config = config_file.load_config(_CONFIG.value, overrides)
+    config = experiment.load_config(_CONFIG.value, overrides)
     if _HELP_CONFIG.value or _PRINT_CONFIG.value:
-        print(config_file.describe(config))
+        print(experiment.describe(config))
         return 0
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
@@ -95,4 +94,4 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

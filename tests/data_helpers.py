@@ -10,7 +10,7 @@ import zstandard
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from ngpt_jax.config import ConfigError, DataConfig
-from ngpt_jax.data import sources
+from ngpt_jax.data.text import sources
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy
@@ -166,7 +166,7 @@ def test_the_projection_keeps_types_and_shardings_on_an_explicit_mesh():
 
 def loss_bytes(mesh, chunk):
     """Collectives of a value-and-grad of the loss on a mesh, by kind: (count, bytes)."""
-    from ngpt_jax.tools import hlo
+    from ngpt_jax.aot import hlo
 
     width, vocab = 16, 1024
     hidden = P(("data", "fsdp"), "context", None)

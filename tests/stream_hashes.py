@@ -16,19 +16,18 @@ from absl import flags
 def main(argv):
     import jax
 
-    from ngpt_jax import config_file
-    from ngpt_jax.config import ConfigError
+    from ngpt_jax.config import ConfigError, command, experiment
     from ngpt_jax.data.corpus import load_corpus
     from ngpt_jax.parallel import distributed
     from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-    from ngpt_jax.training.run import make_dataset, with_tokenizer
+    from ngpt_jax.training.setup import make_dataset, with_tokenizer
 
     count, first, *rest = argv
-    rest, overrides = config_file.split_overrides(rest)
+    rest, overrides = command.split_overrides(rest)
     flags.FLAGS(["stream_hashes", *rest])
     given = flags.FLAGS
     distributed.initialize(given.coordinator_address, given.num_processes, given.process_id)
-    config = config_file.load_config(given.config, overrides)
+    config = experiment.load_config(given.config, overrides)
     config, tokenizer = with_tokenizer(config)
     data, batch_size = config.data, config.train.batch_size
     corpus = distributed.first_then_rest(

@@ -26,9 +26,9 @@ from test_prepare import contents, load, run
 from test_sources import TinySet
 
 from ngpt_jax.config import DataConfig, MixtureConfig, default_config, from_config_dict
-from ngpt_jax.data import shard_writer
-from ngpt_jax.data.preparation import Stopped
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.data.preparing import shard_writer
+from ngpt_jax.data.preparing.preparation import Stopped
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 TEXTS = ["".join(RNG.choice(list("abc \n"), 200)) + "." for _ in range(60)]
@@ -305,8 +305,8 @@ def test_array_record_on_a_full_disk(tmp_path):
     limited += "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
     for kind in ("array_record", "bin"):
         done = subprocess.run(
-            [sys.executable, "-c", limited + "from ngpt_jax.config_file import run_command; import"
-             " sys; from ngpt_jax.data.prepare import _command; run_command(_command)",
+            [sys.executable, "-c", limited + "from ngpt_jax.config.command import run_command;"
+             " import sys; from ngpt_jax.data.prepare import _command; run_command(_command)",
              "--source=text", f"--paths={tmp_path}/a.jsonl", f"--out={tmp_path}/{kind}",
              f"--format={kind}", "--workers=1"],
             cwd=ROOT, text=True, capture_output=True, timeout=120,
@@ -326,7 +326,7 @@ def words_file(folder):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import sys; sys.path.insert(0, "tests")
-from ngpt_jax.data import preparation
+from ngpt_jax.data.preparing import preparation
 if __name__ == "__main__":
     preparation._PORTIONS_BEFORE_WORKERS, preparation._CHARACTERS_AT_ONCE = 1, 1000
     import multiprocessing, test_prepare as t

@@ -21,9 +21,9 @@ import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint.path import atomicity, atomicity_defaults
 
+from ngpt_jax.checkpoint import checksums, folder, saving
+from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, kept, restore_params
 from ngpt_jax.config import CheckpointConfig, ConfigError
-from ngpt_jax.training import checkpoint_folder, manifest, saving
-from ngpt_jax.training.checkpoint import CheckpointError, Checkpoints, kept, restore_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -229,8 +229,8 @@ def test_every_flipped_byte_of_a_manifest_is_seen(run):
     for i in range(0, len(text), 7):
         for bit in (1, 32):
             (c / "manifest.json").write_bytes(text[:i] + bytes([text[i] ^ bit]) + text[i + 1 :])
-            with pytest.raises(manifest.Damaged):
-                manifest.verify(checkpoint_folder.absolute(c))
+            with pytest.raises(checksums.Damaged):
+                checksums.verify(folder.absolute(c))
 
 
 def test_several_are_damaged_one_again(run, whole, capsys):
@@ -289,7 +289,7 @@ def test_the_manifest_is_there_before_the_commit(tmp_path, monkeypatch):
     commit, threads = atomicity.AtomicRenameTemporaryPath.finalize, []
 
     async def checked(self):
-        assert manifest.verify(self.get())["step"] == 2
+        assert checksums.verify(self.get())["step"] == 2
         threads.append(threading.current_thread())
         await commit(self)
 
@@ -300,13 +300,13 @@ def test_the_manifest_is_there_before_the_commit(tmp_path, monkeypatch):
 
 
 def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
-    write = manifest.write
+    write = checksums.write
 
     def slow(*args):
         time.sleep(1)
         write(*args)
 
-    monkeypatch.setattr(manifest, "write", slow)
+    monkeypatch.setattr(checksums, "write", slow)
     checkpoints = Checkpoints(tmp_path, CheckpointConfig())
     start = time.perf_counter()
     checkpoints.save(first_state(), {})
@@ -332,7 +332,7 @@ def test_the_same_step_twice(run):
     checkpoints.save(state, {"position": "another"}, 0.5)
     checkpoints.close()
     manifest = run / "checkpoints/6/manifest.json"
-    assert [f for f in files() if f not in before] == [(manifest, manifest.stat().st_ino)]
+    assert [f for f in files() if f not in before] == [(manifest, checksums.stat().st_ino)]
     assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.6) is False
     assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.4) is True
 
@@ -399,8 +399,8 @@ def test_is_best(tmp_path):
 
 
 def test_is_best_counts_the_save_under_way(tmp_path, monkeypatch):
-    go, write = threading.Event(), manifest.write
-    monkeypatch.setattr(manifest, "write", lambda *a: (go.wait(10), write(*a)))
+    go, write = threading.Event(), checksums.write
+    monkeypatch.setattr(checksums, "write", lambda *a: (go.wait(10), write(*a)))
     checkpoints = Checkpoints(tmp_path, CheckpointConfig(keep_best=1))
     checkpoints.save(first_state(), {}, 1.0)
     assert [checkpoints.is_best(x) for x in (0.9, 1.1)] == [True, False]
@@ -409,13 +409,13 @@ def test_is_best_counts_the_save_under_way(tmp_path, monkeypatch):
 
 
 def fail_once(monkeypatch, error):
-    real = manifest.write
+    real = checksums.write
 
     def write(*args):
-        monkeypatch.setattr(manifest, "write", real)
+        monkeypatch.setattr(checksums, "write", real)
         raise error
 
-    monkeypatch.setattr(manifest, "write", write)
+    monkeypatch.setattr(checksums, "write", write)
 
 
 @pytest.mark.parametrize("surface", ["check_for_errors", "save", "close"])
@@ -458,7 +458,7 @@ def test_too_little_room_is_told_before_anything_is_written(run, monkeypatch):
     state, _ = checkpoints.restore(like(first_state()))
     state, _ = next_state(state)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder.CheckpointFolder, "free_bytes", lambda _: 3 << 10)
+        patch.setattr(folder.CheckpointFolder, "free_bytes", lambda _: 3 << 10)
         patch.setattr(saving, "Save", None)
         with pytest.raises(CheckpointError) as told:
             checkpoints.save(state, {})
@@ -500,7 +500,7 @@ def test_a_disk_that_is_full(small_disk, monkeypatch, capfd):
         checkpoints.save(noise(2, 250_000), {})  # seen before
     assert numbers(small_disk / "checkpoints") == [1]
     with monkeypatch.context() as patch:  # another program fills it meanwhile
-        free = checkpoint_folder.CheckpointFolder.free_bytes
+        free = folder.CheckpointFolder.free_bytes
         patch.setattr(saving, "prepare", lambda f, *a: prepare_blindly(patch, free, f, *a))
         checkpoints.save(noise(2, 250_000), {})
         with pytest.raises(CheckpointError) as told:
@@ -520,9 +520,9 @@ PREPARE = saving.prepare
 
 
 def prepare_blindly(patch, free, *args):
-    patch.setattr(checkpoint_folder.CheckpointFolder, "free_bytes", lambda _: 1 << 40)
+    patch.setattr(folder.CheckpointFolder, "free_bytes", lambda _: 1 << 40)
     PREPARE(*args)
-    patch.setattr(checkpoint_folder.CheckpointFolder, "free_bytes", free)
+    patch.setattr(folder.CheckpointFolder, "free_bytes", free)
 
 
 CHILD = """
@@ -695,7 +695,7 @@ def test_init_from_elsewhere_laid_out_as_asked(run):
          "{path}: {path}/checkpoints/6 is damaged (state/"),
         (lambda run: flip_data(run / "checkpoints/6") and run, "); give 4, the one before."),
         (lambda run: empty(run / "checkpoints/4") and run / "checkpoints/4",
-         "{path}: {path} is damaged (manifest.json is missing); give another one."),
+         "{path}: {path} is damaged (checksums.json is missing); give another one."),
     ],
 )  # fmt: skip
 def test_init_from_what_is_not_there(run, make, message):

@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.study import plan, report, results, runner, savings
+from ngpt_jax.study.plan import Point, Study
+from ngpt_jax.study.savings import Cell, cost_at, speed_up
 from ngpt_jax.terminal import Terminal
-from ngpt_jax.tools import report, results, runner, speedup, study
-from ngpt_jax.tools.speedup import Cell, cost_at, speed_up
-from ngpt_jax.tools.study import Point, Study
 
 REPO = Path(__file__).parent.parent
 
@@ -44,10 +44,10 @@ def made_up_loss(point, best):
     return 3 - 0.3 * math.log(speed * point.steps) + 0.1 * off + 0.001 * point.seed
 
 
-def run_in_disorder(plan, loss, seed):
+def run_in_disorder(study, loss, seed):
     """Runs a study as several programs might: any of the due runs may end next."""
     rng, losses = random.Random(seed), {}
-    while points := study.due(plan, losses):
+    while points := plan.due(study, losses):
         for point in rng.sample(points, rng.randint(1, len(points))):
             assert point not in losses
             losses[point] = loss(point)
@@ -64,11 +64,11 @@ def test_a_study_ends_with_the_same_runs_in_any_order_and_no_best_value_at_an_ed
 
     losses = run_in_disorder(PLAN, loss, seed)
     assert losses == run_in_disorder(PLAN, loss, seed + 1)
-    cells = study.chosen(PLAN, losses)
+    cells = plan.chosen(PLAN, losses)
     assert len(cells) == 2 * 2 * 4
     for (setting, model, steps), points in cells.items():
         assert [p.seed for p in points] == [0, 1, 2]
-        below, above = study.neighbours(PLAN, losses, points[0])
+        below, above = plan.neighbours(PLAN, losses, points[0])
         assert below >= losses[points[0]] <= above
         tried = sorted(
             p.value
@@ -89,7 +89,7 @@ def test_values_that_diverge_are_an_edge_to_walk_away_from():
         )
 
     losses = run_in_disorder(PLAN, loss, 0)
-    cells = study.chosen(PLAN, losses)
+    cells = plan.chosen(PLAN, losses)
     assert len(cells) == 2 * 2 * 4 and all(p[0].value <= 1.2e-3 for p in cells.values())
 
 
@@ -99,39 +99,39 @@ def test_cells_without_a_best_value_in_reach_are_given_up_and_the_others_go_on()
         return point.value if lost else made_up_loss(point, {"gpt": 3e-3, "ngpt": 1e-2})
 
     losses = run_in_disorder(PLAN, loss, 0)
-    assert len(study.chosen(PLAN, losses)) == 3 * 4
-    lines = study.given_up(PLAN, losses)
+    assert len(plan.chosen(PLAN, losses)) == 3 * 4
+    lines = plan.given_up(PLAN, losses)
     assert len(lines) == 2 and lines[0].startswith("long, gpt, 10 steps: no best optimizer.learn")
-    assert study.forecast(PLAN, losses) == []
+    assert plan.forecast(PLAN, losses) == []
 
 
 def test_the_runs_still_to_come_are_counted():
-    assert len(study.forecast(PLAN, {})) == 2 * ((4 + 2) * 2 + (3 + 2) * 2 + (3 + 2) * 4)
+    assert len(plan.forecast(PLAN, {})) == 2 * ((4 + 2) * 2 + (3 + 2) * 2 + (3 + 2) * 4)
     losses = run_in_disorder(PLAN, lambda p: made_up_loss(p, {"gpt": 3e-3, "ngpt": 1e-2}), 0)
-    assert study.forecast(PLAN, losses) == []
+    assert plan.forecast(PLAN, losses) == []
 
 
 def test_nothing_is_tuned_where_no_field_is_named():
-    plan = dataclasses.replace(PLAN, tuned=None, ladders={}, budgets=(10,))
-    points = study.due(plan, {})
+    study = dataclasses.replace(PLAN, tuned=None, ladders={}, budgets=(10,))
+    points = plan.due(study, {})
     assert len(points) == 2 * 2 * 3 and points[0] == Point("short", "gpt", 10, None, 0)
-    assert dict(study.overrides_of(plan, points[0]))["model.kind"] == "gpt"
+    assert dict(plan.overrides_of(study, points[0]))["model.kind"] == "gpt"
 
 
 def test_overrides_are_those_of_setting_model_budget_value_and_seed():
     point = Point("long", "ngpt", 40, 2e-2, 3)
-    assert dict(study.overrides_of(PLAN, point)) == {
+    assert dict(plan.overrides_of(PLAN, point)) == {
         "model.context": "64", "optimizer.warmup_share": "0.25", "train.steps": "40",
         "train.seed": "3", "data.seed": "3", "optimizer.learning_rate": "0.02",
     }  # fmt: skip
     assert point.name == "long-ngpt-40-0.02-seed3"
     own = {"long": {"ngpt": {"optimizer.warmup_share": 0.0}, "gpt": {"optimizer.b2": 0.9}}}
-    plan = dataclasses.replace(PLAN, recipes=own)
-    study.check(plan)
-    assert dict(study.overrides_of(plan, point))["optimizer.warmup_share"] == "0.0"
-    assert "optimizer.b2" not in dict(study.overrides_of(plan, point))
+    study = dataclasses.replace(PLAN, recipes=own)
+    plan.check(study)
+    assert dict(plan.overrides_of(study, point))["optimizer.warmup_share"] == "0.0"
+    assert "optimizer.b2" not in dict(plan.overrides_of(study, point))
     elsewhere = dataclasses.replace(point, setting="short")
-    assert study.overrides_of(plan, elsewhere) == study.overrides_of(PLAN, elsewhere)
+    assert plan.overrides_of(study, elsewhere) == plan.overrides_of(PLAN, elsewhere)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
 )
 def test_studies_that_make_no_sense_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        study.check(dataclasses.replace(PLAN, **change))
+        plan.check(dataclasses.replace(PLAN, **change))
 
 
 # ----------------------------------------------------------------------------------- speed-up
@@ -225,14 +225,14 @@ def test_the_interval_is_that_of_resampled_seeds():
     steady = speed_up(Cell(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     moved = speed_up(base, [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     assert steady.low == steady.high and moved.low < moved.value < moved.high
-    assert speedup.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
+    assert savings.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
 
 
 # ------------------------------------------------------------------------- table and runner
 
 EXPERIMENT = """
 from ngpt_jax.config import default_config
-from ngpt_jax.tools.study import Study
+from ngpt_jax.study.plan import Study
 
 def get_config(variants=""):
     config = default_config()
@@ -299,8 +299,8 @@ def fake_runs(tmp_path, monkeypatch):
     script = tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN)
 
-    def start(experiment, plan, point, runs, cores, locks):
-        config = results.config_of(experiment, plan, point)
+    def start(experiment, study, point, runs, cores, locks):
+        config = results.config_of(experiment, study, point)
         model = dataclasses.replace(config.model, vocab_size=257)
         text = config_lib.to_json(dataclasses.replace(config, model=model))
         what = json.dumps([point.model, point.steps, point.value, point.seed])
@@ -308,17 +308,17 @@ def fake_runs(tmp_path, monkeypatch):
         process = subprocess.Popen(
             command, pass_fds=[f.fileno() for f in locks], start_new_session=True
         )
-        origin = results.origin_of(experiment, plan, point)
+        origin = results.origin_of(experiment, study, point)
         return runner.Running(point, process, locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
 
 
 def run_study(experiment, out, stopped=lambda: None):
-    plan = results.load_study(experiment)
+    study = results.load_study(experiment)
     out.mkdir(exist_ok=True)
     return runner.run_all(
-        experiment, plan, out / "results.csv", out / "runs", Terminal(quiet=True), stopped
+        experiment, study, out / "results.csv", out / "runs", Terminal(quiet=True), stopped
     )
 
 
@@ -378,11 +378,11 @@ def test_a_run_that_fails_ends_the_study_and_the_others(
 ):
     started = []
 
-    def start(experiment, plan, point, runs, cores, locks):
+    def start(experiment, study, point, runs, cores, locks):
         (runs / f"{point.name}.log").write_text("much\nerror: no text\n")
         what = program if started else "import time; time.sleep(600)"
         started.append(subprocess.Popen([sys.executable, "-c", what]))
-        origin = results.origin_of(experiment, plan, point)
+        origin = results.origin_of(experiment, study, point)
         return runner.Running(point, started[-1], locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
@@ -395,9 +395,9 @@ def test_a_run_that_fails_ends_the_study_and_the_others(
 def test_runs_are_told_to_stop(experiment, tmp_path, monkeypatch):
     started = []
 
-    def start(experiment, plan, point, runs, cores, locks):
+    def start(experiment, study, point, runs, cores, locks):
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
-        origin = results.origin_of(experiment, plan, point)
+        origin = results.origin_of(experiment, study, point)
         return runner.Running(point, started[-1], locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
@@ -435,12 +435,13 @@ def test_a_file_that_changes_under_a_run_does_not_change_what_its_row_says(
         return run
 
     monkeypatch.setattr(runner, "start", start)
-    plan, out = results.load_study(experiment), tmp_path / "out"
-    before = results.digest(results.config_of(experiment, plan, study.due(plan, {})[0]))
+    study, out = results.load_study(experiment), tmp_path / "out"
+    before = results.digest(results.config_of(experiment, study, plan.due(study, {})[0]))
     run_study(experiment, out, lambda: "SIGTERM" if losses_in(out) else None)
     assert results.read(out / "results.csv")[0]["config"] == before
+    table = out / "results.csv"
     with pytest.raises(ConfigError, match="1 of 1 rows were made with other settings"):
-        results.check_rows(experiment, plan, results.read(out / "results.csv"), out / "results.csv")
+        results.check_rows(experiment, study, results.read(table), table)
 
 
 def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
@@ -448,8 +449,8 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
 ):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan = results.load_study(experiment)
-    page = report.write(experiment, plan, results.read(out / "results.csv"), out)
+    study = results.load_study(experiment)
+    page = report.write(experiment, study, results.read(out / "results.csv"), out)
     text = page.read_text()
     assert "Small &amp; &lt;quick&gt;." in text
     assert not re.search(r'(src|href)=(?!"data:)', text) and "<script" not in text
@@ -457,10 +458,10 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     assert names == {"speedup.png", "tuning.png", *(f"loss_{c}.png" for c in report.COSTS)}
     assert text.count("data:image/png;base64,") == len(names)
     # Twice as fast at equal steps: exactly 2, as the made-up losses fall by the same law.
-    rows = report.speedups_of(plan, report.cells_of(plan, results.read(out / "results.csv")))
+    rows = report.speedups_of(study, report.cells_of(study, results.read(out / "results.csv")))
     last = next(r for r in rows if r["steps"] == 16 and r["cost"] == "steps")
     assert last["speed_up"] == pytest.approx(2.0) and "2.00 (" in text
-    cells = report.cells_of(plan, results.read(out / "results.csv"))
+    cells = report.cells_of(study, results.read(out / "results.csv"))
     assert [c["value"] for c in cells] == [2e-3, 2e-3, 1e-2, 1e-2]
     assert all(c["loss_at_value_below"] > c["loss_first_seed"] for c in cells)
     assert cells[2]["loss_at_value_above"] == pytest.approx(
@@ -468,41 +469,41 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     )
     assert cells[0]["loss_at_value_above"] == math.inf and "diverged" in text
     assert cells[0]["loss"] == pytest.approx(3 - 0.3 * math.log(8) + 0.0005)
-    assert results.spread_of(plan, results.read(out / "results.csv"), Point(
+    assert results.spread_of(study, results.read(out / "results.csv"), Point(
         "book", "gpt", 8, 2e-3, 0)) == pytest.approx(0.001)  # fmt: skip
 
 
 def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan, table = results.load_study(experiment), out / "results.csv"
+    study, table = results.load_study(experiment), out / "results.csv"
     row = next(r for r in results.read(table) if r["seed"] == 1)  # of a cell with two seeds
     name = results.point_of(row).name
-    assert runner.run_again(experiment, plan, table, name) == 0
+    assert runner.run_again(experiment, study, table, name) == 0
     assert "the same to the last bit" in capsys.readouterr().out
     moved = math.nextafter(row["loss"], 9)
-    results.add(table, plan, row | {"loss": moved, "jax": "0.0.1"})
-    assert runner.run_again(experiment, plan, table, name) == 1
+    results.add(table, study, row | {"loss": moved, "jax": "0.0.1"})
+    assert runner.run_again(experiment, study, table, name) == 1
     said = capsys.readouterr().out
     assert "jax differs: 0.0.1 in the table, 0 here" in said
     assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
     assert "spread of its cell" in said
-    results.add(table, plan, row | {"status": "diverged", "loss": None})
-    assert runner.run_again(experiment, plan, table, name) == 1
+    results.add(table, study, row | {"status": "diverged", "loss": None})
+    assert runner.run_again(experiment, study, table, name) == 1
     with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):
-        runner.run_again(experiment, plan, table, "book-gpt-9")
+        runner.run_again(experiment, study, table, "book-gpt-9")
 
 
 def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
     out = tmp_path / "out"
     run_study(experiment, out)
-    plan = results.load_study(experiment)
+    study = results.load_study(experiment)
     rows = results.read(out / "results.csv")
-    results.check_rows(experiment, plan, rows, out / "results.csv")
+    results.check_rows(experiment, study, rows, out / "results.csv")
     other = Path(experiment).with_name("other.py")
     other.write_text(Path(experiment).read_text().replace("model.layers = 1", "model.layers = 2"))
     with pytest.raises(ConfigError, match=r"16 of 16 rows were made with other settings"):
-        results.check_rows(str(other), plan, rows, out / "results.csv")
+        results.check_rows(str(other), study, rows, out / "results.csv")
 
 
 @pytest.mark.parametrize(
@@ -527,7 +528,7 @@ def test_a_table_that_is_damaged_is_refused(experiment, fake_runs, tmp_path, dam
 
 def test_what_decides_about_the_loss_is_in_the_digest():
     from ngpt_jax.config import default_config
-    from ngpt_jax.config_file import load_config
+    from ngpt_jax.config.experiment import load_config
 
     def digest(*overrides):
         config = default_config()
@@ -548,9 +549,9 @@ def test_what_decides_about_the_loss_is_in_the_digest():
         assert digest((field, value)) == plain, field
 
 
-def made_up_rows(plan, loss):
+def made_up_rows(study, loss):
     """Rows of a whole study with losses by a function of the point, inf: diverged."""
-    losses, rows = run_in_disorder(plan, loss, 0), []
+    losses, rows = run_in_disorder(study, loss, 0), []
     for p, x in losses.items():
         rows.append({
             "setting": p.setting, "model": p.model, "steps": p.steps, "value": p.value,
@@ -593,11 +594,11 @@ def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
 
 
 def test_with_one_seed_there_is_no_interval(tmp_path):
-    plan = dataclasses.replace(PLAN, seeds=(0,))
-    rows = made_up_rows(plan, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
-    found = report.speedups_of(plan, report.cells_of(plan, rows))
+    study = dataclasses.replace(PLAN, seeds=(0,))
+    rows = made_up_rows(study, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    found = report.speedups_of(study, report.cells_of(study, rows))
     assert all(s["low"] is None and s["high"] is None for s in found)
-    assert "bootstrap" not in report.write("x.py", plan, rows, tmp_path).read_text()
+    assert "bootstrap" not in report.write("x.py", study, rows, tmp_path).read_text()
 
 
 def test_two_programs_may_write_the_report_at_once(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
-from ngpt_jax.config_file import describe, load_config, split_overrides
+from ngpt_jax.config.experiment import describe, load_config, split_overrides
+from ngpt_jax.config.resolve import resolve
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments/quickstart.py")
@@ -37,7 +38,7 @@ def test_defaults_are_resolved():
 
 def test_resolving_twice_changes_nothing():
     config = load()
-    assert config_lib.resolve(config) == config
+    assert resolve(config) == config
     import json
 
     assert config_lib.from_config_dict(json.loads(config_lib.to_json(config))) == config
@@ -205,8 +206,8 @@ def test_the_command_answers_bad_input_with_one_line(arguments, message):
 
 
 SPEAKS = """
-from ngpt_jax import config_file
-config_file.run_command(lambda overrides: print("x" * 1_000_000, flush=True))
+from ngpt_jax.config import command
+command.run_command(lambda overrides: print("x" * 1_000_000, flush=True))
 """
 
 

@@ -19,10 +19,12 @@ from data_helpers import ROOT, raises
 from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
-from ngpt_jax.data.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
-from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from ngpt_jax.checkpoint.checkpoints import restore_params
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
+from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
-from ngpt_jax.model import folding
+from ngpt_jax.inference import opening
 from ngpt_jax.model.transformer import (
     Transformer,
     init_params,
@@ -31,8 +33,7 @@ from ngpt_jax.model.transformer import (
     param_axes,
     real_vocab,
 )
-from ngpt_jax.training import layout, opening
-from ngpt_jax.training.checkpoint import restore_params
+from ngpt_jax.training import layout
 
 GOLDEN = Path(__file__).parent / "golden"
 GQA = {"model.heads": 4, "model.kv_heads": 2, "model.head_dim": 6, "model.mlp_width": 24}

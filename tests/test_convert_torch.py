@@ -24,7 +24,7 @@ from test_tokenizers import paths  # noqa: F401
 
 import ngpt_jax
 from ngpt_jax.export import huggingface, reference_checkpoint
-from ngpt_jax.training.opening import write_weights
+from ngpt_jax.inference.opening import write_weights
 
 WHY = "needs pip install 'ngpt-jax[torch]'"
 torch = pytest.importorskip("torch", reason=WHY)

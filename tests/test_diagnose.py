@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax import plots
+from ngpt_jax.config import ConfigError, experiment
 from ngpt_jax.data import pipeline
+from ngpt_jax.diagnose import figures as drawing
+from ngpt_jax.diagnose import measures
+from ngpt_jax.diagnose import tables as measured
+from ngpt_jax.inference import opening
+from ngpt_jax.model import inspect as d
 from ngpt_jax.model.transformer import compute_params, init_params, is_matrix, param_axes
 from ngpt_jax.optim.recipes import make_optimizer
-from ngpt_jax.tools import diagnose_figures, diagnose_tables, plots
-from ngpt_jax.tools import diagnose_measures as measures
-from ngpt_jax.training import diagnostics as d
-from ngpt_jax.training import evaluate, loop, opening
-from ngpt_jax.training.run import make_dataset
+from ngpt_jax.training import evaluator, loop
+from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState, make_train_step, summed_nats
 
 ROOT = Path(__file__).parent.parent
@@ -110,8 +112,8 @@ def test_singular_and_zero_matrices_are_told_and_drawn(tiny, tmp_path):
     assert {r["condition"] for r in rows if r["matrix"] == "query_kernel"} == {math.inf}
     plots.require_matplotlib()
     for draw, table in (
-        (diagnose_figures.condition_numbers, rows),
-        (diagnose_figures.query_and_key, measures.query_and_key(run, [0, 1])),
+        (drawing.condition_numbers, rows),
+        (drawing.query_and_key, measures.query_and_key(run, [0, 1])),
     ):
         plots.save(draw(table, ["run"]), tmp_path / "figure.png")
     zero, one = np.zeros((2, 3)), np.eye(3)[:2]
@@ -181,7 +183,7 @@ def test_norms_and_singular_values_of_queries_and_keys(tiny):
     config = tiny(**{"model.kind": "gpt", "model.layers": 3})
     params = wobbly(config)
     run = opened(config, params)
-    assert diagnose_tables.middle_layers(run) == [1, 2]
+    assert measured.middle_layers(run) == [1, 2]
     rows = measures.query_and_key(run, [2])
     assert {r["layer"] for r in rows} == {2}
     for name in ("query_kernel", "key_kernel"):
@@ -333,7 +335,7 @@ def runs(tmp_path_factory, book):
             "checkpoint.every": "4", "checkpoint.keep": "3", "log.every": "1", "sample.tokens": "0",
         }  # fmt: skip
         variants = "debug" if kind == "ngpt" else "gpt,debug"
-        config = config_file.load_config(
+        config = experiment.load_config(
             f"{ROOT}/experiments/quickstart.py:{variants}", list(overrides.items())
         )
         assert loop.train(config, folder) == 0
@@ -486,16 +488,16 @@ def test_the_command_from_end_to_end(figures):
 
 def test_without_the_text_parameters_are_still_measured(runs):
     run = open_run(runs["gpt"], 4, [("data.paths", "gone.txt")])
-    tables, note = diagnose_tables.measure(run, None, 1)
+    tables, note = measured.measure(run, None, 1)
     assert {"embeddings", "condition", "query_key"} <= set(tables)
     assert not {"angles", "entropy", "rotation", "gradient"} & set(tables)
     assert note.startswith("run: angles, entropy, rotation and gradient are left out: data.paths")
     assert "gone.txt" in note and "\n" not in note
-    shown = diagnose_tables.show([run], [diagnose_tables.headlines(tables)])
+    shown = measured.show([run], [measured.headlines(tables)])
     assert "condition number: query" in shown and "rotation" not in shown
     other = run._replace(config=open_run(runs["gpt"], 4).config, progress={
         **run.progress, "data": "of another text"})  # fmt: skip
-    assert "not the one that the run was trained on" in diagnose_tables.measure(other, None, 1)[1]
+    assert "not the one that the run was trained on" in measured.measure(other, None, 1)[1]
 
 
 def test_bad_input_is_told_in_a_line(runs, tmp_path):
@@ -566,7 +568,7 @@ def test_every_evaluation_logs_what_is_cheap(runs, kind):
 
 def test_what_is_logged_changes_nothing(runs, tmp_path, monkeypatch):
     """The same run without: every loss and every parameter bit for bit."""
-    monkeypatch.setattr(evaluate, "_summarize", lambda config, params, batch: {})
+    monkeypatch.setattr(evaluator, "_summarize", lambda config, params, batch: {})
     config = opening.read_config("workdir", str(runs["ngpt"]))
     assert loop.train(config, tmp_path / "plain") == 0
     with_, without = rows_of(runs["ngpt"]), rows_of(tmp_path / "plain")

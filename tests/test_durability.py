@@ -21,9 +21,10 @@ from data_helpers import ROOT, write_array_record, write_bin
 from test_sources import TinySet
 from test_training import numbers, rows, stop_in_evaluation
 
+from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import ByteTokenizer
-from ngpt_jax.training import loop, run, saving, workdir
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.training import loop, setup, workdir
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
 
@@ -185,7 +186,7 @@ def test_a_workdir_in_use_is_refused(begun, small, monkeypatch):
     )  # fmt: skip
     other.stdout.readline()
     monkeypatch.setattr(workdir.lock_workdir, "__defaults__", (0.5,))
-    with pytest.raises(run.RunError, match="is in use by another process; wait for its end"):
+    with pytest.raises(setup.RunError, match="is in use by another process; wait for its end"):
         loop.train(small(**fields), folder)
     other.kill()
     other.wait()
@@ -223,7 +224,7 @@ def test_a_checkpoint_that_is_evaluated_later_may_be_the_best(small, tmp_path, m
         assert loop.train(config, tmp_path) == EXIT_RESUME
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(
-        run, "evaluate", lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0}
+        setup, "evaluate", lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0}
     )
     assert loop.train(config, tmp_path) == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
@@ -299,7 +300,7 @@ def test_the_best_checkpoints_stay(small, tmp_path, monkeypatch):
     """An evaluation that makes the list is saved, wherever the others are."""
     losses = iter([3.0, 1.0, 2.0, 0.5, 4.0, 4.0])
     monkeypatch.setattr(
-        run, "evaluate", lambda *args: {"loss": next(losses), "perplexity": 1.0, "tokens": 1.0,
+        setup, "evaluate", lambda *args: {"loss": next(losses), "perplexity": 1.0, "tokens": 1.0,
                                         "bits_per_byte": 1.0}
     )  # fmt: skip
     config = small(**{"eval.every": 2, "checkpoint.every": 5, "checkpoint.keep": 1,
@@ -313,7 +314,7 @@ def test_the_best_checkpoints_stay(small, tmp_path, monkeypatch):
 def test_checkpoints_by_the_clock(small, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 40))
     fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(run, "time", fake)
+    monkeypatch.setattr(setup, "time", fake)
     config = small(**{"checkpoint.every": 100, "checkpoint.minutes": 1.0, "checkpoint.keep": 9,
                       "log.every": 1, "eval.every": 100})  # fmt: skip
     assert loop.train(config, tmp_path) == 0
@@ -339,7 +340,7 @@ def test_a_disk_that_is_full_during_a_save(small, tmp_path, monkeypatch, capsys)
     full_disk(monkeypatch, 8)
     config = small(**{"checkpoint.every": 4, "checkpoint.keep": 9})
     with pytest.raises(
-        run.RunError,
+        setup.RunError,
         match=r"Checkpoint 8 could not be saved \(no space left on "
         r"device; .* the checkpoint needs .*\); the last whole one is 4; make room",
     ):
@@ -371,11 +372,11 @@ def write(self, step, row):
     real(self, step, row)
 metrics.MetricWriter.write = write
 from ngpt_jax.main import _main
-from ngpt_jax import config_file
+from ngpt_jax.config import command
 sys.argv = ["main", "--config=experiments/quickstart.py:debug", "--workdir={tmp_path}/run",
     "--config.train.steps=9", "--config.log.every=3", "--config.checkpoint.every=3",
     "--config.sample.tokens=0", "--config.model.width=16", "--config.model.heads=2"]
-config_file.run_command(_main)
+command.run_command(_main)
 """
 
     def start(limited):
@@ -406,7 +407,7 @@ def test_text_that_is_damaged_while_a_run_goes_on(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(loop._Interval, "log", log)
     config = small(**{"data.source": "bin", "data.paths": (str(file),), "data.prefetch": 1})
-    with pytest.raises(run.RunError, match=r"t.bin' has the token id 300, but data.tokenizer"):
+    with pytest.raises(setup.RunError, match=r"t.bin' has the token id 300, but data.tokenizer"):
         loop.train(config, tmp_path / "run")
 
 

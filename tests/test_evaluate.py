@@ -18,11 +18,11 @@ from etils import epath
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import ByteTokenizer
-from ngpt_jax.inference import scorers, tasks
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.evaluation import scorers, tasks
+from ngpt_jax.evaluation.scorers import Likelihood, Scored
+from ngpt_jax.inference import scoring
 from ngpt_jax.inference.loading import LoadedModel
-from ngpt_jax.inference.scorers import Likelihood, Scored
-from ngpt_jax.model import scoring
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import loop
@@ -458,16 +458,14 @@ def test_a_continuation_that_melts_into_its_context_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, book):
-    from ngpt_jax import config_file
+    from ngpt_jax.config import experiment
 
     folder = tmp_path_factory.mktemp("run") / "run"
     overrides = {
         "data.source": "text", "data.paths": book, "model.context": "32", "train.steps": "4",
         "train.batch_size": "4", "eval.every": "4", "eval.batches": "1", "sample.tokens": "0",
     }  # fmt: skip
-    config = config_file.load_config(
-        f"{ROOT}/experiments/quickstart.py:debug", [*overrides.items()]
-    )
+    config = experiment.load_config(f"{ROOT}/experiments/quickstart.py:debug", [*overrides.items()])
     assert loop.train(config, folder) == 0
     return folder
 
@@ -534,6 +532,6 @@ def test_bad_input_is_told_in_a_line(run, tmp_path):
 
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "ngpt_jax.inference.lm_eval_adapter", raising=False)
+    monkeypatch.delitem(sys.modules, "ngpt_jax.evaluation.harness", raising=False)
     with pytest.raises(ConfigError, match="pip install 'ngpt-jax\\[eval\\]'"):
-        import ngpt_jax.inference.lm_eval_adapter  # noqa: F401
+        import ngpt_jax.evaluation.harness  # noqa: F401

@@ -14,12 +14,13 @@ from test_golden import load as load_golden
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.decoding import folding, generation
+from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
+from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
+from ngpt_jax.inference import opening
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
-from ngpt_jax.model import folding, generation
-from ngpt_jax.model.cache import Slots, empty_cache, empty_newest
-from ngpt_jax.model.sampling import Sampling, draw, filter_logits
 from ngpt_jax.model.transformer import (
     FOLDED_MARK,
     Transformer,
@@ -30,7 +31,7 @@ from ngpt_jax.model.transformer import (
 )
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.projection import keep_params_on_sphere, project_params
-from ngpt_jax.training import loop, opening
+from ngpt_jax.training import loop
 
 GREEDY = Sampling(temperature=0.0)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ngpt_jax.model.reference_layout import from_reference, to_reference
+from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.model.transformer import Transformer, unit_axes
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.projection import project_params

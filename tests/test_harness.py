@@ -24,15 +24,15 @@ from test_evaluate import (  # noqa: F401 (fixtures among them)
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.inference import scorers, tasks
+from ngpt_jax.evaluation import scorers, tasks
 
 
 @pytest.fixture
 def adapter():
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ngpt-jax[eval]'")
-    from ngpt_jax.inference import lm_eval_adapter
+    from ngpt_jax.evaluation import harness
 
-    return lm_eval_adapter
+    return harness
 
 
 def compare(adapter, model, some, limit=None):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt_jax.tools.hlo import Collective, Program, analyze, kernels_of_lowered
+from ngpt_jax.aot.hlo import Collective, Program, analyze, kernels_of_lowered
 
 ROOT = Path(__file__).parents[1]
 

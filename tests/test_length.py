@@ -11,8 +11,8 @@ import pytest
 from test_generation import logits_of, model  # noqa: F401 (a fixture)
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.evaluation import length as measures
 from ngpt_jax.inference.loading import LoadedModel
-from ngpt_jax.tools import length_measures as measures
 
 EOD = 256
 

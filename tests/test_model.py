@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ngpt_jax import sphere
-from ngpt_jax.model.reference_layout import from_reference, to_reference
+from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.model.rotary import apply_rope, interleaved_to_half, rope_tables
 from ngpt_jax.model.transformer import (
     Transformer,

@@ -15,12 +15,12 @@ import jax
 import numpy as np
 import pytest
 
+from ngpt_jax.checkpoint.checkpoints import Checkpoints
 from ngpt_jax.config import ConfigError, from_config_dict
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.training import layout, workdir
-from ngpt_jax.training.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
@@ -161,8 +161,9 @@ import sys; sys.path.insert(0, "{ROOT}")
 from ngpt_jax.training import metrics
 def write(self, step, row): raise OSError(28, "No space left on device", "metrics.jsonl")
 metrics.MetricWriter.write = write
-from ngpt_jax import config_file, main
-config_file.run_command(main._main)
+from ngpt_jax import main
+from ngpt_jax.config import command
+command.run_command(main._main)
 """
     (tmp_path / "program.py").write_text(code)
     running = start(2, 1, tmp_path / "run", book, program=[str(tmp_path / "program.py")])

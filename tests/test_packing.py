@@ -15,7 +15,7 @@ from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus, packing, shards
 from ngpt_jax.data.packing import BestFit, Concatenated, best_fit, document_lengths
 from ngpt_jax.data.shards import TokenStream, open_bin, token_dtype
-from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.data.tokenizers.loading import load_tokenizer
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 EOD = 256
@@ -340,7 +340,7 @@ def test_best_fit_through_the_config(tmp_path):
 
 
 def test_mixtures_are_checked(tmp_path):
-    from ngpt_jax.config_file import load_config
+    from ngpt_jax.config.experiment import load_config
 
     def config(*overrides):
         given = [item.split("=", 1) for item in overrides]

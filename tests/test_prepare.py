@@ -18,10 +18,11 @@ from data_helpers import ROOT, SHARED, json_lines, raises, text_config, write
 from etils import epath
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data import corpus, manifest, preparation
-from ngpt_jax.data.preparation import Stopped, prepare
-from ngpt_jax.data.sources import open_source
-from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from ngpt_jax.data import corpus, manifest
+from ngpt_jax.data.preparing import preparation
+from ngpt_jax.data.preparing.preparation import Stopped, prepare
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
 
 
 def run(config, out, **options):
@@ -89,7 +90,7 @@ def test_tokens_documents_and_bytes(config, texts, tmp_path, small_portions):
 
 
 def corpus_split(texts, share):
-    from ngpt_jax.data.splits import choose_split
+    from ngpt_jax.data.preparing.splits import choose_split
 
     return choose_split(lambda: iter(texts), share, "data.paths")
 
@@ -151,8 +152,8 @@ def test_a_killed_preparation_goes_on(config, tmp_path, texts):
     """SIGKILL at random instants, until it is done."""
     code = """
 import sys, time; sys.path.insert(0, "tests")
-from ngpt_jax.data import preparation
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax.data.preparing import preparation
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
 preparation._CHARACTERS_AT_ONCE = 1000
 real = ByteTokenizer.encode_batch
 ByteTokenizer.encode_batch = lambda self, batch: (time.sleep(0.01), real(self, batch))[1]

@@ -12,9 +12,9 @@ from fsspec.registry import _registry
 
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus
-from ngpt_jax.data.preparation import prepare
-from ngpt_jax.data.sources import open_source
-from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.data.preparing.preparation import prepare
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.tokenizers.loading import load_tokenizer
 from ngpt_jax.training.workdir import open_workdir
 
 

@@ -24,9 +24,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data import sources, splits
-from ngpt_jax.data.splits import choose_split
-from ngpt_jax.data.stdlib import stdlib_corpus, stdlib_files
+from ngpt_jax.data.preparing import splits
+from ngpt_jax.data.preparing.splits import choose_split
+from ngpt_jax.data.text import sources
+from ngpt_jax.data.text.stdlib import stdlib_corpus, stdlib_files
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -378,7 +379,8 @@ def test_split_of_any_one_document(text, share):
 
 def test_sources_and_tokenizers_load_no_jax():
     code = (
-        "import sys; from ngpt_jax.data import sources, tokenizers, preparation;"
+        "import sys; from ngpt_jax.data.preparing import preparation;"
+        " from ngpt_jax.data.text import sources; from ngpt_jax.data.tokenizers import loading;"
         "assert not {'jax', 'flax', 'grain', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

@@ -21,8 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
-from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.data.tokenizers.loading import load_tokenizer
+from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 
 LLAMA = SHARED / "tokenizers" / "llama2-32k.json"
 GPT2 = SHARED / "tokenizers" / "gpt2"

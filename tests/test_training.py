@@ -22,12 +22,12 @@ from test_packing import stream_of
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet, load_corpus
-from ngpt_jax.data.tokenizers import ByteTokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_duration
-from ngpt_jax.training import dry_run, loop, run, step, throughput
-from ngpt_jax.training.evaluate import evaluate, make_summed_nats
+from ngpt_jax.training import dry_run, loop, setup, step, throughput
+from ngpt_jax.training.evaluator import evaluate, make_summed_nats
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
 
@@ -69,13 +69,13 @@ def stop_at(monkeypatch, step):
 
 def stop_in_evaluation(monkeypatch):
     """Sends this process SIGTERM as an evaluation begins."""
-    real = run.evaluate
+    real = setup.evaluate
 
     def stopping(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(run, "evaluate", stopping)
+    monkeypatch.setattr(setup, "evaluate", stopping)
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
     assert [r["train/skipped"] for r in train_rows] == [1, 2, 4, 4]
     assert all(math.isfinite(x) for r in train_rows for x in r.values())
     poison(monkeypatch, config, [6, 7, 8])
-    with pytest.raises(run.RunError) as error:
+    with pytest.raises(setup.RunError) as error:
         loop.train(config, tmp_path / "b")
     assert re.fullmatch(
         r"3 steps in a row were skipped, the last of them step 8 \(loss nan, gradient norm nan\);"
@@ -233,7 +233,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         assert loop.train(config, tmp_path / "c") == EXIT_RESUME
-    with pytest.raises(run.RunError, match="last of them step 8"):
+    with pytest.raises(setup.RunError, match="last of them step 8"):
         loop.train(config, tmp_path / "c")
 
 

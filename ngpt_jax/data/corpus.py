@@ -17,10 +17,10 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
-from ngpt_jax.data import packing, sources
+from ngpt_jax.data import packing
 from ngpt_jax.data.corpus_files import parse_path, real_path, stamp
 from ngpt_jax.data.manifest import Manifest
-from ngpt_jax.data.preparation import SHARD_TOKENS, prepare, source_key
+from ngpt_jax.data.preparing.preparation import SHARD_TOKENS, prepare, source_key
 from ngpt_jax.data.shards import (
     ArrayRecordShard,
     BinShard,
@@ -29,8 +29,9 @@ from ngpt_jax.data.shards import (
     open_bin,
     record_lengths,
 )
-from ngpt_jax.data.text_files import SUFFIXES
-from ngpt_jax.data.tokenizers import Tokenizer, utf8
+from ngpt_jax.data.text import sources
+from ngpt_jax.data.text.text_files import SUFFIXES
+from ngpt_jax.data.tokenizers.loading import Tokenizer, utf8
 from ngpt_jax.files import digest_of, is_remote, reason, write_atomically
 from ngpt_jax.terminal import Terminal
 

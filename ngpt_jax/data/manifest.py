@@ -13,7 +13,7 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus_files import open_binary
-from ngpt_jax.data.tokenizers import Tokenizer
+from ngpt_jax.data.tokenizers.loading import Tokenizer
 from ngpt_jax.files import digest_of
 
 NAME = "manifest.json"

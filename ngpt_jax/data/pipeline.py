@@ -15,7 +15,7 @@ from absl import flags
 
 from ngpt_jax.data.corpus import EvalSet, Windows
 from ngpt_jax.data.packing import by_document
-from ngpt_jax.workers import follow_parent
+from ngpt_jax.data.workers import follow_parent
 
 Batch = dict[str, np.ndarray]
 

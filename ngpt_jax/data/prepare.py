@@ -21,13 +21,12 @@ from typing import Any
 from absl import flags
 
 from ngpt_jax import config as config_lib
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
+from ngpt_jax.config import ConfigError, DataConfig, SourceConfig, command
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.corpus_files import parse_path
-from ngpt_jax.data.preparation import SHARD_TOKENS, prepare
-from ngpt_jax.data.sources import open_source
-from ngpt_jax.data.tokenizers import load_tokenizer
+from ngpt_jax.data.preparing.preparation import SHARD_TOKENS, prepare
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.tokenizers.loading import load_tokenizer
 from ngpt_jax.terminal import Terminal
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the shards, local or gs://.")
@@ -109,4 +108,4 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_command)
+    command.run_command(_command)

@@ -17,7 +17,7 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus_files import read_range, stamp
-from ngpt_jax.data.sources import ArrayRecord
+from ngpt_jax.data.text.sources import ArrayRecord
 from ngpt_jax.files import is_remote, reason
 
 # llm.c: int32 magic, version, number of tokens; 256 int32 in all.

@@ -17,13 +17,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tiktoken_files import TiktokenTokenizer
-from ngpt_jax.data.tokenizers import (
+from ngpt_jax.data.tokenizers.loading import (
     ByteTokenizer,
     JsonTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
 )
+from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
 
 ORIGINAL = "original_tokenizer"  # folder of the files as the training read them
 EOD_OF_BYTES = "<|endoftext|>"

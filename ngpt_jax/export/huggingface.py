@@ -32,19 +32,19 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ngpt_jax import __version__, config_file
+from ngpt_jax import __version__
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import ConfigError, ModelConfig
+from ngpt_jax.config import ConfigError, ModelConfig, experiment
+from ngpt_jax.decoding import folding
 from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
+from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
-from ngpt_jax.model import folding
-from ngpt_jax.model.reference_layout import pad_vocab
+from ngpt_jax.inference.opening import OpenedRun, check_tokenizer
 from ngpt_jax.model.transformer import FOLDED_MARK, axis_sizes, is_matrix, real_vocab
 from ngpt_jax.training.layout import named_params
 from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.opening import OpenedRun, check_tokenizer
-from ngpt_jax.training.run import with_tokenizer
+from ngpt_jax.training.setup import with_tokenizer
 
 MODEL_TYPE = "ngpt_jax"
 WEIGHTS = "model.safetensors"
@@ -280,7 +280,7 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
     if file is not None:
         data = dataclasses.replace(saved.data, tokenizer=str(folder.resolve() / file))
         saved = dataclasses.replace(saved, data=data)
-    config = config_file.load_config(config_lib.to_config_dict(saved), overrides)
+    config = experiment.load_config(config_lib.to_config_dict(saved), overrides)
     for name, value in _architecture(config.model).items():
         if values.get(name, value) != value:
             raise ConfigError(

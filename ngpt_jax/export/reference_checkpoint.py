@@ -19,17 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from ngpt_jax import config as config_lib
-from ngpt_jax import config_file, sphere
-from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale
-from ngpt_jax.data.tokenizers import ByteTokenizer
+from ngpt_jax import sphere
+from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
+from ngpt_jax.data.tokenizers.loading import ByteTokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors
+from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
-from ngpt_jax.model.reference_layout import from_reference, to_reference
+from ngpt_jax.inference.opening import OpenedRun
 from ngpt_jax.model.transformer import axis_sizes, is_axes, is_matrix, param_axes
 from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.opening import OpenedRun
-from ngpt_jax.training.run import with_tokenizer
+from ngpt_jax.training.setup import with_tokenizer
 
 POSITION_NOTE = (
     "the released code's own position operator is not RoPE: weights trained with it do not"
@@ -171,7 +171,7 @@ def _config(
     if known["kind"] == "ngpt" and isinstance(base, float):
         for name in ("alpha_a", "alpha_m", "s_qk", "s_z"):
             values.model[name].scale = base
-    return config_file.load_config(values, overrides)
+    return experiment.load_config(values, overrides)
 
 
 def _from_shapes(where: str, state: Mapping[str, np.ndarray]) -> dict[str, Any]:

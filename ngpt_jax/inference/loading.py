@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers import Tokenizer
+from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.decoding import folding, generation
+from ngpt_jax.decoding.sampling import Sampling
+from ngpt_jax.inference import opening, scoring
 from ngpt_jax.inference.text import Streamed, TextStream
-from ngpt_jax.model import folding, generation, scoring
-from ngpt_jax.model.sampling import Sampling
-from ngpt_jax.training import layout, opening
+from ngpt_jax.training import layout
 
 Prompt = str | Sequence[int]
 _BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
@@ -67,7 +68,7 @@ class LoadedModel:
             does, for the start of a document), or a list of such.
           tokens: to generate for each, at most.
           temperature: 0 takes the likeliest token.
-          top_k, top_p, min_p: filters, see :class:`ngpt_jax.model.sampling.Sampling`.
+          top_k, top_p, min_p: filters, see :class:`ngpt_jax.decoding.sampling.Sampling`.
           seed: of the draw, below 2^32; row i of a batch depends on it, its prompt and i alone.
           stop: texts at which to stop.
           context: tokens of prompt and text together, at most; None: the training context.

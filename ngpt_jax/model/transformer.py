@@ -19,8 +19,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError, ModelConfig, Scale
+from ngpt_jax.decoding.cache import LayerCache, Slots, attend_to_cache, write
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of
-from ngpt_jax.model.cache import LayerCache, Slots, attend_to_cache, write
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules

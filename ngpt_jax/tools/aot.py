@@ -26,8 +26,7 @@ from typing import Any
 
 from absl import flags
 
-from ngpt_jax import config_file
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config import Config, ConfigError, command, experiment
 from ngpt_jax.parallel import xla_flags
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...].")
@@ -152,7 +151,7 @@ def analyze(
     """
     import jax
 
-    from ngpt_jax.tools import hlo
+    from ngpt_jax.aot import hlo
     from ngpt_jax.training import throughput
 
     program: hlo.Program | None = None
@@ -216,7 +215,7 @@ def analyze(
 
 def show(report: dict[str, Any]) -> str:
     """The report as a table of two columns."""
-    from ngpt_jax.training.layout import format_bytes
+    from ngpt_jax.terminal import format_bytes
 
     mesh = " x ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one device"
     rows = [
@@ -364,7 +363,7 @@ def _estimate(config: Config, devices: int) -> tuple[float, float]:
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _CONFIG.value is None:
         raise ConfigError("Give an experiment: --config=experiments/1b.py (see --help).")
-    config_file.check_output(json=_JSON.value, lowered=_LOWERED.value)
+    command.check_output(json=_JSON.value, lowered=_LOWERED.value)
     if _SEARCH.value and (_WINDOWS.value or _LOWERED.value):
         raise ConfigError(
             "--search finds --windows itself and compiles many steps: leave out"
@@ -372,7 +371,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         )
     if _TOPOLOGY.value == "local" and _SLICES.value > 1:
         raise ConfigError("--slices is for TPU topologies; --topology=local has its own devices.")
-    config = config_file.load_config(_CONFIG.value, overrides)
+    config = experiment.load_config(_CONFIG.value, overrides)
     xla_flags.set_flags(config.runtime.xla_flags)
     if _TOPOLOGY.value == "local":
         import jax
@@ -400,4 +399,4 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -33,18 +33,18 @@ import numpy as np
 from absl import flags
 
 from ngpt_jax import config as config_lib
-from ngpt_jax import config_file
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.benchmark import plain_gpt
+from ngpt_jax.config import Config, ConfigError, command, experiment
+from ngpt_jax.config.resolve import resolve
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.transformer import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.parallel import xla_flags
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-from ngpt_jax.tools import plain_gpt
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.run import with_tokenizer
+from ngpt_jax.training.setup import with_tokenizer
 
 MODELS = ("ngpt", "gpt", "plain")
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
@@ -100,7 +100,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     # The recipe and qk_norm are those of the kind: clear what was resolved for another one.
     kind = dataclasses.replace(config.model, kind=model, qk_norm=None, init_std=None)
     optimizer = dataclasses.replace(config.optimizer, weight_decay=None, warmup_steps=None)
-    config = config_lib.resolve(dataclasses.replace(config, model=kind, optimizer=optimizer))
+    config = resolve(dataclasses.replace(config, model=kind, optimizer=optimizer))
     mesh = make_mesh(config)
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()
@@ -198,8 +198,8 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     models = _MODELS.value or list(MODELS if _CONFIG.value is None else MODELS[:2])
     if bad := [m for m in models if m not in MODELS]:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
-    config_file.check_output(json=_JSON.value)
-    config = config_file.load_config(_CONFIG.value or default_shape(), overrides)
+    command.check_output(json=_JSON.value)
+    config = experiment.load_config(_CONFIG.value or default_shape(), overrides)
     xla_flags.set_flags(config.runtime.xla_flags)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
@@ -211,4 +211,4 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

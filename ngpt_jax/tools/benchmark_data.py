@@ -26,10 +26,9 @@ from typing import Any
 
 from absl import flags
 
-from ngpt_jax import config_file
-from ngpt_jax.config import DataConfig
-from ngpt_jax.data.sources import open_source
-from ngpt_jax.data.tokenizers import Tokenizer, load_tokenizer
+from ngpt_jax.config import DataConfig, command
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.tokenizers.loading import Tokenizer, load_tokenizer
 from ngpt_jax.files import write_atomically
 
 _PATHS = flags.DEFINE_multi_string("paths", [], "Text, as --config.data.paths of training.")
@@ -110,7 +109,7 @@ def _loader(config: DataConfig, tokenizer: Tokenizer) -> float:
 
 def _main(overrides: list[tuple[str, str]]) -> int:
     del overrides
-    config_file.check_output(json=_JSON.value)
+    command.check_output(json=_JSON.value)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     cores = os.cpu_count() or 1
     workers = _WORKERS.value or cores
@@ -144,4 +143,4 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -28,15 +28,15 @@ import numpy as np
 from absl import flags, logging
 
 from ngpt_jax import config as config_lib
-from ngpt_jax import config_file
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, command, experiment
+from ngpt_jax.config.resolve import resolve
+from ngpt_jax.decoding import folding, generation
+from ngpt_jax.decoding.generation import CHUNK
+from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.files import write_atomically
-from ngpt_jax.model import folding, generation
-from ngpt_jax.model.generation import CHUNK
-from ngpt_jax.model.sampling import Sampling
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.run import with_tokenizer
+from ngpt_jax.training.setup import with_tokenizer
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows at one time.", lower_bound=1)
@@ -52,7 +52,7 @@ class _Timed:
 
     def __init__(self, config: Config, kind: str):
         model = dataclasses.replace(config.model, kind=kind, qk_norm=None, init_std=None)
-        config = config_lib.resolve(
+        config = resolve(
             dataclasses.replace(
                 config,
                 model=model,
@@ -169,14 +169,14 @@ def show(numbers: dict[str, Any]) -> str:
 
 
 def _main(overrides: list[tuple[str, str]]) -> None:
-    config_file.check_output(json=_JSON.value)
+    command.check_output(json=_JSON.value)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # the kernel is told for each shape
     if _CONFIG.value is None:
         shape = config_lib.default_config()
         shape.model.update(width=256, vocab_size=8192)
         shape.train.steps = 1
-    config = config_file.load_config(_CONFIG.value or shape, overrides)
+    config = experiment.load_config(_CONFIG.value or shape, overrides)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
     enable_x64_if_used(config)
@@ -187,4 +187,4 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

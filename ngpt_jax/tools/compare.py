@@ -22,11 +22,11 @@ from pathlib import Path
 
 from absl import flags
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax import plots
+from ngpt_jax.config import ConfigError, command
 from ngpt_jax.files import is_remote, reason
+from ngpt_jax.study import plan, report, results, runner
 from ngpt_jax.terminal import Terminal, format_duration
-from ngpt_jax.tools import plots, report, results, runner, study
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
 _EXPERIMENT = flags.DEFINE_string(
@@ -52,23 +52,23 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if _EXPERIMENT.value is None:
         raise ConfigError("Give --experiment=experiments/speedup.py (see --help).")
     experiment = _EXPERIMENT.value
-    plan = results.load_study(experiment)
+    study = results.load_study(experiment)
     out = _out_folder(experiment)
     table = out / "results.csv"
     if _REPORT_ONLY.value and not table.exists():
         raise ConfigError(f"--report_only: there is no {table}; give the --out of a study.")
     rows = results.read(table)
-    results.check_rows(experiment, plan, rows, table)
-    todo = study.forecast(plan, results.losses_of(plan, rows))
+    results.check_rows(experiment, study, rows, table)
+    todo = plan.forecast(study, results.losses_of(study, rows))
     for point in todo:  # bad fields are told before any run starts
-        results.config_of(experiment, plan, point)
-    runner.lanes(plan.cores)
+        results.config_of(experiment, study, point)
+    runner.lanes(study.cores)
     if _CHECK.value:
-        return runner.run_again(experiment, plan, table, _CHECK.value)
+        return runner.run_again(experiment, study, table, _CHECK.value)
     if _DRY_RUN.value:
-        for point in study.due(plan, results.losses_of(plan, rows)):
+        for point in plan.due(study, results.losses_of(study, rows)):
             print(f"due: {point.name}")
-        left = runner.seconds_left(plan, rows)
+        left = runner.seconds_left(study, rows)
         eta = "" if left is None else f", about {format_duration(left)}"
         print(f"{len(rows)} rows; about {len(todo)} runs to come{eta} -> {out}")
         return 0
@@ -81,14 +81,14 @@ def _main(overrides: list[tuple[str, str]]) -> int:
             signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
         try:
             complete = runner.run_all(
-                experiment, plan, table, out / "runs", terminal, lambda: stop.name
+                experiment, study, table, out / "runs", terminal, lambda: stop.name
             )
         finally:
             terminal.close()
             stop.restore()
     rows = results.read(table)
-    terminal.say(f"report -> {report.write(experiment, plan, rows, out)}")
-    lost = study.given_up(plan, results.losses_of(plan, rows))
+    terminal.say(f"report -> {report.write(experiment, study, rows, out)}")
+    lost = plan.given_up(study, results.losses_of(study, rows))
     for line in lost:
         print(f"error: {line}", file=sys.stderr)
     return 1 if lost else 0 if complete else EXIT_RESUME
@@ -109,4 +109,4 @@ def main(overrides: list[tuple[str, str]]) -> int:
 
 
 if __name__ == "__main__":
-    config_file.run_command(main)
+    command.run_command(main)

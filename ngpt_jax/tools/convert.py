@@ -32,8 +32,7 @@ from collections.abc import Iterable
 
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run, to convert from.")
 _STEP = flags.DEFINE_integer("step", None, "Its checkpoint; the newest by default.")
@@ -90,8 +89,8 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     source, path, target, out = _direction()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; nothing needs more
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
+    from ngpt_jax.inference import opening
     from ngpt_jax.model.transformer import num_params
-    from ngpt_jax.training import opening
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
@@ -118,4 +117,4 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -25,14 +25,12 @@ from typing import Any
 
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax import plots
+from ngpt_jax.config import ConfigError, command
+from ngpt_jax.diagnose import figures, measures
+from ngpt_jax.diagnose import tables as tables_lib
 from ngpt_jax.files import reason
-from ngpt_jax.tools import diagnose_figures as figures
-from ngpt_jax.tools import diagnose_measures as measures
-from ngpt_jax.tools import diagnose_tables as tables_lib
-from ngpt_jax.tools import plots
-from ngpt_jax.training import opening
+from ngpt_jax.inference import opening
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
 _AGAINST = flags.DEFINE_string("against", None, "The folder of a run to lay over it.")
@@ -91,7 +89,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         for flag, path in folders.items()
     ]  # fmt: skip
     layers = _chosen_layers(min(config.model.layers for _, config, _ in found))
-    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "diagnose")
+    out = command.output_folder(_WORKDIR.value, _OUT.value, "diagnose")
 
     names = [Path(path).name for path in folders.values()]
     if len(set(names)) < len(names):
@@ -120,4 +118,4 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -41,11 +41,10 @@ from typing import Any
 
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, command
+from ngpt_jax.evaluation import tasks as tasks_lib
+from ngpt_jax.evaluation.tasks import Task
 from ngpt_jax.files import reason, write_atomically
-from ngpt_jax.inference import tasks as tasks_lib
-from ngpt_jax.inference.tasks import Task
 from ngpt_jax.terminal import Terminal, format_duration
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
@@ -100,15 +99,15 @@ def _evaluate(
     model: Any, label: str, tasks: Sequence[Task], names: Sequence[str], texts: Sequence[str]
 ) -> tuple[dict[str, Any], Tables]:
     """Results by task and of the text, and the tables of examples."""
-    from ngpt_jax.inference import scorers
+    from ngpt_jax.evaluation import scorers
 
     terminal, batch_size = Terminal(), _BATCH_SIZE.value
     results: dict[str, Any] = {}
     tables: Tables = {}
     if _HARNESS.value and (tasks or names):
-        from ngpt_jax.inference import lm_eval_adapter
+        from ngpt_jax.evaluation import harness
 
-        found = lm_eval_adapter.run_harness(model, tasks, names, _LIMIT.value, batch_size)
+        found = harness.run_harness(model, tasks, names, _LIMIT.value, batch_size)
         results, tables = found.results, found.samples
         tables |= {task.name: scorers.table(task, found.scored[task.name]) for task in tasks}
     else:
@@ -127,8 +126,8 @@ def _evaluate(
 
 
 def _show(found: Sequence[dict[str, Any]], step: int, context: int) -> str:
-    from ngpt_jax.inference import scorers
-    from ngpt_jax.training.layout import format_table
+    from ngpt_jax.evaluation import scorers
+    from ngpt_jax.terminal import format_table
 
     models = [f"step {step}", "untrained"][: len(found)]
     rows: list[tuple[str, ...]] = [("", "measure", *models, "chance")]
@@ -160,15 +159,15 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         if not names:  # local files need no network, and do not ask for one
             os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
-        from ngpt_jax.inference import lm_eval_adapter  # noqa: F401, where it is not, say so now
-    from ngpt_jax.inference import scorers
+        from ngpt_jax.evaluation import harness  # noqa: F401, where it is not, say so now
+    from ngpt_jax.evaluation import scorers
+    from ngpt_jax.inference import opening
     from ngpt_jax.inference.loading import open_model
     from ngpt_jax.model.transformer import num_params, refuse_folded
-    from ngpt_jax.training import opening
 
     config = opening.read_config("workdir", _WORKDIR.value, overrides)
     texts = [] if _TEXT.value is None else scorers.read_text(_TEXT.value, config.data.text_key)
-    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "evaluate")
+    out = command.output_folder(_WORKDIR.value, _OUT.value, "evaluate")
     model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
     if _UNTRAINED.value:
         refuse_folded(model.config.model)
@@ -180,11 +179,11 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         results, tables = _evaluate(model, ", untrained", tasks, names, texts)
         found.append(results)
         written |= {f"{name}.untrained.csv": table for name, table in tables.items()}
-    harness = importlib.metadata.version("lm_eval") if _HARNESS.value else None
+    version = importlib.metadata.version("lm_eval") if _HARNESS.value else None
     report = {
         "workdir": _WORKDIR.value, "step": step, "kind": config.model.kind,
         "parameters": num_params(config.model), "context": config.model.context,
-        "tokenizer": model.tokenizer.name, "lm_eval": harness, "limit": _LIMIT.value,
+        "tokenizer": model.tokenizer.name, "lm_eval": version, "limit": _LIMIT.value,
         **found[0],
     }  # fmt: skip
     if len(found) > 1:
@@ -195,7 +194,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
 
 def _write(out: Path, report: dict[str, Any], tables: Tables) -> None:
-    from ngpt_jax.tools import plots
+    from ngpt_jax import plots
 
     try:
         for name, (columns, rows) in tables.items():
@@ -206,4 +205,4 @@ def _write(out: Path, report: dict[str, Any], tables: Tables) -> None:
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -20,16 +20,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax import plots
+from ngpt_jax.config import ConfigError, command
 from ngpt_jax.data.corpus import load_corpus
+from ngpt_jax.evaluation import length as measures
+from ngpt_jax.evaluation import scorers
 from ngpt_jax.files import reason
-from ngpt_jax.inference import scorers
 from ngpt_jax.inference.loading import LoadedModel, open_model
-from ngpt_jax.terminal import Terminal
-from ngpt_jax.tools import length_measures as measures
-from ngpt_jax.tools import plots
-from ngpt_jax.training import layout
+from ngpt_jax.terminal import Terminal, format_table
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
 _AGAINST = flags.DEFINE_string("against", None, "The folder of a run to compare it with.")
@@ -76,7 +74,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
     plots.require_matplotlib()
     measures.lengths_of(1, _FACTOR.value)  # refused before models are read
-    out = config_file.output_folder(_WORKDIR.value, _OUT.value, "length")
+    out = command.output_folder(_WORKDIR.value, _OUT.value, "length")
     folders = {"workdir": _WORKDIR.value} | ({"against": _AGAINST.value} if _AGAINST.value else {})
     labels = _labels(list(folders.values()))
     first, *others = models = [
@@ -111,9 +109,9 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         plots.save(measures.figure(rows, positions, contexts), out / "length.png")
     except OSError as e:
         raise ConfigError(f"{e.filename or out} cannot be written: {reason(e)}.") from e
-    print(layout.format_table(measures.table(rows, list(contexts))))
+    print(format_table(measures.table(rows, list(contexts))))
     print(f"{len(windows)} windows of {lengths[-1]:,} tokens -> {out}")
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

@@ -26,8 +26,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from ngpt_jax import config_file
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, command
 from ngpt_jax.files import reason
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
@@ -126,4 +125,4 @@ _ENDS = {
 
 
 if __name__ == "__main__":
-    config_file.run_command(_main)
+    command.run_command(_main)

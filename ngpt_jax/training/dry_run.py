@@ -14,8 +14,9 @@ from ngpt_jax.model.transformer import axis_sizes, num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.parallel.rules import axis_size
+from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout
-from ngpt_jax.training.run import with_tokenizer
+from ngpt_jax.training.setup import with_tokenizer
 from ngpt_jax.training.throughput import train_flops_per_token
 
 
@@ -59,7 +60,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     tensor = axis_size(mesh, "tensor")
     logits = 4 * min(model.loss_chunk, windows * length) * vocab // tensor
     scores = 4 * windows * length * model.context * model.heads // tensor
-    in_memory = f", attention scores of a block {layout.format_bytes(scores)} (several at a time)"
+    in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
         ("vocabulary", f"{model.vocab_size:,} of {name}, padded to {vocab:,}"),
@@ -68,10 +69,10 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
          f" {train_flops_per_token(model) * train.steps * tokens:.3g} in all"),
         ("devices", layout.describe_mesh(mesh)),
         ("attention", kernel.removeprefix("attention kernel: ")),
-        ("memory a device", f"parameters {layout.format_bytes(_bytes(state.params))},"
-         f" Adam {layout.format_bytes(_bytes(state.opt_state))},"
-         f" gradients {layout.format_bytes(_bytes(state.params))},"
-         f" logits of a chunk {layout.format_bytes(logits)}"
+        ("memory a device", f"parameters {format_bytes(_bytes(state.params))},"
+         f" Adam {format_bytes(_bytes(state.opt_state))},"
+         f" gradients {format_bytes(_bytes(state.params))},"
+         f" logits of a chunk {format_bytes(logits)}"
          f"{in_memory if model.attention == 'xla' else ''}; other activations come on top"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)

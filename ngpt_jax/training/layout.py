@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import jax
@@ -22,6 +21,7 @@ from ngpt_jax.model.transformer import axis_sizes, is_axes, param_axes, unit_axe
 from ngpt_jax.optim.groups import param_groups
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import rules
+from ngpt_jax.terminal import format_bytes, format_table
 from ngpt_jax.training.step import TrainState, init_state, make_train_step
 
 
@@ -132,21 +132,6 @@ def parameter_table(config: Config, mesh: Mesh) -> str:
 def spec_text(spec: PartitionSpec) -> str:
     """ "-, tensor, fsdp" for PartitionSpec(None, "tensor", "fsdp")."""
     return ", ".join("-" if e is None else e if isinstance(e, str) else "*".join(e) for e in spec)
-
-
-def format_bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
-def format_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns side by side, the first row underlined."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def shardings(tree: Any) -> Any:

@@ -16,16 +16,16 @@ from etils import epath
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.preparation import Stopped
+from ngpt_jax.data.preparing.preparation import Stopped
+from ngpt_jax.decoding import folding, generation
+from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.files import reason
-from ngpt_jax.model import folding, generation
-from ngpt_jax.model.sampling import Sampling
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training import layout, throughput
 from ngpt_jax.training import workdir as workdir_lib
-from ngpt_jax.training.run import Run, RunError, with_tokenizer
+from ngpt_jax.training.setup import Run, RunError, with_tokenizer
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
 

@@ -102,7 +102,7 @@ def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bo
                     " --workdir."
                 )
             return []
-        old = config_lib.from_config_dict(json.loads(saved.read_text()))
+        old = config_lib.from_saved(saved.read_text())
     except (OSError, ImportError) as e:
         raise ConfigError(f"--workdir={workdir} cannot be read: {reason(e)}.") from e
     except (ValueError, AttributeError, TypeError) as e:

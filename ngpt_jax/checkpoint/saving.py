@@ -1,0 +1,213 @@
+"""One save of a checkpoint, in the background, whole on all processes or failed on all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import itertools
+import logging
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+
+from ngpt_jax.checkpoint import checksums
+from ngpt_jax.checkpoint.folder import CheckpointFolder
+from ngpt_jax.parallel import distributed
+from ngpt_jax.terminal import format_bytes
+
+_T = TypeVar("_T")
+_TIMEOUT = 3600  # seconds until a write, or another process, is given up
+_counter = itertools.count()  # equal on all processes, which save together
+
+
+class SaveError(Exception):
+    """Why a save failed, in few words; the same on all processes."""
+
+
+class Save:
+    """Writes checkpoint N: made on the training thread, then goes on in one of its own.
+
+    N's temporary folder holds state/ (by orbax, every process its part) and progress/metadata
+    (JSON) as orbax's CheckpointManager would lay them. When all processes have written theirs,
+    process 0 merges them, lists all files in the manifest, and only then commits.
+    """
+
+    def __init__(
+        self, folder: CheckpointFolder, step: int, state: dict[str, Any], progress: str,
+        facts: dict[str, Any], done: Callable[[Save], None],
+    ):  # fmt: skip
+        """Copies the state to the host before it returns; the folder was made by :func:`prepare`.
+
+        Args:
+          done: called in the background at the end, when ``problem`` is None or says why not.
+        """
+        _silence_orbax()
+        self.step = step
+        number = next(_counter)
+        self.key = f"ngpt_jax/save/{number}"
+        _forget(f"ngpt_jax/save/{number - 1}")
+        self.problem: str | None = None
+        self._folder, self._progress, self._facts, self._done = folder, progress, facts, done
+        self._needs = state_bytes(state)
+        self._temporary = folder.temporary(step)
+        self._handler = ocp.StandardCheckpointHandler()  # of this save: none is spoilt by another
+        self._writes: list[Any] = []
+        self._not_started: Exception | None = None
+        self._committed = False
+        try:
+            arguments = ocp.args.StandardSave(state)
+            write = self._handler.async_save(self._temporary.get() / "state", args=arguments)
+            self._writes = _run(write) or []
+        except Exception as e:  # told together with the others' in the background
+            self._not_started = e
+        self._thread = threading.Thread(target=self._work, name=f"save {step}")
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            self._together("written", self._wait)
+            self._together("committed", self._commit)
+        except Exception as e:
+            self.problem = str(e) if isinstance(e, SaveError) else why(e)
+            if distributed.is_first() and not self._committed:
+                with contextlib.suppress(Exception):  # what stays is removed by the next save
+                    self._temporary.get().rmtree(missing_ok=True)
+        finally:
+            self._handler.close()
+            self._done(self)
+
+    def _wait(self) -> None:
+        if self._not_started is not None:
+            raise self._not_started
+        for write in self._writes:
+            write.result(timeout=_TIMEOUT)
+
+    def _commit(self) -> None:
+        if not distributed.is_first():
+            return
+        temporary = self._temporary.get()
+        self._handler.finalize(temporary / "state")
+        (temporary / "progress" / "metadata").write_text(self._progress)
+        checksums.write(temporary, self._facts)
+        _run(self._temporary.finalize())
+        self._committed = True
+
+    def _together(self, name: str, fn: Callable[[], None]) -> None:
+        """Runs fn on all processes; where it fails on one, SaveError on all."""
+        problem = ""
+        try:
+            fn()
+        except Exception as e:
+            problem = why(e)
+            if _errno(e) == errno.ENOSPC:
+                problem = no_space(self._folder.free_bytes(), self._needs)
+        for process, theirs in enumerate(share(f"{self.key}/{name}", problem)):
+            if theirs:
+                raise SaveError(f"process {process}: {theirs}" if process else theirs)
+
+
+def prepare(folder: CheckpointFolder, step: int, state: dict[str, Any]) -> None:
+    """Makes the folders of a save, on process 0.
+
+    Raises SaveError where there is no room, so that nothing is written, or what the storage raises.
+    """
+    folder.remove_leftovers()  # of a failed save
+    free, needs = folder.free_bytes(), state_bytes(state)
+    if free < needs:
+        raise SaveError(no_space(free, needs))
+    temporary = folder.temporary(step)
+    _run(temporary.create())
+    for item in ("state", "progress"):
+        (temporary.get() / item).mkdir()
+
+
+def share(key: str, text: str) -> list[str]:
+    """The texts of all processes, by the coordinator: threads may not use the devices for it."""
+    if jax.process_count() == 1:
+        return [text]
+    client = distributed.runtime()
+    client.key_value_set(f"{key}/{jax.process_index():08}", f"={text}")
+    client.wait_at_barrier(key, _TIMEOUT * 1000)
+    return [value[1:] for _, value in sorted(client.key_value_dir_get(key))]
+
+
+def _forget(key: str) -> None:
+    """Takes from the coordinator's memory what all processes have read."""
+    if jax.process_count() > 1 and distributed.is_first():
+        distributed.runtime().key_value_delete(key + "/")
+
+
+def state_bytes(state: dict[str, Any]) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(state))
+
+
+def no_space(free: float, needs: int) -> str:
+    return (
+        f"no space left on device; {format_bytes(free)} free, the checkpoint needs"
+        f" {format_bytes(needs)}"
+    )
+
+
+def why(error: BaseException) -> str:
+    """An error's reason in few words: orbax, TensorStore and XLA tell it in long ones."""
+    if code := _errno(error):
+        reason = os.strerror(code)
+        return reason[:1].lower() + reason[1:]
+    if isinstance(error, TimeoutError):
+        return f"not written within {_TIMEOUT} s"
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"os_error_code='(\d+)'", str(error))  # TensorStore's
+    return int(found[1]) if found else None
+
+
+def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(work)
+    finally:
+        loop.close()
+
+
+class _Silence(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = str(record.msg)
+        never = "never retrieved" in text and "serialize" in text
+        return not never and "_SignalingThread.run() raised" not in text
+
+
+def _silence_orbax() -> None:
+    """A failed write is told in one line; orbax would print its stack, of each array, before it.
+
+    Writes under way when the first one fails end with errors of their own, or after orbax closed
+    their event loop; Python prints that for each, though nobody waits for them.
+    """
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    if any(isinstance(f, _Silence) for f in loggers[0].filters):
+        return
+    for logger in loggers:
+        logger.addFilter(_Silence())
+    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited", RuntimeWarning)
+    tell = sys.unraisablehook
+
+    def hook(args: Any) -> None:
+        if str(args.exc_value) != "Event loop is closed":
+            tell(args)
+
+    sys.unraisablehook = hook

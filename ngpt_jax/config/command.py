@@ -1,0 +1,98 @@
+"""What every command does with its flags: overrides, output paths, errors told in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from absl import app, flags
+
+from ngpt_jax.errors import ConfigError
+from ngpt_jax.files import is_remote, reason
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Takes ``--config.a.b=value`` (or ``--config.a.b value``) out of a command line.
+
+    Returns:
+      The other arguments, and (dotted name, text) for each override.
+    """
+    rest, overrides = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        if not name.startswith(("--config.", "-config.")):
+            rest.append(argument)
+            continue
+        if not equals:
+            text = next(arguments, "")
+            if not text or text.startswith("--"):
+                raise ConfigError(f"{name} needs a value: {name}=value.")
+        overrides.append((name.split(".", 1)[1], text))
+    return rest, overrides
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as e:
+        _fail(str(e).splitlines()[0])
+
+
+def check_output(**files: str | None) -> None:
+    """Refuses, before work starts, a file to be written (by flag) whose folder is not there."""
+    for flag, file in files.items():
+        if file and not Path(file).parent.is_dir():
+            raise ConfigError(f"--{flag}={file}: there is no folder {Path(file).parent}.")
+
+
+def output_folder(workdir: str, out: str | None, name: str) -> Path:
+    """The folder of results about a run, made: --out, or WORKDIR/name by default."""
+    if out is None and is_remote(workdir):
+        raise ConfigError(f"--out is needed: results cannot be written to {workdir}.")
+    folder = Path(out or Path(workdir) / name).expanduser()
+    check_output(out=str(folder))
+    try:
+        folder.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise ConfigError(f"--out={folder} cannot be written: {reason(e)}.") from e
+    return folder
+
+
+def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
+    """Parses flags, runs ``command(overrides)`` and exits; bad input is told in one line.
+
+    Exit code 2 for a ConfigError or a wrong flag, else what the command returns.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
+
+    def checked(argv: list[str]) -> int | None:
+        if len(argv) > 1:
+            raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
+        return command(overrides)
+
+    try:
+        rest, overrides = split_overrides(sys.argv)
+        app.run(checked, argv=rest, flags_parser=_parse_flags)
+    except ConfigError as e:
+        _fail(str(e))
+    except OSError as e:
+        if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What is said goes nowhere from here on: its flush at exit would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if e.errno == errno.EPIPE:  # nobody reads it any more: `| head`
+            sys.exit(1)
+        _fail(f"{reason(e)}{'' if e.filename is None else f': {e.filename}'}.")
+    raise AssertionError("app.run exits")

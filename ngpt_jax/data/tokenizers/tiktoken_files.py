@@ -1,0 +1,245 @@
+"""tiktoken from local files: .tiktoken ranks, or GPT-2's encoder.json and vocab.bpe."""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data.tokenizers.loading import (
+    KINDS,
+    decode_documents,
+    file_stem,
+    find_end_of_document,
+    fingerprint_of,
+    read_file,
+    utf8,
+)
+
+if TYPE_CHECKING:
+    import tiktoken
+
+
+@dataclass(frozen=True)
+class TiktokenTokenizer:
+    """Byte-level BPE by tiktoken, see :func:`load_tiktoken_tokenizer`, :func:`load_gpt2_tokenizer`.
+
+    Text never gives ``eod`` or another special token, and ``decode(encode(text)) == text``; ids
+    that are not UTF-8 together decode to U+FFFD. Time is n log n in the longest word. A text with
+    more than about 10^6 characters of white space in a row, which tiktoken's pattern cannot
+    match, is encoded in portions of 2^18 characters: its ids may differ at their borders from
+    those of the whole, and decode to the same text.
+    """
+
+    encoding: tiktoken.Encoding
+    name: str
+    vocab_size: int
+    eod: int
+    fingerprint: str
+    unused: frozenset[int]
+
+    def encode(self, text: str) -> list[int]:
+        return self._encode(text).tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self._encode(text) for text in texts]
+
+    def _encode(self, text: str) -> np.ndarray:
+        clean = utf8(text).decode()
+        try:
+            ids = self.encoding.encode_to_numpy(clean, disallowed_special=())
+        except ValueError:  # the stack of the pattern's matcher is full
+            portions = [clean[i : i + 2**18] for i in range(0, len(clean), 2**18)]
+            ids = np.concatenate(
+                [self.encoding.encode_to_numpy(p, disallowed_special=()) for p in portions]
+            )
+        return ids.astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        used = (i for i in ids if i not in self.unused)
+        return decode_documents(used, self.vocab_size, self.eod, self.encoding.decode)
+
+
+def _tiktoken_tokenizer(
+    path: str,
+    end_of_document: str | None,
+    pattern: str,
+    ranks: dict[bytes, int],
+    special_tokens: dict[str, int],
+    *contents: bytes,
+) -> TiktokenTokenizer:
+    from tiktoken import Encoding
+
+    _, eod = find_end_of_document(path, end_of_document, special_tokens.get, "special token")
+    encoding = Encoding(
+        file_stem(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+    )
+    used = {*ranks.values(), *special_tokens.values()}
+    return TiktokenTokenizer(
+        encoding=encoding,
+        name=file_stem(path),
+        vocab_size=encoding.n_vocab,
+        eod=eod,
+        fingerprint=fingerprint_of("tiktoken", eod, pattern.encode(), *contents),
+        unused=frozenset(range(encoding.n_vocab)) - used,
+    )
+
+
+class TiktokenFormat(NamedTuple):
+    """What a .tiktoken file does not say: the pattern of words, the special tokens' ids."""
+
+    pattern: str
+    special_tokens: dict[str, int]
+    ranks: int  # lines of the file
+
+
+# As in tiktoken_ext.openai_public, whose functions download.
+_GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+"
+    r"| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+_O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TIKTOKEN_FORMATS = {
+    "gpt2": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
+    "r50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
+    "p50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50280),
+    "cl100k_base": TiktokenFormat(
+        _CL100K_PATTERN,
+        {
+            "<|endoftext|>": 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+        100256,
+    ),
+    "o200k_base": TiktokenFormat(
+        _O200K_PATTERN, {"<|endoftext|>": 199999, "<|endofprompt|>": 200018}, 199998
+    ),
+}
+
+
+def load_tiktoken_tokenizer(path: str, end_of_document: str | None = None) -> TiktokenTokenizer:
+    """Reads a .tiktoken file, whose lines are a token in base64, a space and its rank.
+
+    Args:
+      path: of the file, whose stem is in ``TIKTOKEN_FORMATS``; ``~`` is expanded.
+      end_of_document: a special token; None: <|endoftext|>.
+
+    Raises ConfigError: no such file, unknown stem, damaged file, no such token.
+    """
+    known = TIKTOKEN_FORMATS.get(file_stem(path))
+    if known is None:
+        raise ConfigError(
+            f"data.tokenizer: {path!r} is not called as its encoding; its name must be"
+            f" {' or '.join(TIKTOKEN_FORMATS)}, and .tiktoken."
+        )
+    content = read_file(path)
+    try:
+        ranks = _parse_ranks(content, known)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.tokenizer: {path!r} is damaged, or not {file_stem(path)} ({error}); give"
+            " another."
+        ) from error
+    return _tiktoken_tokenizer(
+        path, end_of_document, known.pattern, ranks, known.special_tokens, content
+    )
+
+
+def _parse_ranks(content: bytes, known: TiktokenFormat) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise ValueError(f"line {number} is not a token in base64 and a rank") from None
+    if len(ranks) != known.ranks:
+        raise ValueError(f"{len(ranks)} tokens instead of {known.ranks}")
+    special_ids = set(known.special_tokens.values())
+    free = set(range(len(ranks) + len(special_ids))) - special_ids
+    if len(set(ranks.values()) & free) < len(ranks):
+        raise ValueError("two tokens of one rank, or a rank out of range")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise ValueError("a byte without a token")
+    return ranks
+
+
+def load_gpt2_tokenizer(path: str, end_of_document: str | None = None) -> TiktokenTokenizer:
+    """Reads GPT-2's encoder.json (token to id) and vocab.bpe (merges).
+
+    Args:
+      path: of the folder with both; ``~`` is expanded.
+      end_of_document: a special token; None: <|endoftext|>.
+
+    Raises ConfigError: no such files, damaged files, no such token.
+    """
+    files = [os.path.join(path, name) for name in ("encoder.json", "vocab.bpe")]
+    if not all(os.path.exists(os.path.expanduser(file)) for file in files):
+        raise ConfigError(
+            f"data.tokenizer: the folder {path!r} lacks encoder.json or vocab.bpe; give {KINDS}."
+        )
+    encoder_json, vocab_bpe = map(read_file, files)
+    try:
+        ranks, special_tokens = _parse_gpt2(encoder_json, vocab_bpe)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.tokenizer: encoder.json and vocab.bpe of {path!r} are damaged, or not of one"
+            f" tokenizer ({error}); give others."
+        ) from error
+    return _tiktoken_tokenizer(
+        path, end_of_document, _GPT2_PATTERN, ranks, special_tokens, encoder_json, vocab_bpe
+    )
+
+
+def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Ranks and special tokens.
+
+    tiktoken.load has a function for it, which may read an old file from a cache instead.
+    """
+    try:
+        encoder = json.loads(encoder_json)
+    except (ValueError, RecursionError):
+        raise ValueError("encoder.json is not JSON") from None
+    ids = list(encoder.values()) if isinstance(encoder, dict) else []
+    if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))) or not ids:
+        raise ValueError("encoder.json is not a table of tokens with ids 0, 1, ...")
+    merges = []
+    for number, line in enumerate(vocab_bpe.decode(errors="replace").split("\n"), 1):
+        pair = line.split()
+        if len(pair) == 2 and not line.startswith("#version"):
+            merges.append("".join(pair))
+        elif pair and number > 1:
+            raise ValueError(f"line {number} of vocab.bpe is not a pair")
+    # GPT-2 writes bytes as printable characters: those that are not as 256, 257, ...
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    byte_of = {chr(b if b in printable else next(others)): b for b in range(256)}
+    tokens = [*byte_of, *merges]
+    if missing := [token for token in tokens if token not in encoder]:
+        raise ValueError(f"encoder.json has no {missing[0]!r}")
+    ranks = [encoder[token] for token in tokens]
+    if any(first >= second for first, second in itertools.pairwise(ranks[256:])):
+        raise ValueError("the ids of encoder.json are not in the order of vocab.bpe")
+    special_tokens = {token: encoder[token] for token in encoder.keys() - set(tokens)}
+    if unknown := [token for token in special_tokens if not re.fullmatch(r"<\|\w+\|>", token)]:
+        raise ValueError(f"vocab.bpe does not arrive at {min(unknown)!r}")
+    encoded = (bytes(byte_of[character] for character in token) for token in tokens)
+    return dict(zip(encoded, ranks)), special_tokens

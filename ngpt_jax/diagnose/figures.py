@@ -1,0 +1,281 @@
+"""The figures of `diagnose`, each drawn from the rows of its table; one colour a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ngpt_jax import plots
+from ngpt_jax.model.inspect import BLOCKS, HEAD_KERNELS, MLP_KERNELS, TABLES
+
+Rows = list[dict[str, Any]]
+Draw = Callable[[Any, Rows, str], None]  # (axes, one run's rows, its colour)
+
+_KERNELS = (*HEAD_KERNELS, *MLP_KERNELS)
+_DEPTH = "layer / (layers - 1)"
+
+
+def _only(rows: Rows, **wanted: Any) -> Rows:
+    return [r for r in rows if all(r[name] == value for name, value in wanted.items())]
+
+
+def _column(rows: Rows, name: str) -> np.ndarray:
+    return np.array([math.nan if r[name] is None else r[name] for r in rows], float)
+
+
+def _title(name: str) -> str:
+    return name.removesuffix("_kernel").replace("_", " ")
+
+
+def _each_run(rows: Rows, labels: Sequence[str], axes: Any, draw: Draw) -> None:
+    for label, color in zip(labels, plots.COLORS):
+        if own := _only(rows, run=label):
+            draw(axes, own, color)
+
+
+def _legend(fig: Any, axes: Sequence[Any]) -> None:
+    """One for all panels, below them."""
+    named: dict[str, Any] = {}
+    for panel in axes:
+        named |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels())}
+    if named:
+        fig.legend(
+            named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 4),
+            frameon=False, fontsize=8,
+        )  # fmt: skip
+
+
+def _line(axes: Any, rows: Rows, name: str, color: str, **how: Any) -> None:
+    axes.plot(_column(rows, "depth"), _column(rows, name), color=color, marker="o", ms=3, **how)
+
+
+def _band(axes: Any, rows: Rows, low: str, high: str, color: str) -> None:
+    where = _column(rows, "depth")
+    axes.fill_between(where, _column(rows, low), _column(rows, high), color=color, alpha=0.15, lw=0)
+
+
+def _from_zero(axes: Any) -> None:
+    top = axes.dataLim.y1
+    axes.set_ylim(0, 1.07 * top if math.isfinite(top) and top > 0 else 1)
+
+
+def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
+    """Norms, eigenvalues and cosines of both tables (figure 4)."""
+    fig, axes = plots.figure(len(TABLES), 3)
+    quantities = {
+        "norm": ("norm of a row", "row, sorted"),
+        "eigenvalue_over_median": ("covariance: eigenvalue / median", "eigenvalue, sorted"),
+        "cosine": ("cosine of two rows", "pair, sorted"),
+    }
+    for i, (table, quantity) in enumerate((t, q) for t in TABLES for q in quantities):
+        what, sorted_ = quantities[quantity]
+
+        def draw(panel, own, color):
+            values = _column(own, "value")
+            # Eigenvalues of 0 have no place on a logarithmic axis.
+            values = np.where(values > 0, values, math.nan) if log else values  # noqa: B023
+            panel.plot(_column(own, "position"), values, color=color, label=own[0]["run"])
+
+        log = quantity == "eigenvalue_over_median"
+        some = _only(rows, table=table, quantity=quantity)
+        _each_run(some, labels, axes[i], draw)
+        axes[i].set(title=_title(table), xlabel=f"{sorted_} (0 to 1)", ylabel=what)
+        if log:
+            found = _column(some, "value")
+            low, high = min(found[found > 0], default=1), max(found, default=1)
+            axes[i].set(yscale="log", ylim=(min(0.1, low / 1.3), max(10, 1.3 * high)))
+        if quantity == "norm":
+            axes[i].set_ylim(0, 1.1 * max(_column(some, "value").max(), 1))
+    _legend(fig, axes)
+    return fig
+
+
+def condition_numbers(rows: Rows, labels: Sequence[str]) -> Any:
+    """Median over heads by depth; dotted with the vectors renormalized (figures 5 and 10)."""
+    fig, axes = plots.figure(2, 4, 3.2, 2.8)
+    # One scale for all panels; what is infinite has no place on it.
+    found = np.concatenate([_column(rows, name) for name in ("condition", "renormalized")])
+    top = max(found[np.isfinite(found)], default=1)
+
+    def draw(panel, own, color):
+        _line(panel, own, "condition", color, label=own[0]["run"])
+        if own[0]["renormalized"] is not None:
+            again = f"{own[0]['run']}, renormalized"
+            _line(panel, own, "renormalized", color, ls=":", label=again)
+
+    for panel, name in zip(axes, _KERNELS):
+        _each_run(_only(rows, matrix=name, head="median"), labels, panel, draw)
+        panel.set(title=_title(name), xlabel=_DEPTH, ylabel="condition number")
+        panel.set(yscale="log", ylim=(1, 1.3 * max(10, top)))
+    axes[-1].set_axis_off()
+    _legend(fig, axes)
+    return fig
+
+
+def scales(rows: Rows, labels: Sequence[str]) -> Any:
+    """Means by depth (figure 6)."""
+    fig, axes = plots.figure(1, 3, 3.8, 3.2)
+    panels = {"|alpha|": ("alpha_a", "alpha_m"), "s_qk": ("s_qk",), "s_u, s_v": ("s_u", "s_v")}
+    for panel, (what, names) in zip(axes, panels.items()):
+        for name, style in zip(names, ("-", "--")):
+
+            def draw(panel, own, color):
+                label = f"{own[0]['run']}: {own[0]['scale']}"
+                _line(panel, own, "mean_abs", color, ls=style, label=label)  # noqa: B023
+
+            _each_run(_only(rows, scale=name), labels, panel, draw)
+        panel.set(title=f"mean {what}", xlabel=_DEPTH)
+        _from_zero(panel)
+        panel.legend()
+    return fig
+
+
+def scale_histograms(rows: Rows, labels: Sequence[str]) -> Any:
+    """Densities over channels, a line a layer, first layers dark (figures 6 and 14)."""
+    from matplotlib import colormaps
+
+    runs = [label for label in labels if _only(rows, run=label)]
+    names = list(dict.fromkeys(r["scale"] for r in rows))
+    columns = 3
+    fig, axes = plots.figure(len(runs) * len(names) // columns, columns, 3.6, 2.6)
+    for i, (run, name) in enumerate((run, name) for run in runs for name in names):
+        own = _only(rows, run=run, scale=name)
+        layers = list(dict.fromkeys(r["layer"] for r in own))
+        for j, layer in enumerate(layers):
+            some = _only(own, layer=layer)
+            color = colormaps["viridis"](0.9 * j / max(len(layers) - 1, 1))
+            edges = [*_column(some, "from"), some[-1]["to"]]
+            ends = layer is not None and j in (0, len(layers) - 1)
+            label = f"layer {layer}" if ends else None
+            axes[i].stairs(_column(some, "density"), edges, color=color, label=label)
+        axes[i].set(title=f"{run}: {name}" if len(runs) > 1 else name, xlabel=name)
+        if i % columns == 0:
+            axes[i].set_ylabel("density")
+            axes[i].legend()
+    return fig
+
+
+def query_and_key(rows: Rows, labels: Sequence[str]) -> Any:
+    """Norms of vectors and singular values of heads in chosen layers (figures 11 and 12)."""
+    chosen = sorted({(r["layer"], r["matrix"]) for r in rows}, key=lambda c: (c[0], c[1][0] == "k"))
+    fig, axes = plots.figure(2, len(chosen), 3.4, 3.0)
+    for i, (layer, matrix) in enumerate(chosen):
+        some = _only(rows, layer=layer, matrix=matrix)
+
+        def draw_norms(panel, own, color):
+            panel.plot(_column(own, "position"), _column(own, "value"), color=color,
+                       label=own[0]["run"])  # fmt: skip
+
+        def draw_singular(panel, own, color):
+            where, condition = _column(own, "position"), own[0]["median_condition"]
+            panel.plot(where, _column(own, "value"), color=color,
+                       label=f"{own[0]['run']}, cond. {condition:.3g}")  # fmt: skip
+            panel.fill_between(
+                where, _column(own, "least"), _column(own, "greatest"), color=color, alpha=0.15,
+                lw=0,
+            )  # fmt: skip
+
+        above, below = axes[i], axes[i + len(chosen)]
+        _each_run(_only(some, quantity="norm"), labels, above, draw_norms)
+        _each_run(_only(some, quantity="singular_value"), labels, below, draw_singular)
+        above.set(title=f"layer {layer}: {_title(matrix)}", xlabel="vector, sorted (0 to 1)")
+        _from_zero(above)
+        below.set(xlabel="singular value, sorted (0 to 1)")
+        if max(_column(_only(some, quantity="singular_value"), "greatest")) > 0:
+            below.set_yscale("log")
+        below.legend()
+    axes[0].set_ylabel("norm along embed")
+    axes[len(chosen)].set_ylabel("singular value, median and\nrange over heads")
+    _legend(fig, axes[: len(chosen)])
+    return fig
+
+
+def angles(rows: Rows, labels: Sequence[str]) -> Any:
+    """Mean and 10 % to 90 % of tokens: angle to the proposal above, of the step below."""
+    fig, axes = plots.figure(2, 2, 4.2, 2.8)
+    panels = [(quantity, block) for quantity in ("proposal", "step") for block in BLOCKS]
+
+    def draw(panel, own, color):
+        _line(panel, own, "mean", color, label=own[0]["run"])
+        _band(panel, own, "p10", "p90", color)
+
+    for panel, (quantity, block) in zip(axes, panels):
+        _each_run(_only(rows, quantity=quantity, block=block), labels, panel, draw)
+        between = "h and its proposal" if quantity == "proposal" else "h before and after"
+        panel.set(title=block, xlabel=_DEPTH, ylabel=f"degrees: {between}")
+        _from_zero(panel)
+    _legend(fig, axes)
+    return fig
+
+
+def entropy(rows: Rows, labels: Sequence[str]) -> Any:
+    """A point a head, the line is the mean over heads."""
+    fig, axes = plots.figure(1, 2)
+    titles = {"nats": "entropy (nats)", "normalized": "entropy / log(visible positions)"}
+    for panel, (name, what) in zip(axes, titles.items()):
+
+        def draw(panel, own, color):
+            where, values = _column(own, "depth"), _column(own, name)  # noqa: B023
+            panel.scatter(where, values, color=color, s=8, alpha=0.5, lw=0)
+            places = np.unique(where)
+            means = [values[where == place].mean() for place in places]
+            panel.plot(places, means, color=color, label=own[0]["run"])
+
+        _each_run(rows, labels, panel, draw)
+        panel.set(title="attention", xlabel=_DEPTH, ylabel=what)
+        _from_zero(panel)
+    _legend(fig, axes)
+    return fig
+
+
+def _by_matrix(rows: Rows, labels: Sequence[str], draw: Draw, tables: Draw, what: str) -> Any:
+    """A panel for each kernel of a block by depth, and one for both tables."""
+    fig, axes = plots.figure(2, 4, 3.2, 2.8)
+    for panel, name in zip(axes, _KERNELS):
+        _each_run(_only(rows, matrix=name), labels, panel, draw)
+        panel.set(title=_title(name), xlabel=_DEPTH, ylabel=what)
+    of_tables = [r for r in rows if r["matrix"] in TABLES]
+    _each_run(of_tables, labels, axes[-1], tables)
+    axes[-1].set(title="embeddings", ylabel=what, xlim=(-0.5, 1.5))
+    axes[-1].set_xticks([0, 1], [_title(name).split()[0] for name in TABLES])
+    for panel in axes:
+        _from_zero(panel)
+    _legend(fig, axes)
+    return fig
+
+
+def rotation(rows: Rows, labels: Sequence[str]) -> Any:
+    """Degrees a step at the peak rate, mean and 10 % to 90 % of vectors; dashed at the own rate."""
+
+    def draw(panel, own, color):
+        peak, now = _only(own, rate="peak"), _only(own, rate="own")
+        _line(panel, peak, "mean", color, label=f"{own[0]['run']}, peak rate")
+        _band(panel, peak, "p10", "p90", color)
+        _line(panel, now, "mean", color, ls="--", label=f"{own[0]['run']}, rate of the step")
+
+    def tables(panel, own, color):
+        for rate, fill in (("peak", color), ("own", "none")):
+            some = _only(own, rate=rate)
+            mean, low, high = (_column(some, name) for name in ("mean", "p10", "p90"))
+            where = np.arange(len(some)) + 0.15 * plots.COLORS.index(color)
+            panel.plot(where, mean, color=color, ls="", marker="o", mfc=fill)
+            if rate == "peak":
+                panel.vlines(where, low, high, color=color, alpha=0.4)
+
+    return _by_matrix(rows, labels, draw, tables, "degrees a step")
+
+
+def gradient(rows: Rows, labels: Sequence[str]) -> Any:
+    """Share of the gradient's squared norm that is radial."""
+
+    def draw(panel, own, color):
+        _line(panel, own, "radial_share", color, label=own[0]["run"])
+
+    def tables(panel, own, color):
+        values = _column(own, "radial_share")
+        panel.plot(range(len(values)), values, color=color, ls="", marker="o")
+
+    return _by_matrix(rows, labels, draw, tables, "radial share of |g|^2")

@@ -1,0 +1,77 @@
+"""Plots as PNG with the numbers beside them as CSV, in one style."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ngpt_jax.errors import ConfigError
+from ngpt_jax.files import write_atomically
+
+# One colour a model, told apart by people who see no red or green too (Okabe and Ito).
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def require_matplotlib() -> None:
+    """Raises ConfigError where there is no matplotlib; called before any work."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ConfigError("Plots need matplotlib: pip install 'ngpt-jax[plots]'.") from e
+    matplotlib.use("agg")  # no display
+
+
+def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 3.4) -> Any:
+    """(figure, list of its axes), each ``width`` by ``height`` inches."""
+    from matplotlib import pyplot
+
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "axes.titlesize": 10,
+        "axes.labelsize": 9,
+        "xtick.labelsize": 8,
+        "ytick.labelsize": 8,
+    }
+    pyplot.rcParams.update(style)  # for good: titles and legends are made later
+    fig, axes = pyplot.subplots(
+        rows, columns, figsize=(columns * width, rows * height), layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    return fig, list(axes.flat)
+
+
+def save(fig: Any, path: Path) -> None:
+    """Writes a PNG of 64 colours (a third of the bytes), whole or not at all; frees the figure."""
+    from matplotlib import pyplot
+    from PIL import Image  # which matplotlib stands on
+
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=130, format="png")
+    pyplot.close(fig)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    Image.open(picture).convert("RGB").quantize(64).save(temporary, "png", optimize=True)
+    temporary.replace(path)
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV with a header; floats in full, None and what is missing as nothing."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    write_atomically(path, csv_text(columns, rows))

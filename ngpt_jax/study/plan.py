@@ -1,0 +1,326 @@
+"""A study: which runs it consists of, and which of them are due, given the results so far.
+
+Pure functions: no files, no processes. A cell is a setting (a corpus, a context), a model and a
+budget. In each cell a field, the learning rate usually, is tuned with the first seed: on the whole
+ladder of values in the cells of the smallest and the largest budget, in between on the best value
+of the budget below and its neighbours; and on from there until the best value has a worse one on
+either side. The other seeds then run with the best value. What is due follows from results of
+finished stages alone, so the order in which runs end changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ngpt_jax.config import ConfigError, field_hint
+
+# Fields of the config by dotted name.
+Overrides = Mapping[str, Any]
+MAX_WALK = 8  # rungs beyond the ladder: whoever needs more has the wrong ladder
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What an experiment file's ``get_study()`` returns.
+
+    Attributes:
+      models: overrides by name, the first one first in tables. See :func:`grid` for sweeps.
+      settings: overrides by name: corpora, contexts, sizes.
+      recipes: by setting and model, overrides on top of both: what a model wants there alone.
+      budgets: train.steps, ascending; each run has a whole schedule of its own.
+      seeds: of init and of the order of the data; the first one tunes.
+      tuned: the field that is tuned; None: nothing is.
+      ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
+      baseline: the model whose losses the others have to reach.
+      cores: CPU cores that each run is pinned to, as many runs side by side as there are cores;
+        None: one run at a time, on whatever devices jax finds.
+      trials: runs of the search for each model's recipe, for the report.
+      title, notes: for the report.
+    """
+
+    models: Mapping[str, Overrides]
+    settings: Mapping[str, Overrides]
+    budgets: Sequence[int]
+    seeds: Sequence[int] = (0,)
+    recipes: Mapping[str, Mapping[str, Overrides]] = dataclasses.field(default_factory=dict)
+    tuned: str | None = None
+    ladders: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    baseline: str | None = None
+    cores: int | None = None
+    trials: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    title: str = ""
+    notes: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One run: a cell, a value of the tuned field (None where nothing is tuned) and a seed."""
+
+    setting: str
+    model: str
+    steps: int
+    value: float | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        value = "" if self.value is None else f"-{self.value:g}"
+        return f"{self.setting}-{self.model}-{self.steps}{value}-seed{self.seed}"
+
+
+Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one diverged
+
+
+class OffLadder(ConfigError):
+    """A cell whose best value was not found within reach of its ladder."""
+
+
+def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
+    """Models (or settings) that are all combinations of values of some fields.
+
+    >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))[:2]
+    ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0']
+    """
+    out: dict[str, Overrides] = {}
+    for values in itertools.product(*fields.values()):
+        name = ",".join(f"{f.split('.', 1)[-1]}={v}" for f, v in zip(fields, values))
+        out[re.sub(_NOT_IN_NAMES, "_", name)] = dict(zip(fields, values))
+    return out
+
+
+_NOT_IN_NAMES = r"[^\w=,.+-]"
+_SET_BY_POINTS = ("train.steps", "train.tokens", "train.seed", "data.seed")
+
+
+def check(study: Study) -> None:
+    """Refuses a study that makes no sense, before any run."""
+
+    def require(ok: bool, message: str) -> None:
+        if not ok:
+            raise ConfigError(f"get_study(): {message}")
+
+    require(
+        isinstance(study, Study),
+        "it must return a Study of ngpt_jax.study.plan (is a return missing?).",
+    )
+    for what in ("models", "settings"):
+        arms = getattr(study, what)
+        require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
+        for name in arms:
+            require(
+                isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
+                f"{name!r}: a name is made of letters, digits and _ = , . + -",
+            )
+    overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
+    overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
+    require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
+    for setting, models in study.recipes.items():
+        require(setting in study.settings, f"recipes: there is no setting {setting!r}.")
+        require(isinstance(models, Mapping), f"recipes[{setting!r}] must be a dict of models.")
+        for model, fields in models.items():
+            require(model in study.models, f"recipes[{setting!r}]: there is no model {model!r}.")
+            overrides[f"recipes[{setting!r}][{model!r}]"] = fields
+    for what, fields in overrides.items():
+        require(isinstance(fields, Mapping), f"{what} must be a dict of fields.")
+        for field, value in fields.items():
+            known = field_hint(str(field)) is not None
+            require(known, f"{what}: unknown field {field!r}.")
+            own = field in _SET_BY_POINTS or (
+                field == study.tuned and not what.startswith("settings")
+            )
+            require(not own, f"{what}: {field} is set by the study itself.")
+            require(value != () and value != [], f"{what}: {field} is empty.")
+    names = [f"{s}-{m}" for s in study.settings for m in study.models]
+    require(len(set(names)) == len(names), "names of settings and models run into each other.")
+    for what in ("budgets", "seeds"):
+        values = getattr(study, what)
+        require(
+            isinstance(values, tuple | list | range)
+            and all(isinstance(x, int) and x >= 0 for x in values)
+            and len(values) > 0
+            and list(values) == sorted(set(values)),
+            f"{what} must be whole numbers, ascending.",
+        )
+    require(
+        study.baseline is None or study.baseline in study.models,
+        f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.",
+    )
+    require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
+    require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
+    if study.tuned is None:
+        return
+    require(
+        field_hint(study.tuned) in (float, float | None),
+        f"tuned must name a field that is a float, not {study.tuned!r}; sweep others with grid().",
+    )
+    for model in {**study.models, **study.ladders}:
+        require(model in study.models, f"ladders: there is no model {model!r}.")
+        ladder = study.ladders.get(model, ())
+        positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
+        factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
+        require(
+            len(ladder) >= 3 and bool(factors) and min(factors) > 1,
+            f"ladders[{model!r}] must hold three or more positive values, ascending.",
+        )
+        require(
+            max(factors) < 1.2 * min(factors),
+            f"ladders[{model!r}] must have a constant factor between values.",
+        )
+
+
+def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
+    """(dotted name, text) of every field that a point sets, as the command line takes them."""
+    values: dict[str, Any] = {
+        **study.settings[point.setting],
+        **study.models[point.model],
+        **study.recipes.get(point.setting, {}).get(point.model, {}),
+        "train.steps": point.steps,
+        "train.seed": point.seed,
+        "data.seed": point.seed,
+    }
+    if study.tuned is not None:
+        values[study.tuned] = point.value
+    out = []
+    for name, value in values.items():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        out += [(name, repr(float(v)) if isinstance(v, float) else str(v)) for v in parts]
+    return out
+
+
+def rung(ladder: Sequence[float], index: int) -> float:
+    """Value number ``index`` of a ladder, which goes on at both ends by its factor."""
+    if 0 <= index < len(ladder):
+        return float(ladder[index])
+    factor = (ladder[-1] / ladder[0]) ** (1 / (len(ladder) - 1))
+    end, steps = (ladder[0], index) if index < 0 else (ladder[-1], index - len(ladder) + 1)
+    return float(f"{end * factor**steps:.3g}")
+
+
+def cells(study: Study) -> Iterator[tuple[str, str, int]]:
+    """(setting, model, steps), the smallest budgets first."""
+    for steps in study.budgets:
+        for setting in study.settings:
+            for model in study.models:
+                yield setting, model, steps
+
+
+def tune(
+    study: Study, losses: Losses, setting: str, model: str, steps: int
+) -> tuple[float | None, list[Point]]:
+    """The best value of a cell, or the runs that it takes to find it.
+
+    Returns:
+      (value, []) once the best value has a worse one on either side (None where nothing is
+      tuned), else (None, points that are due); both empty where the budget below comes first.
+    """
+    if study.tuned is None:
+        return None, []
+    ladder = study.ladders[model]
+    budgets = list(study.budgets)
+    place = budgets.index(steps)
+    if place in (0, len(budgets) - 1):
+        indices = set(range(len(ladder)))
+    else:
+        below, _ = tune(study, losses, setting, model, budgets[place - 1])
+        if below is None:
+            return None, []
+        start = _index(ladder, below)
+        indices = {start - 1, start, start + 1}
+    while True:
+        points = {i: Point(setting, model, steps, rung(ladder, i), study.seeds[0]) for i in indices}
+        if due := [points[i] for i in sorted(points) if points[i] not in losses]:
+            return None, due
+        best = min(indices, key=lambda i: (losses[points[i]], i))
+        if not math.isfinite(losses[points[best]]):
+            best = min(indices)  # all diverged: lower values may not
+        beyond = {best - 1, best + 1} - indices
+        if not beyond:
+            return rung(ladder, best), []
+        indices |= beyond
+        if min(indices) < -MAX_WALK or max(indices) >= len(ladder) + MAX_WALK:
+            raise OffLadder(
+                f"{setting}, {model}, {steps} steps: no best {study.tuned} within {MAX_WALK} rungs"
+                " of the ladder, or all runs diverged; give another ladder or recipe."
+            )
+
+
+def _index(ladder: Sequence[float], value: float) -> int:
+    reach = range(-MAX_WALK - 1, len(ladder) + MAX_WALK + 1)
+    return next(i for i in reach if rung(ladder, i) == value)
+
+
+def _tuned_cells(
+    study: Study, losses: Losses
+) -> Iterator[tuple[tuple[str, str, int], float | None, list[Point]]]:
+    """(cell, best value, points due to find it) of the cells that have one or the other."""
+    for cell in cells(study):
+        try:
+            value, points = tune(study, losses, *cell)
+        except OffLadder:
+            continue
+        if points or value is not None or study.tuned is None:
+            yield cell, value, points
+
+
+def given_up(study: Study, losses: Losses) -> list[str]:
+    """Why cells have no best value, a line each."""
+    lines = []
+    for cell in cells(study):
+        try:
+            tune(study, losses, *cell)
+        except OffLadder as e:
+            lines.append(str(e))
+    return list(dict.fromkeys(lines))
+
+
+def due(study: Study, losses: Losses) -> list[Point]:
+    """The runs that can start now, in the order in which they should, smallest budgets first."""
+    out: list[Point] = []
+    for cell, value, points in _tuned_cells(study, losses):
+        seeds = [] if points else [Point(*cell, value, seed) for seed in study.seeds]
+        out += points + [p for p in seeds if p not in losses]
+    return out
+
+
+def forecast(study: Study, losses: Losses) -> list[Point]:
+    """All runs still to come, if the best values of cells not yet tuned lie mid-ladder."""
+    guessed = dict(losses)
+    out: list[Point] = []
+    while points := due(study, guessed):
+        out += points
+        for p in points:
+            guessed[p] = 0.0
+            if p.value is not None:
+                ladder = study.ladders[p.model]
+                away = abs(_index(ladder, p.value) - (len(ladder) - 1) / 2)
+                cell = [x for q, x in losses.items() if dataclasses.replace(q, value=p.value) == p]
+                guessed[p] = away + max(filter(math.isfinite, cell), default=0.0)
+    return out
+
+
+def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
+    """The finished runs of all seeds with the best value, for each cell that is complete."""
+    out = {}
+    for cell, value, points in _tuned_cells(study, losses):
+        runs = [Point(*cell, value, seed) for seed in study.seeds]
+        if not points and all(p in losses for p in runs):
+            out[cell] = runs
+    return out
+
+
+def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None, float | None]:
+    """Losses of the first seed with the next smaller and the next larger value of the ladder."""
+    if point.value is None:
+        return None, None
+    ladder = study.ladders[point.model]
+    index = _index(ladder, point.value)
+    below, above = (
+        losses.get(dataclasses.replace(point, value=rung(ladder, i), seed=study.seeds[0]))
+        for i in (index - 1, index + 1)
+    )
+    return below, above

@@ -1,0 +1,272 @@
+"""The table of a study's finished runs, a CSV file that several programs may add to."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import functools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ngpt_jax import config as config_lib
+from ngpt_jax import plots
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.experiment import call_in_file, load_config
+from ngpt_jax.config.presets import PRESETS, preset_value
+from ngpt_jax.files import digest_of, reason
+from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
+
+Row = dict[str, Any]
+
+# Of each column: its type.
+COLUMNS: dict[str, type] = {
+    "setting": str, "model": str, "steps": int, "value": float, "seed": int,
+    "status": str,  # done or diverged
+    "loss": float,  # held-out nats a token, mean over the held-out sets
+    "bits_per_byte": float,
+    "tokens": int, "parameters": int, "flops": float,
+    "seconds": float,  # of training, without evaluation and compilation
+    "tokens_per_second": float,  # median over the run's intervals
+    "cpu": str, "cores": int, "devices": str, "python": str, "jax": str, "jaxlib": str,
+    "commit": str,  # of the code, + where it was changed
+    "data": str, "held_out": str,  # fingerprints of the training and the held-out tokens
+    "config": str,  # digest of what decides about the loss
+    "command": str,
+}  # fmt: skip
+_NEEDED = ("setting", "model", "steps", "seed", "status", "config")
+
+# Fields that decide where and how fast a run is, not what it learns, by the beginning of the name.
+_NO_PART = (
+    "mesh.", "runtime.", "profile.", "log.", "checkpoint.", "sample.", "eval.", "model.remat",
+    "model.attention", "model.loss_chunk", "data.paths", "data.eval_paths", "data.cache",
+    "data.workers", "data.threads", "data.prefetch", "train.accumulate",
+)  # fmt: skip
+
+
+_CHOICES_OF_KIND = set(PRESETS["ngpt"]) - {
+    "model.qk_norm",
+    "model.init_std",
+    "optimizer.warmup_steps",
+    "optimizer.weight_decay",
+}
+
+
+def load_study(spec: str) -> Study:
+    """What get_study(variants) of FILE[:variant,...] returns, checked."""
+    study = call_in_file("experiment", spec, "get_study")
+    check(study)
+    return study
+
+
+def default_folder(experiment: str) -> Path:
+    """Where the results of FILE[:variant,...] lie: beside it, FILE-variant."""
+    path, _, variants = experiment.partition(":")
+    return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
+
+
+def command_of(experiment: str, study: Study, point: Point) -> list[str]:
+    """Arguments of ``python -m ngpt_jax.main`` for a point, without its workdir."""
+    flags = [f"--config.{name}={text}" for name, text in overrides_of(study, point)]
+    return [f"--config={experiment}", *flags]
+
+
+def config_of(experiment: str, study: Study, point: Point) -> Config:
+    return load_config(experiment, overrides_of(study, point))
+
+
+def digest(config: Config) -> str:
+    """Of the fields that decide about the loss, where they are not the defaults.
+
+    So that a table stays good when later versions have new fields. Text is told apart by the
+    fingerprints of its tokens.
+    """
+    lines = []
+    for line in config_lib.differences(Config(), config):
+        name = line.partition(":")[0]
+        if name in _CHOICES_OF_KIND:
+            value = functools.reduce(getattr, name.split("."), config)
+            if value == preset_value(config, name):
+                continue
+            if name == "optimizer.project":
+                line = f"{name}: True -> {value!r}"
+        if not line.startswith(_NO_PART):
+            lines.append(line)
+    return digest_of(lines)[:12]
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a table, none where there is no file; raises ConfigError."""
+    if not path.exists():
+        return []
+    try:
+        with path.open(encoding="utf-8", newline="") as f:
+            reader = csv.DictReader(f, strict=True)
+            lines = list(reader)
+        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+            raise ValueError(f"no column {min(missing)}")
+        rows = [
+            {name: kind(line[name]) if line[name] else None for name, kind in COLUMNS.items()}
+            for line in lines
+        ]
+        for row in rows:
+            if any(row[name] is None for name in _NEEDED):
+                raise ValueError("a row is cut short")
+            if row["status"] not in ("done", "diverged"):
+                raise ValueError(f"status {row['status']!r}")
+            if row["status"] == "done" and not math.isfinite(row["loss"] or math.inf):
+                raise ValueError("a run that is done has no loss")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
+        raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
+
+
+def point_of(row: Row) -> Point:
+    return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
+
+
+def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
+    """Held-out losses of the runs of a study, inf where one diverged; other rows are left out."""
+    out = {}
+    for row in rows:
+        point = point_of(row)
+        if point.setting in study.settings and point.model in study.models:
+            out[point] = row["loss"] if row["status"] == "done" else math.inf
+    return out
+
+
+def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """The rows that a study asks for now, or could."""
+    return [
+        row for row in rows
+        if row["setting"] in study.settings and row["model"] in study.models
+        and row["steps"] in study.budgets and row["seed"] in study.seeds
+        and (row["value"] is None) == (study.tuned is None)
+    ]  # fmt: skip
+
+
+def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -> None:
+    """Refuses rows that were made with other settings than the study has now, or of other text."""
+    rows = in_study(study, rows)
+    stale = [r for r in rows if r["config"] != digest(config_of(experiment, study, point_of(r)))]
+    if stale:
+        raise ConfigError(
+            f"{path}: {len(stale)} of {len(rows)} rows were made with other settings than"
+            f" {experiment} has now (the first: {point_of(stale[0]).name}); delete them and their"
+            f" folders in {path.parent / 'runs'}, or choose another --out."
+        )
+    for setting in study.settings:
+        for what in ("data", "held_out"):
+            found = {r[what] for r in rows if r["setting"] == setting}
+            if len(found) > 1:
+                raise ConfigError(
+                    f"{path}: rows of {setting} come from different text (column {what}: "
+                    f"{', '.join(sorted(map(str, found)))}); delete those of the other text."
+                )
+
+
+def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
+    """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
+    losses = losses_of(study, rows)
+    cell = [
+        x for p, x in losses.items()
+        if (p.setting, p.model, p.steps, p.value)
+        == (point.setting, point.model, point.steps, point.value) and math.isfinite(x)
+    ]  # fmt: skip
+    return max(cell) - min(cell) if len(cell) > 1 else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    with open(folder / ".lock", "a", encoding="utf-8") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        yield
+
+
+def add(path: Path, study: Study, row: Row) -> None:
+    """Adds a row, in the place that the study's order gives it, for any row of its point."""
+    with locked(path.parent):
+        rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
+        names = list(study.settings), list(study.models)
+
+        def place(row: Any) -> tuple:
+            setting, model = (
+                known.index(name) if name in known else len(known)
+                for known, name in zip(names, (row["setting"], row["model"]))
+            )
+            return setting, model, row["steps"], row["value"] or 0.0, row["seed"]
+
+        plots.write_csv(path, list(COLUMNS), sorted(rows, key=place))
+
+
+class Origin(NamedTuple):
+    """What a run was started from; noted at its start, as files may change under it."""
+
+    digest: str
+    commit: str | None
+
+
+def origin_of(experiment: str, study: Study, point: Point) -> Origin:
+    file = experiment.partition(":")[0]
+    return Origin(digest(config_of(experiment, study, point)), _commit(file))
+
+
+def _commit(experiment: str) -> str | None:
+    """Of the checkout that this code lies in, + where it or the experiment was changed since."""
+    package = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", str(Path(experiment).resolve()))
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def row_of(
+    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
+) -> Row:
+    """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
+    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.training.throughput import train_flops_per_token
+
+    text = (workdir / "config.json").read_text(encoding="utf-8")
+    config = config_lib.from_saved(text)
+    versions = json.loads((workdir / "versions.json").read_text(encoding="utf-8"))
+    metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rates = [m["train/tokens_per_second"] for m in metrics if "train/tokens_per_second" in m]
+    last: dict[str, float] = {}
+    for row in metrics:
+        last |= row
+    final = metrics[-1] if metrics else {}  # the last evaluation is the last row
+    sets = {key.rsplit("/", 1)[0] for key in last if key.startswith("eval/")}
+    diverged = diverged or not sets or not all(f"{name}/loss" in final for name in sets)
+
+    def mean(metric: str) -> float | None:
+        values = [final[f"{name}/{metric}"] for name in sorted(sets) if f"{name}/{metric}" in final]
+        return None if diverged or not values else statistics.fmean(values)
+
+    command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)])
+    tokens = point.steps * config.train.batch_size * config.model.context
+    return {
+        "setting": point.setting, "model": point.model, "steps": point.steps,
+        "value": point.value, "seed": point.seed,
+        "status": "diverged" if diverged else "done",
+        "loss": mean("loss"), "bits_per_byte": mean("bits_per_byte"),
+        "tokens": tokens, "parameters": num_params(config.model),
+        "flops": tokens * train_flops_per_token(config.model),
+        "seconds": round(last.get("train/seconds", 0.0), 2),
+        "tokens_per_second": round(statistics.median(rates)) if rates else None,
+        **{name: versions[name] for name in ("cpu", "cores", "devices", "python", "jax", "jaxlib")},
+        "commit": origin.commit, "data": versions["data"][:12],
+        "held_out": versions["held_out"][:12], "config": origin.digest, "command": command,
+    }  # fmt: skip
