@@ -9,7 +9,8 @@ import pytest
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
-from ngpt_jax.config.experiment import describe, load_config, split_overrides
+from ngpt_jax.config.command import split_overrides
+from ngpt_jax.config.experiment import describe, load_config
 from ngpt_jax.config.resolve import resolve
 
 ROOT = Path(__file__).parents[1]

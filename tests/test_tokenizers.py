@@ -331,7 +331,7 @@ def test_more_white_space_than_tiktoken_takes(paths, kind):
 
 def test_libraries_are_imported_where_they_are_used():
     code = (
-        "import sys, ngpt_jax.data.tokenizers as t; from ngpt_jax.config import DataConfig;"
+        "import sys, ngpt_jax.data.tokenizers.loading as t; from ngpt_jax.config import DataConfig;"
         "t.load_tokenizer(DataConfig());"
         "assert not {'tiktoken', 'sentencepiece'} & set(sys.modules)"
     )
