@@ -3,6 +3,7 @@
 Every function reads its input in at least float32, that is in
 ``promote_types(x.dtype, float32)``, and returns the dtype of its first argument,
 so that bfloat16 stays bfloat16 outside and float64 stays float64 throughout.
+Norms of complex vectors are those of ``|x|``.
 
 ``axis`` is the axis (an int) or the axes (a tuple of ints) along which one vector
 lies; all other axes count vectors. Equation numbers are those of the nGPT paper,
@@ -11,51 +12,126 @@ https://arxiv.org/abs/2410.01131.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 Axis = int | tuple[int, ...]
+AxisName = str | tuple[str, ...] | None
 
 
 def promote(x: jax.typing.ArrayLike) -> jax.Array:
-    """Casts ``x`` to at least float32; float64 is left alone."""
+    """Casts ``x`` to at least float32; float64 and complex numbers are left alone."""
     x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.issubdtype(x.dtype, jnp.inexact) and jnp.finfo(x.dtype).bits >= 32
+    return x if wide else x.astype(jnp.float32)
 
 
-def safe_norm(x: jax.Array, axis: Axis = -1, keepdims: bool = False) -> jax.Array:
-    """Euclidean norm in at least float32, with gradient zero at the zero vector."""
-    square = jnp.sum(jnp.square(promote(x)), axis=axis, keepdims=keepdims)
-    nonzero = square > 0
-    return jnp.where(nonzero, jnp.sqrt(jnp.where(nonzero, square, 1)), 0)
+def _dot(a: jax.Array, b: jax.Array, axis: Axis, keepdims: bool = True) -> jax.Array:
+    """Real inner products; those of complex vectors are the real part of sum(conj(a) b)."""
+    return jnp.sum((jnp.conj(a) * b).real, axis=axis, keepdims=keepdims)
 
 
-def inverse_norm(x: jax.Array, axis: Axis = -1) -> jax.Array:
-    """``1 / ||x||`` with kept dimensions, and 0 (gradient 0) for a zero vector.
+def rescale(
+    x: jax.Array, axis: Axis = -1, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Vectors times a power of two, so that no square of an entry over- or underflows.
 
-    A vector whose squared norm is below the smallest normal number of its dtype, or beyond
-    the largest (float32: a norm below about 1e-19, or above 1e19), counts as zero.
+    A power of two changes no digit. Gradients go through the vectors, not through the power.
+
+    Args:
+      x: any array.
+      axis: the axis or axes along which a vector lies.
+      axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
+
+    Returns:
+      ``x`` in at least float32 times 2^k, with the largest entry of each vector in [1, 2); 2^k; and
+      the squared norm of the first. The last two have kept dimensions. Where the device takes
+      subnormal numbers for zero, so does this function.
     """
     x = promote(x)
-    square = jnp.sum(jnp.square(x), axis=axis, keepdims=True)
-    nonzero = square >= jnp.finfo(x.dtype).tiny
-    return jnp.where(nonzero, jax.lax.rsqrt(jnp.where(nonzero, square, 1)), 0)
+    parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
+    top = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(p), axis, keepdims=True) for p in parts))
+    top = jax.lax.stop_gradient(top)
+    top = top if axis_name is None else jax.lax.pmax(top, axis_name)
+    # By the bits: jnp.ldexp computes 2^k as a power, which is not exact in fused programs.
+    info = jnp.finfo(top.dtype)
+    exponents = 2 * info.maxexp - 2  # 254 in float32: that of 1 is 127
+    bits = jax.lax.bitcast_convert_type(top, jnp.dtype(f"int{info.bits}"))
+    exponent = jnp.minimum(bits >> info.nmant, exponents - 1)  # 2^k is a normal number too
+    scale = jax.lax.bitcast_convert_type((exponents - exponent) << info.nmant, top.dtype)
+    scaled = x * scale
+    square = _dot(scaled, scaled, axis)
+    return scaled, scale, square if axis_name is None else jax.lax.psum(square, axis_name)
+
+
+def safe_rsqrt(square: jax.Array) -> jax.Array:
+    """``1 / sqrt(square)``, and 0 (gradient 0) at 0."""
+    return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def safe_norm(x: jax.Array, axis: Axis = -1, keepdims: bool = False) -> jax.Array:
+    """Euclidean norm in at least float32, with gradient zero at the zero vector."""
+    _, scale, square = rescale(x, axis)
+    norm = jnp.sqrt(square) / scale
+    return norm if keepdims else jnp.squeeze(norm, axis)
+
+
+@safe_norm.defjvp
+def _safe_norm_jvp(axis, keepdims, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return safe_norm(x, axis, keepdims), _dot(
+        normalize(promote(x), axis), promote(dx), axis, keepdims
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def inverse_norm(x: jax.Array, axis: Axis = -1) -> jax.Array:
+    """``1 / ||x||`` in at least float32 with kept dimensions, and 0 (gradient 0) for zero."""
+    _, scale, square = rescale(x, axis)
+    return safe_rsqrt(square) * scale
+
+
+@inverse_norm.defjvp
+def _inverse_norm_jvp(axis, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    inverse, y = inverse_norm(x, axis), normalize(promote(x), axis)
+    return inverse, -inverse * (inverse * _dot(y, promote(dx), axis))
 
 
 def normalize(x: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:
     """Norm(x) = x / ||x||_2, the paper's Norm (section 2.1).
+
+    The gradient is (g - y <y, g>) / ||x|| with y = Norm(x), formed so that nothing on the way
+    overflows.
 
     Args:
       x: any array.
       axis: the axis or axes along which a vector lies.
 
     Returns:
-      An array like ``x`` whose vectors have norm 1. A zero vector stays zero and
-      has a finite (zero) gradient; nothing is ever NaN for finite input.
+      An array like ``x`` whose vectors have norm 1, whatever their size. A zero vector stays zero
+      and has a zero gradient; nothing is ever NaN for finite input.
     """
-    x = jnp.asarray(x)
-    y = promote(x)
-    return (y * inverse_norm(y, axis)).astype(x.dtype)
+    return _normalize(jnp.asarray(x), axis)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _normalize(x: jax.Array, axis: Axis) -> jax.Array:
+    scaled, _, square = rescale(x, axis)
+    return (scaled * safe_rsqrt(square)).astype(x.dtype)
+
+
+@_normalize.defjvp
+def _normalize_jvp(axis, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    scaled, scale, square = rescale(x, axis)
+    inverse = safe_rsqrt(square)
+    y, dx = scaled * inverse, promote(dx)
+    dy = (dx - y * _dot(y, dx, axis)) * inverse * scale
+    return y.astype(x.dtype), dy.astype(x.dtype)
 
 
 def lerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:

@@ -118,9 +118,55 @@ def test_normalize_propagates_nan():
     assert np.isnan(jitted.normalize(jnp.array([jnp.nan, 1.0]))).any()
 
 
-def test_normalize_counts_norms_below_1e_19_as_zero():
-    x = jnp.array([[3e-19, 4e-19], [3e-21, 4e-21]])
-    assert_close(jitted.normalize(x), [[0.6, 0.8], [0, 0]])
+@pytest.mark.parametrize("dtype", ["float32", "complex64"])
+@pytest.mark.parametrize("size", [1e-37, 1e-25, 1e-19, 1e-14, 1e-7, 1.0, 1e10, 1e19, 1e30])
+def test_norms_and_gradients_of_every_size(size, dtype):
+    """Against float64; a gradient that float32 cannot hold is not asked for."""
+    unscaled = np.array([1, -2, 3, 4.0]) * (1 + 1j if dtype == "complex64" else 1)
+    x = jnp.asarray(size * unscaled, dtype)
+    length = np.sqrt(np.sum(np.abs(unscaled) ** 2))
+    y = unscaled / length
+    np.testing.assert_allclose(jitted.normalize(x), y, rtol=1e-6)
+    np.testing.assert_allclose(jitted.safe_norm(x), size * length, rtol=1e-6)
+    np.testing.assert_allclose(jitted.inverse_norm(x), 1 / (size * length), rtol=1e-6)
+    c = np.array([1.0, 2, -3, 0.5])
+    gradient = jax.grad(lambda x: jnp.sum(sphere.normalize(x).real * c))(x)
+    true = (c - y.real @ c * np.conj(y)) / length / size  # jax: the conjugate of the steepest way
+    np.testing.assert_allclose(gradient, true, rtol=1e-5)
+    gradient = jax.grad(sphere.safe_norm)(x)
+    np.testing.assert_allclose(gradient, np.conj(y), rtol=1e-5)
+
+
+@pytest.mark.parametrize("function", [sphere.normalize, sphere.safe_norm, sphere.inverse_norm])
+def test_second_derivatives_are_those_of_the_plain_formula(function):
+    plain = {
+        sphere.normalize: lambda x: x / jnp.sqrt(jnp.sum(x * x)),
+        sphere.safe_norm: lambda x: jnp.sqrt(jnp.sum(x * x)),
+        sphere.inverse_norm: lambda x: 1 / jnp.sqrt(jnp.sum(x * x)),
+    }[function]
+    with jax.enable_x64(True):
+        x, c = jnp.asarray(normal(5)), jnp.asarray(normal(5, seed=1))
+        for second in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
+            own, true = (second(lambda x, f=f: jnp.sum(f(x) * c))(x) for f in (function, plain))
+            np.testing.assert_allclose(own, true, rtol=1e-10, atol=1e-12)
+        turned = jax.jvp(function, (x,), (c,))[1]
+        true = jax.jvp(plain, (x,), (c,))[1]
+        np.testing.assert_allclose(turned, true.reshape(turned.shape), 1e-10)
+    # Where float32 can hold it: that of 1 / norm is beyond float32 at 1e-19.
+    for size in (0.0, 1e19) if function is sphere.inverse_norm else (0.0, 1e-19, 1e19):
+        x = jnp.full(3, size)
+        hessian = jax.hessian(lambda x: jnp.sum(function(x)))(x)
+        assert not np.isnan(hessian).any()
+
+
+def test_rescaling_is_exact():
+    x = jnp.asarray(normal(200, 5) * 2.0 ** np.arange(-100, 100)[:, None], jnp.float32)
+    scaled, scale, square = jax.jit(sphere.rescale)(x)
+    assert np.array_equal(f64(scaled), f64(x) * f64(scale))
+    assert np.array_equal(np.frexp(f64(scale))[0], np.full((200, 1), 0.5))
+    top = np.abs(f64(scaled)).max(axis=1)
+    assert (top >= 1).all() and (top < 2).all()
+    np.testing.assert_allclose(square, norm(scaled, keepdims=True) ** 2, rtol=1e-6)
 
 
 @property_test
