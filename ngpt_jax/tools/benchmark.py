@@ -35,6 +35,7 @@ from absl import flags
 from ngpt_jax import config as config_lib
 from ngpt_jax.benchmark import plain_gpt
 from ngpt_jax.config import Config, ConfigError, command, experiment
+from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.transformer import padded_vocab_size
@@ -97,10 +98,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
         state: Any = (params, init(params))
         compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
         return Stepper(compiled, state, jax.device_put(batch), _peak_bytes(compiled))
-    # The recipe and qk_norm are those of the kind: clear what was resolved for another one.
-    kind = dataclasses.replace(config.model, kind=model, qk_norm=None, init_std=None)
-    optimizer = dataclasses.replace(config.optimizer, weight_decay=None, warmup_steps=None)
-    config = resolve(dataclasses.replace(config, model=kind, optimizer=optimizer))
+    config = resolve(of_kind(config, model))
     mesh = make_mesh(config)
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()

@@ -29,6 +29,7 @@ from absl import flags, logging
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, command, experiment
+from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.generation import CHUNK
@@ -51,16 +52,7 @@ class _Timed:
     """A model with its weights, and its seconds: of prefills, and a token by size of the cache."""
 
     def __init__(self, config: Config, kind: str):
-        model = dataclasses.replace(config.model, kind=kind, qk_norm=None, init_std=None)
-        config = resolve(
-            dataclasses.replace(
-                config,
-                model=model,
-                optimizer=dataclasses.replace(
-                    config.optimizer, weight_decay=None, warmup_steps=None
-                ),
-            )
-        )
+        config = resolve(of_kind(config, kind))
         self.model = folding.folded_config(config.model)
         params = init_params(config.model, jax.random.key(0))
         self.weights = jax.jit(lambda p: folding.for_inference(config.model, p))(params)
