@@ -25,14 +25,8 @@ from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFo
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
 from ngpt_jax.inference import opening
-from ngpt_jax.model.transformer import (
-    Transformer,
-    init_params,
-    is_matrix,
-    num_params,
-    param_axes,
-    real_vocab,
-)
+from ngpt_jax.model.params import is_matrix, num_params, param_axes, real_vocab
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.training import layout
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -23,7 +23,8 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet, load_corpus
 from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
-from ngpt_jax.model.transformer import Transformer, init_params, num_params
+from ngpt_jax.model.params import num_params
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_duration
 from ngpt_jax.training import dry_run, loop, setup, step, throughput

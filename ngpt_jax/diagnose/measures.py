@@ -109,7 +109,7 @@ def embeddings(run: Opened) -> list[Row]:
 def condition_numbers(run: Opened) -> list[Row]:
     """Of each head's matrix and the median over heads, of each matrix of the MLP.
 
-    ``renormalized``: with every vector along embed made a unit vector; GPT's alone.
+    ``renormalized``: with every vector along embed made a unit vector; for free weights alone.
     """
     model, rows = run.config.model, list[Row]()
     for matrix in d.matrices(model, run.state.params):
@@ -118,7 +118,7 @@ def condition_numbers(run: Opened) -> list[Row]:
         heads = d.head_matrices(model, matrix)
         found = d.condition_numbers(d.singular_values(heads))
         again: np.ndarray | None = None
-        if model.kind == "gpt":
+        if model.weights == "free":
             again = d.condition_numbers(d.singular_values(d.unit(heads)))
         head = {"run": run.label, "matrix": matrix.name, **_place(run, matrix.layer)}
         summary = {"head": "median", "condition": np.median(found)}
@@ -270,7 +270,6 @@ def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
     It is the training step with its optimizer at a learning rate of choice; gradients are those of
     the mean loss before clipping. Spikes are not refused.
     """
-    recipe = {"ngpt": recipes.ngpt, "gpt": recipes.gpt}[config.model.kind]
     config = dataclasses.replace(
         config, train=dataclasses.replace(config.train, spike_deviations=0.0)
     )
@@ -285,7 +284,7 @@ def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
         def schedule(step):
             return rate
 
-        step = make_train_step(config, optax.chain(first, recipe(config, schedule)), schedule)
+        step = make_train_step(config, optax.chain(first, recipes.adam(config, schedule)), schedule)
         state = state._replace(opt_state=(optax.EmptyState(), state.opt_state))
         after, metrics = step(state, batch)
         return after.params, after.opt_state[0], metrics["skipped_in_row"] == 0

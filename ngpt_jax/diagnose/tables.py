@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.config.fields import SCALES
 from ngpt_jax.diagnose import measures
 from ngpt_jax.diagnose.measures import Opened, Row
-from ngpt_jax.model.inspect import HEAD_KERNELS, MLP_KERNELS, SCALES, TABLES
+from ngpt_jax.model.inspect import HEAD_KERNELS, MLP_KERNELS, TABLES
 from ngpt_jax.terminal import format_table
 
 Tables = dict[str, list[Row]]

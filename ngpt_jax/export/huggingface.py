@@ -41,8 +41,7 @@ from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun, check_tokenizer
-from ngpt_jax.model.transformer import FOLDED_MARK, axis_sizes, is_matrix, real_vocab
-from ngpt_jax.training.layout import named_params
+from ngpt_jax.model.params import FOLDED_MARK, axis_sizes, is_matrix, param_list, real_vocab
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.setup import with_tokenizer
 
@@ -102,7 +101,7 @@ class _Tensor(NamedTuple):
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, _Tensor]]:
     """Every tensor of theirs by its name."""
     sizes = axis_sizes(config) | {"vocab": config.vocab_size}
-    for path, axes in named_params(config).items():
+    for path, axes in ((p.path, p.axes) for p in param_list(config)):
         ours = path.removeprefix("layers/")
         if ours == path:
             yield _NAMES[ours], _Tensor(path, None, axes, tuple(sizes[a] for a in axes))

@@ -27,7 +27,7 @@ from ngpt_jax.export.huggingface import check_tensors
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun
-from ngpt_jax.model.transformer import axis_sizes, is_axes, is_matrix, param_axes
+from ngpt_jax.model.params import is_matrix, param_axes, param_tree
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.setup import with_tokenizer
 
@@ -208,10 +208,7 @@ def _matrix(where: str, state: Mapping[str, np.ndarray], name: str) -> np.ndarra
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Of every tensor of theirs; those of one layer are made, of bytes, and counted for all."""
     one = dataclasses.replace(config, layers=1)
-    sizes = axis_sizes(one)
-    params = jax.tree.map(
-        lambda axes: np.zeros([sizes[a] for a in axes], bool), param_axes(one), is_leaf=is_axes
-    )
+    params = jax.tree.map(lambda p: np.zeros(p.shape(one), bool), param_tree(one))
     first = "transformer.h.0."
     shapes = {name: w.shape for name, w in to_reference(params, one).items()}
     out = {name: shape for name, shape in shapes.items() if not name.startswith(first)}

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.model.params import padded_vocab_size, real_vocab
 from ngpt_jax.model.rotary import interleaved_to_half
-from ngpt_jax.model.transformer import padded_vocab_size, real_vocab
 
 Array = np.ndarray
 

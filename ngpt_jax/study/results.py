@@ -236,7 +236,7 @@ def row_of(
     experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
 ) -> Row:
     """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.model.params import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
 
     text = (workdir / "config.json").read_text(encoding="utf-8")

@@ -124,7 +124,7 @@ def compile_step(
 
 
 def _facts(config: Config, mesh: Any) -> dict[str, Any]:
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.model.params import num_params
 
     return {
         "model": config.model.kind,
@@ -346,7 +346,7 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
 
 def _estimate(config: Config, devices: int) -> tuple[float, float]:
     """Bytes of a chip that do not depend on the batch, and those of a window; roughly."""
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.model.params import num_params
     from ngpt_jax.parallel.mesh import mesh_shape
 
     m = config.model

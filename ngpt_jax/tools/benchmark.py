@@ -38,7 +38,7 @@ from ngpt_jax.config import Config, ConfigError, command, experiment
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
 from ngpt_jax.files import write_atomically
-from ngpt_jax.model.transformer import padded_vocab_size
+from ngpt_jax.model.params import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.parallel import xla_flags

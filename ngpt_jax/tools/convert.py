@@ -90,7 +90,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; nothing needs more
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
     from ngpt_jax.inference import opening
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.model.params import num_params
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads

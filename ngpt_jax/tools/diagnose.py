@@ -27,6 +27,7 @@ from absl import flags, logging
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError, command
+from ngpt_jax.config.presets import title
 from ngpt_jax.diagnose import figures, measures
 from ngpt_jax.diagnose import tables as tables_lib
 from ngpt_jax.files import reason
@@ -47,7 +48,6 @@ _WINDOWS = flags.DEFINE_integer(
     "windows", 16, "Held-out windows for angles and attention.", lower_bound=1
 )
 
-_KINDS = {"ngpt": "nGPT", "gpt": "GPT"}
 # Name of the files -> how to draw them.
 _FIGURES: dict[str, Callable[..., Any]] = {
     "embeddings": figures.embeddings,
@@ -96,7 +96,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         names = list(folders.values())
     runs, tables, notes = [], [], []
     for name, (path, config, checkpoint) in zip(names, found):
-        run = measures.open_run(f"{_KINDS[config.model.kind]} {name}", path, config, checkpoint)
+        run = measures.open_run(f"{title(config)} {name}", path, config, checkpoint)
         measured, note = tables_lib.measure(run, layers, _WINDOWS.value)
         runs.append(run._replace(state=run.state._replace(params=None, opt_state=None)))
         tables.append(measured)

@@ -163,7 +163,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     from ngpt_jax.evaluation import scorers
     from ngpt_jax.inference import opening
     from ngpt_jax.inference.loading import open_model
-    from ngpt_jax.model.transformer import num_params, refuse_folded
+    from ngpt_jax.model.params import num_params, refuse_folded
 
     config = opening.read_config("workdir", _WORKDIR.value, overrides)
     texts = [] if _TEXT.value is None else scorers.read_text(_TEXT.value, config.data.text_key)

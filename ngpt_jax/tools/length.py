@@ -22,6 +22,7 @@ from absl import flags, logging
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError, command
+from ngpt_jax.config.presets import title
 from ngpt_jax.data.corpus import load_corpus
 from ngpt_jax.evaluation import length as measures
 from ngpt_jax.evaluation import scorers
@@ -95,7 +96,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     terminal = Terminal()
     rows, positions, contexts = [], [], {}
     for label, model in zip(labels, models):
-        label = f"{'nGPT' if model.config.model.kind == 'ngpt' else 'GPT'} {label}"
+        label = f"{title(model.config)} {label}"
         terminal.show(label, 0.0)
         progress = functools.partial(terminal.show, label)
         scored = measures.score_windows(model, windows, lengths, progress)

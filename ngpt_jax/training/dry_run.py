@@ -10,7 +10,7 @@ import numpy as np
 
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.corpus import check_corpus
-from ngpt_jax.model.transformer import axis_sizes, num_params
+from ngpt_jax.model.params import axis_sizes, num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.parallel.rules import axis_size

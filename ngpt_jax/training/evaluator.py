@@ -13,7 +13,7 @@ from ngpt_jax.config import Config
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet
 from ngpt_jax.model import inspect
-from ngpt_jax.model.transformer import compute_params
+from ngpt_jax.model.params import compute_params
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.training.step import Batch, summed_nats
 

@@ -20,7 +20,7 @@ from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.data.tokenizers.loading import Tokenizer, load_tokenizer
 from ngpt_jax.files import digest_of, reason
-from ngpt_jax.model.transformer import num_params
+from ngpt_jax.model.params import num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
