@@ -20,6 +20,7 @@ from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
 from ngpt_jax.checkpoint.checkpoints import restore_params
+from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.decoding import folding
@@ -56,8 +57,7 @@ def random_params(config, seed=0):
         name, x = path[-1].key, rng.standard_normal(leaf.shape)
         if is_matrix(axes):
             return jnp.asarray(x / math.sqrt(config.width), leaf.dtype)
-        spec = getattr(config, name, None)  # a gain has none
-        x = (1 + 0.3 * x) * (spec.scale if spec else 1)
+        x = (1 + 0.3 * x) * (getattr(config, name).scale if name in SCALES else 1)  # else a gain
         if "alpha" in name:
             x = np.where(rng.random(leaf.shape) < 0.3, -x, x)
         return jnp.asarray(x, leaf.dtype)
@@ -334,7 +334,7 @@ def test_damaged_folders(folder, tmp_path):
     with raises("--from_hf=.*: model.safetensors cannot be read"):
         huggingface.read_folder(str(folder))
     weights.unlink()
-    with raises("--from_hf=.* is not whole: model.safetensors must be in it"):
+    with raises("--from_hf=.* is not complete: model.safetensors must be in it"):
         huggingface.read_folder(str(folder))
     weights.with_suffix(".safetensors.index.json").write_text('{"weight_map": ["a"]}')
     with raises("--from_hf=.*: model.safetensors.index.json has no weight_map"):
@@ -389,7 +389,7 @@ def test_output_is_whole_or_not_there(tiny, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_folded(tiny, tmp_path):
-    with raises(r"--folded: GPT \(model.kind=gpt\) has no scales to fold; leave it out"):
+    with raises(r"--folded: this model \(model.kind=gpt\) has no scales to fold; leave it out"):
         huggingface.write_folder(make_run(tiny, "gpt"), str(tmp_path / "hf"), fold=True)
 
 

@@ -189,7 +189,7 @@ def test_state_dict_alone_wants_flags(tmp_path, words):
     _, raw = golden_checkpoint("ngpt", file, top=False, prefix="")
     with raises(f"--config.model.heads is needed: --from_reference={file} does not tell"):
         reference_checkpoint.read(file, [words])
-    with raises("--config.model.context is needed: .* number of tokens of a training window"):
+    with raises("--config.model.context is needed: .* number of tokens of a training sequence"):
         reference_checkpoint.read(file, [words, ("model.heads", "4")])
     with raises("--config.data.tokenizer is needed: .* of its 97 token ids"):
         reference_checkpoint.read(file, [("model.heads", "4"), ("model.context", "32")])
