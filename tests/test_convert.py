@@ -192,6 +192,31 @@ def test_command_there_and_back(tiny, tmp_path):
     assert progress["tokenizer"] == run.tokenizer.fingerprint
 
 
+def as_written_before(folder):
+    """Takes out of config.json what folders lack that were written before choices were fields."""
+
+    def change(values):
+        model = values["ngpt_jax"]["config"]["model"]
+        values["qk_norm"] = values.pop("choices")["qk_norm"]
+        for name in huggingface.choices(ngpt_jax.config.ModelConfig()):
+            section, _, leaf = name.rpartition(".")
+            if name != "qk_norm":
+                del (model[section] if section else model)[leaf]
+        values["ngpt_jax"]["config"]["optimizer"]["project"] = True  # for GPT too
+
+    edit(folder / "config.json", change)
+
+
+@models
+def test_folder_written_before(tiny, tmp_path, name):
+    run = make_run(tiny, name)
+    huggingface.write_folder(run, str(tmp_path / "hf"))
+    as_written_before(tmp_path / "hf")
+    back = huggingface.read_folder(str(tmp_path / "hf"))
+    assert back.config == run.config
+    assert same(back.params, run.params, run.config.model)
+
+
 # ------------------------------------------------------------------------------------- tokenizers
 
 

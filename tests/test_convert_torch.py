@@ -13,6 +13,7 @@ from data_helpers import raises
 from test_convert import (
     GOLDEN,
     MODELS,
+    as_written_before,
     convert,
     logits,
     make_run,
@@ -23,12 +24,14 @@ from test_convert import (
 from test_tokenizers import paths  # noqa: F401
 
 import ngpt_jax
+from ngpt_jax import sphere
 from ngpt_jax.export import huggingface, reference_checkpoint
 from ngpt_jax.inference.opening import write_weights
 
 WHY = "needs pip install 'ngpt-jax[torch]'"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
+modeling_ngpt = pytest.importorskip("ngpt_jax.export.modeling_ngpt", reason=WHY)
 
 POINTS = [(n, folded) for n in MODELS for folded in (False, True) if not (folded and n[0] == "g")]
 
@@ -67,6 +70,34 @@ def test_logits_are_those_of_torch(tiny, tmp_path, name, folded):
         assert p.dtype == (torch.bfloat16 if matrix else torch.float32), parameter_name
     error = worst(torch_logits(theirs, x), ours)
     assert 1e-5 < error < 0.05
+
+
+@pytest.mark.parametrize(("name", "folded"), POINTS)
+def test_folder_written_before(tiny, tmp_path, name, folded):
+    run = make_run(tiny, name)
+    x = some_tokens(run.config.model)
+    huggingface.write_folder(run, str(tmp_path / "hf"), fold=folded)
+    new = load_torch(tmp_path / "hf")
+    as_written_before(tmp_path / "hf")
+    old = load_torch(tmp_path / "hf")
+    assert old.config.choices == new.config.choices
+    assert np.array_equal(torch_logits(old, x), torch_logits(new, x))
+
+
+def test_slerp():
+    """As the sphere's, channel by channel; finite with finite gradients at 0 and pi."""
+    rng = np.random.default_rng(0)
+    h, f, alpha = (rng.standard_normal((7, 16)).astype(np.float32) for _ in range(3))
+    h, f = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (h, f))
+    for near, b in (("", f), ("the same", h), ("opposite", -h)):
+        for a in (alpha, alpha[:, :1], 0 * alpha, 1 + 0 * alpha):
+            leaves = [torch.tensor(x, requires_grad=True) for x in (h, b, a)]
+            out = modeling_ngpt._slerp(*leaves)
+            out.square().sum().backward()
+            assert all(x.grad.isfinite().all() for x in leaves)
+            if near != "opposite":
+                right = sphere.slerp(h, b, np.abs(a))
+                assert np.max(np.abs(out.detach().numpy() - right)) < 2e-6, near
 
 
 @pytest.mark.parametrize("name", ["ngpt-gqa", "gpt-qk"])
@@ -203,6 +234,12 @@ def test_state_dict_alone_wants_flags(tmp_path, words):
             reference_checkpoint.read(file, [words, ("model.heads", heads), given[2]])
 
 
+def test_choices_that_are_not_theirs(tmp_path, words):
+    golden_checkpoint("ngpt", tmp_path / "ckpt.pt")
+    with raises("--from_reference=.*: the authors' layout has no place for model.residual=slerp"):
+        reference_checkpoint.read(str(tmp_path / "ckpt.pt"), [words, ("model.residual", "slerp")])
+
+
 def test_base_scale_is_that_of_the_file(tmp_path, words):
     golden_checkpoint("ngpt", tmp_path / "ckpt.pt", base_scale=0.5)
     model = reference_checkpoint.read(str(tmp_path / "ckpt.pt"), [words])[0].model
@@ -240,6 +277,8 @@ def test_what_the_layout_cannot_say(tiny, tmp_path):
 
     refused("model.qk_norm=True in gpt", "gpt-qk")
     refused("model.qk_norm=False in ngpt", "ngpt-read")
+    refused("model.residual=slerp in ngpt", residual="slerp")
+    refused("model.final_norm=none in gpt", "gpt", final_norm="none")
     refused("model.rope_base=500.0", rope_base=500.0)
     refused("model.rms_eps=0.1", "gpt", rms_eps=0.1)
     huggingface.write_folder(make_run(tiny), str(tmp_path / "hf"), fold=True)

@@ -22,7 +22,6 @@ import numpy as np
 from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
-from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.data.tokenizers.loading import ByteTokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors, choices
@@ -225,11 +224,11 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_choices(where: str, model: ModelConfig) -> None:
     """Refuses a model whose choices are not exactly those of the paper's nGPT or of its GPT."""
-    fields = {f"model.{name}": value for name, value in choices(model).items()}
-    differences = [
-        [f"{name}={value} in {preset}" for name, value in fields.items() if known[name] != value]
-        for preset, known in (("ngpt", PRESETS["ngpt"]), ("gpt", PRESETS["gpt"]))
-    ]
+    differences = []
+    for preset in ("ngpt", "gpt"):
+        known = config_lib.from_config_dict({"model": {"kind": preset}, "train": {"steps": 1}})
+        theirs, own = choices(known.model), choices(model)
+        differences.append([f"model.{n}={own[n]} in {preset}" for n in own if own[n] != theirs[n]])
     nearest = min(differences, key=len)
     if nearest:
         raise _no_place(where, nearest[0])
