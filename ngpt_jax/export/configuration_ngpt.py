@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# A folder whose config.json has no choices was written before they were fields. It is of one of
+# A config.json without choices was written before they were fields of the config. It is of one of
 # these two models, and only the first of them has learned scales.
-_ALPHAS, _OTHER_SCALES = ("alpha_a", "alpha_m"), ("s_qk", "s_u", "s_v", "s_z")
+_SCALES = ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
 _NGPT = {
     "residual": "lerp",
     "pre_norm": "none",
@@ -19,7 +19,7 @@ _NGPT = {
     "qk_form": "unit_after_rope",
     "softmax_scale": "sqrt",
     "weights": "sphere",
-    **{f"{name}.form": "vector" for name in _ALPHAS + _OTHER_SCALES},
+    **{f"{name}.form": "vector" for name in _SCALES},
 }
 _GPT = {
     "residual": "add",
@@ -29,14 +29,16 @@ _GPT = {
     "qk_form": "rms_before_rope",
     "softmax_scale": "rsqrt",
     "weights": "free",
-    **{f"{name}.form": "none" for name in _ALPHAS + _OTHER_SCALES},
+    **{f"{name}.form": "none" for name in _SCALES},
 }
 
 
 class NGPTConfig(PretrainedConfig):
     """Config of nGPT (https://arxiv.org/abs/2410.01131), of its GPT baseline and of variants.
 
-    Args:
+    Every field but use_cache comes from config.json and has no default here.
+
+    Attributes:
       kind: name of the model, for people; the code does not read it.
       choices: what the model computes, by the names that the fields have in the training's config
         below ``model``: residual, pre_norm, branch_norm, final_norm, qk_norm, qk_form,
@@ -49,53 +51,19 @@ class NGPTConfig(PretrainedConfig):
       normalize_on_read: each matrix is normalized where it is read.
       scale_factors: by the name of each learned scale; effective value = stored value * factor.
       ngpt_jax: what ``convert --from_hf`` reads: the training's config, the tokenizer.
-      qk_norm: read where there are no choices.
     """
 
     model_type = "ngpt_jax"
 
     def __init__(
         self,
-        kind: str = "ngpt",
         choices: dict[str, Any] | None = None,
-        vocab_size: int = 257,
-        hidden_size: int = 128,
-        intermediate_size: int = 512,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int = 4,
-        head_dim: int = 32,
-        max_position_embeddings: int = 128,
-        rope_base: float = 10000.0,
-        rms_norm_eps: float = 1e-6,
-        folded: bool = False,
-        normalize_on_read: bool = False,
         scale_factors: dict[str, float] | None = None,
-        ngpt_jax: dict[str, Any] | None = None,
-        qk_norm: bool = True,
+        qk_norm: bool = True,  # of a config.json without choices
         use_cache: bool = True,
-        **kwargs: Any,
+        **fields: Any,
     ):
-        self.kind = kind
         self.choices = choices or {**(_NGPT if scale_factors else _GPT), "qk_norm": qk_norm}
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_base = rope_base
-        self.rms_norm_eps = rms_norm_eps
-        self.folded = folded
-        self.normalize_on_read = normalize_on_read
         self.scale_factors = scale_factors or {}
-        self.ngpt_jax = ngpt_jax or {}
         self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": False, **kwargs})
-
-    def has_scale(self, name: str) -> bool:
-        """Whether the weights have this learned scale."""
-        form = {"none": False, "vector": True}[self.choices[f"{name}.form"]]
-        return form and (name in _ALPHAS or not self.folded)
+        super().__init__(**{"tie_word_embeddings": False, **fields})

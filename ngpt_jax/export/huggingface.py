@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import operator
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,10 +97,8 @@ class _Tensor(NamedTuple):
         """In the folder."""
         if not self.turned:
             return self.sizes
-        first, rest = self.sizes[0], int(np.prod(self.sizes[1:]))
-        if self.axes[0] != "embed":
-            first, rest = int(np.prod(self.sizes[:-1])), self.sizes[-1]
-        return rest, first
+        split = 1 if self.axes[0] == "embed" else -1
+        return math.prod(self.sizes[split:]), math.prod(self.sizes[:split])
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, _Tensor]]:

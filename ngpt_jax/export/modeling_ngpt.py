@@ -73,7 +73,9 @@ class NGPTRMSNorm(nn.Module):
 
 def _scale(config: NGPTConfig, name: str, *size: int) -> nn.Parameter | None:
     """The stored values of a learned scale (section 2.5); None: the model has no such scale."""
-    return nn.Parameter(torch.ones(size)) if config.has_scale(name) else None
+    raw = name in ("alpha_a", "alpha_m") or not config.folded
+    there = {"none": False, "vector": raw}[config.choices[f"{name}.form"]]
+    return nn.Parameter(torch.ones(size)) if there else None
 
 
 def _effective(module: nn.Module, name: str, factor: float = 1.0) -> torch.Tensor | None:

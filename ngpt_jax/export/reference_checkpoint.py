@@ -213,13 +213,12 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     params = jax.tree.map(
         lambda axes: np.zeros([sizes[a] for a in axes], bool), param_axes(one), is_leaf=is_axes
     )
-    first = "transformer.h.0."
     shapes = {name: w.shape for name, w in to_reference(params, one).items()}
-    out = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
-    for layer in range(config.layers):
-        of_block = {n: s for n, s in shapes.items() if n.startswith(first)}
-        out |= {n.replace(".0.", f".{layer}.", 1): s for n, s in of_block.items()}
-    return out
+    return {
+        name.replace(".h.0.", f".h.{layer}."): shape
+        for layer in range(config.layers)
+        for name, shape in shapes.items()
+    }
 
 
 def _check_choices(where: str, model: ModelConfig) -> None:

@@ -28,10 +28,6 @@ class _Entry(NamedTuple):
     write: Callable[..., Array]
 
 
-def _transposed(theirs: str, ours: str) -> _Entry:
-    return _Entry(theirs, (ours,), lambda w: (w.T,), lambda w: w.T)
-
-
 def _same(theirs: str, ours: str) -> _Entry:
     return _Entry(theirs, (ours,), lambda w: (w,), lambda w: w)
 
@@ -73,7 +69,7 @@ def _layer_entries(c: ModelConfig) -> list[_Entry]:
             lambda w: w.reshape(heads * head_dim, -1).T,
         ),
         _halves("c_fc.weight", ("up_kernel", "gate_kernel")),
-        _transposed("mlp_c_proj.weight", "down_kernel"),
+        _Entry("mlp_c_proj.weight", ("down_kernel",), lambda w: (w.T,), lambda w: w.T),
         _same("rmsnorm_att.weight", "attention_norm"),
         _same("rmsnorm_mlp.weight", "mlp_norm"),
         _same("attn_alpha", "alpha_a"),
