@@ -402,13 +402,13 @@ def test_output_is_whole_or_not_there(tiny, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     for path, message in (
-        ("full", "is there already, and not empty; choose another name"),
-        ("full/a", "is there already; choose another name"),
+        ("full", "exists already, and not empty; choose another name"),
+        ("full/a", "exists already; choose another name"),
         ("no/where", "there is no folder"),
     ):
         with raises(f"--out={tmp_path / path}.*{message}"):
             folders.check_new("out", str(tmp_path / path))
-    with raises("--to_hf=gs://b/c must be local"):
+    with raises("--to_hf=gs://b/c must be a local path"):
         folders.check_new("to_hf", "gs://b/c")
     folders.check_new("out", "gs://b/c", remote=True)
 
