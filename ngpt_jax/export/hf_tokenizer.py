@@ -138,7 +138,7 @@ def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
-    """The same tokenizer: each pair of tokens that makes a third is a merge, in that one's order."""
+    """The same tokenizer: a merge for each pair of tokens that makes a third, sorted by its id."""
     encoding, names = tokenizer.encoding, _byte_names()
     ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
     special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
