@@ -6,6 +6,7 @@ import pickle
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import numpy as np
 import pytest
 import tokenizers as hf
@@ -35,6 +36,7 @@ torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 modeling_ngpt = pytest.importorskip("ngpt_jax.export.modeling_ngpt", reason=WHY)
 
+DTYPES = ("model.dtype", "model.param_dtype")
 POINTS = [(n, folded) for n in MODELS for folded in (False, True) if not (folded and n[0] == "g")]
 
 
@@ -77,17 +79,16 @@ def test_logits_are_those_of_torch(tiny, tmp_path, name, folded):
 @pytest.mark.parametrize("fields", pairwise(), ids=label)
 def test_every_choice_in_torch(tiny, tmp_path, x64, fields):
     fields = {f"model.{name}": value for name, value in fields.items()}
-    run = make_run(
-        tiny, **GQA, **fields, **{f"model.{n}": "float64" for n in ("dtype", "param_dtype")}
-    )
-    x = some_tokens(run.config.model)
-    ours = logits(run.config.model, run.params, x)
+    run = make_run(tiny, **GQA, **fields, **dict.fromkeys(DTYPES, "float64"))
+    params = jax.tree.map(lambda w: w.astype("float32").astype(w.dtype), run.params)
+    run, x = run._replace(params=params), some_tokens(run.config.model)
+    ours = logits(run.config.model, params, x)
     scaled = any(fields[f"model.{name}.form"] == "vector" for name in ("s_qk", "s_u", "s_v", "s_z"))
     for fold in (False, True)[: 1 + scaled]:
         path = str(tmp_path / f"hf{fold}")
         huggingface.write_folder(run, path, fold=fold)
-        # The folder holds float32.
-        assert worst(torch_logits(load_torch(path, dtype=torch.float64), x), ours) < 1e-6
+        most = 1e-5 if fold else 1e-12  # the folder holds float32
+        assert worst(torch_logits(load_torch(path, dtype=torch.float64), x), ours) < most
 
 
 @pytest.mark.parametrize(("name", "folded"), POINTS)
