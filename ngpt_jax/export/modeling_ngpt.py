@@ -122,8 +122,8 @@ def _unchanged(x: torch.Tensor) -> torch.Tensor:
 _RESIDUALS: dict[str, Callable[..., torch.Tensor]] = {"add": _add, "lerp": _lerp, "slerp": _slerp}
 _NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "rms": NGPTRMSNorm}
 _BRANCH_NORMS = {"none": _unchanged, "unit": _unit}
-_QK_FORMS = {  # of q and k: before RoPE, after it
-    "none": (nn.Identity, _unchanged),
+_QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
+    False: (nn.Identity, _unchanged),
     "rms_before_rope": (NGPTRMSNorm, _unchanged),
     "unit_after_rope": (nn.Identity, _normalize),
 }
@@ -162,8 +162,7 @@ class NGPTAttention(nn.Module):
         self.k_proj = NGPTLinear(c, c.hidden_size, kv_heads)
         self.v_proj = NGPTLinear(c, c.hidden_size, kv_heads)
         self.o_proj = NGPTLinear(c, heads, c.hidden_size, embed_dim=0)
-        form = c.choices["qk_form"] if c.choices["qk_norm"] else "none"
-        before_rope, self.after_rope = _QK_FORMS[form]
+        before_rope, self.after_rope = _QK_FORMS[c.choices["qk_norm"] and c.choices["qk_form"]]
         self.q_norm = before_rope(c.head_dim, c.rms_norm_eps)
         self.k_norm = before_rope(c.head_dim, c.rms_norm_eps)
         self.s_qk = _scale(c, "s_qk", c.num_key_value_heads, c.head_dim)
@@ -217,9 +216,8 @@ class NGPTMLP(nn.Module):
         self.s_v = _scale(c, "s_v", c.intermediate_size)
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:  # equations 20, 21
-        u = _scaled(self.up_proj(h), _effective(self, "s_u"))
-        factor = math.sqrt(self.config.hidden_size)
-        v = _scaled(self.gate_proj(h), _effective(self, "s_v", factor))
+        s_u, s_v = _effective(self, "s_u"), _effective(self, "s_v", math.sqrt(h.shape[-1]))
+        u, v = _scaled(self.up_proj(h), s_u), _scaled(self.gate_proj(h), s_v)
         return self.down_proj(u * F.silu(v))
 
 
@@ -388,8 +386,8 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # A product in float32: in bfloat16 it would round each logit.
         h = _wide(out.last_hidden_state[:, kept])
-        logits = F.linear(h, self.lm_head.matrix().to(h.dtype))
-        logits = _scaled(logits, _effective(self, "s_z"))
+        product = F.linear(h, self.lm_head.matrix().to(h.dtype))
+        logits = _scaled(product, _effective(self, "s_z"))
         loss = None
         if labels is not None:
             loss = self.loss_function(
