@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import re
 import runpy
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from ngpt_jax.config import resolve
+from ngpt_jax.config.convert import (
+    did_you_mean,
+    field_named,
+    fields,
+    is_optional,
+    plain_type,
+    type_name,
+)
 from ngpt_jax.config.fields import Config
+from ngpt_jax.config.presets import PRESETS
+from ngpt_jax.config.resolve import from_config_dict
 from ngpt_jax.errors import ConfigError
 
 Edit = Callable[[ml_collections.ConfigDict], None]
@@ -26,7 +34,7 @@ def apply_variants(
         if name not in known:
             raise ConfigError(
                 f"Unknown variant {name!r}; known are {', '.join(known)}."
-                f"{resolve.did_you_mean(name, known)}"
+                f"{did_you_mean(name, known)}"
             )
         known[name](config)
     return config
@@ -58,18 +66,17 @@ def _first_line(error: Exception) -> str:
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)
     if unknown:
-        names = [part for name, *_ in resolve.fields(Config()) for part in name.split(".")]
+        names = [part for f in fields(Config()) for part in f.name.split(".")]
         name = unknown[1] or unknown[2]
-        return f"unknown field {name}.{resolve.did_you_mean(name, names)} See --help_config."
+        return f"unknown field {name}.{did_you_mean(name, names)} See --help_config."
     return text.splitlines()[0] if text else repr(error)
 
 
-def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
-    optional = type(None) in typing.get_args(hint)
-    plain = next((a for a in typing.get_args(hint) if a is not type(None)), hint)
-    if optional and text == "None":
+def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
+    plain = plain_type(type_)
+    if is_optional(type_) and text == "None":
         return None
-    if typing.get_origin(hint) is tuple:
+    if plain is tuple:
         return (*old, text) if text else old
     try:
         if plain is bool:
@@ -78,9 +85,8 @@ def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
             return int(text.replace("_", ""))
         return plain(text)
     except (ValueError, KeyError):
-        wanted = resolve.type_name(plain) + (" or None" if optional else "")
         raise ConfigError(
-            f"--config.{name} wants a value of type {wanted}, got {text!r}."
+            f"--config.{name} wants a value of type {type_name(type_)}, got {text!r}."
         ) from None
 
 
@@ -95,14 +101,13 @@ def load_config(
         an empty text is none.
     """
     values = _load_file(source) if isinstance(source, str) else source
-    known = [name for name, *_ in resolve.fields(Config())]
     tuples: dict[str, Any] = {}
     for name, text in overrides:
-        hint = resolve.field_hint(name)
-        if hint is None:
-            meant = resolve.did_you_mean(name, known)
+        field = field_named(name)
+        if field is None:
+            meant = did_you_mean(name, [f.name for f in fields(Config())])
             raise ConfigError(f"Unknown field --config.{name}.{meant} See --help_config.")
-        value = _parse_value(text, hint, name, tuples.get(name, ()))
+        value = _parse_value(text, field.type, name, tuples.get(name, ()))
         if isinstance(value, tuple):
             tuples[name] = value
         *path, leaf = name.split(".")
@@ -112,17 +117,18 @@ def load_config(
                 section[part] = {}
             section = section[part]
         section[leaf] = value
-    return resolve.from_config_dict(values)
+    return from_config_dict(values)
 
 
 def describe(config: Config) -> str:
-    """Every field of a config with its value, type, meaning and default, one a line."""
-    rows = list(resolve.fields(config))
-    defaults = {name: value for name, _, value, _ in resolve.fields(Config())}
-    left = [f"config.{name} = {value!r}" for name, _, value, _ in rows]
+    """Every field of a config with its value, allowed values, meaning and default, one per line."""
+    defaults = {f.name: f.value for f in fields(Config())}
+    left = {f"config.{f.name} = {f.value!r}": f for f in fields(config)}
     width = min(60, max(map(len, left)))
     lines = []
-    for text, (name, hint, value, meaning) in zip(left, rows):
-        default = "" if value == defaults.get(name, value) else f" (default: {defaults[name]!r})"
-        lines.append(f"{text:{width}}  # {resolve.type_name(hint)}: {meaning}{default}")
+    for text, f in left.items():
+        meaning = f.help + ("; None: the kind's" if f.name in PRESETS[config.model.kind] else "")
+        changed = f.value != defaults.get(f.name, f.value)
+        default = f" (default: {defaults[f.name]!r})" if changed else ""
+        lines.append(f"{text:{width}}  # {type_name(f.type, f.allowed)}: {meaning}{default}")
     return "\n".join(lines)
