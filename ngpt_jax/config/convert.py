@@ -1,4 +1,4 @@
-"""A config in other forms: the list of its fields, their differences, a ConfigDict, JSON."""
+"""The fields of a config as a list, differences of two configs; ConfigDict and JSON."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def plain_type(type_: Any) -> Any:
 
 
 def type_name(type_: Any, allowed: Allowed = ANY) -> str:
-    """The values of a field in words: "int > 0 or None", "'none', 'rms' or None", "strings"."""
+    """What a field takes, in words: "int > 0 or None", "'none', 'rms' or None", "strings"."""
     name = "strings" if plain_type(type_) is tuple else plain_type(type_).__name__
     text = allowed.short if allowed.choices else f"{name} {allowed.short}".rstrip()
     return text + (" or None" if is_optional(type_) else "")
 
 
 def _entry_type(type_: Any) -> Any:
-    """The dataclass of the sections in a Mapping, whose keys are names of the user's; else None."""
+    """The dataclass of the values of a Mapping, whose keys the user chooses; else None."""
     return typing.get_args(type_)[1] if typing.get_origin(type_) is Mapping else None
 
 
@@ -62,7 +62,12 @@ class Field(NamedTuple):
 
 
 def fields(section: Any, prefix: str = "") -> Iterator[Field]:
-    """Every field of a config, or of a section of it, whose name then needs a prefix."""
+    """Every field of a config or of one of its sections.
+
+    Args:
+      section: the dataclass.
+      prefix: of the names, e.g. "data." for a DataConfig.
+    """
     for f in dataclasses.fields(section):
         value, name = getattr(section, f.name), prefix + f.name
         if isinstance(value, Scale):
@@ -78,7 +83,7 @@ def fields(section: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def field_named(name: str) -> Field | None:
-    """The field of a name, with its default; None where there is no such field."""
+    """The field with this dotted name and its default, or None if there is no such field."""
     in_mixture = re.match(r"data\.mixture\.([^.]+)\.", name)
     mixture = {in_mixture[1]: MixtureConfig()} if in_mixture else {}
     config = Config(data=DataConfig(mixture=mixture))
@@ -86,7 +91,7 @@ def field_named(name: str) -> Field | None:
 
 
 class Difference(NamedTuple):
-    """A field in which two configs differ; a value is "not there" where a section is not."""
+    """A field in which two configs differ; "not there" is the value in a section that one lacks."""
 
     field: Field
     old: Any
@@ -108,7 +113,7 @@ def differences(a: Any, b: Any) -> list[Difference]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean ...?' for a mistyped name, or the empty string."""
+    """' Did you mean X?' with the known name that is most like a mistyped one, or ''."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if not close:  # the right leaf in the wrong section
@@ -120,7 +125,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def to_config_dict(section: Any) -> ml_collections.ConfigDict:
-    """A locked ConfigDict with the fields of a dataclass; None fields can still be set."""
+    """A locked ConfigDict with the fields of a dataclass; those that are None can still be set."""
     out = ml_collections.ConfigDict()
     for f in dataclasses.fields(section):
         name, value = f.name, getattr(section, f.name)
@@ -147,9 +152,14 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def build(section: type, values: Any, prefix: str = "") -> Any:
-    """A dataclass from a ConfigDict or a nested dict; raises ConfigError.
+    """A dataclass from a ConfigDict or a nested dict, with names and types checked.
 
-    Checks names and types alone.
+    Args:
+      section: the dataclass.
+      values: of some fields; the others have their defaults.
+      prefix: of names in error messages.
+
+    Raises ConfigError.
     """
     _check_section(values, prefix)
     known = {f.name: f.type for f in dataclasses.fields(section)}
@@ -177,7 +187,7 @@ def _check_section(values: Any, prefix: str) -> None:
 
 
 def _build_entries(entry: type, values: Any, prefix: str) -> dict[str, Any]:
-    """Sections under names of the user's."""
+    """Sections under names that the user chose, in alphabetical order."""
     _check_section(values, prefix)
     for name in values:
         if not name.isidentifier():
@@ -201,5 +211,5 @@ def _convert(value: Any, type_: Any, name: str) -> Any:
 
 
 def to_json(config: Config) -> str:
-    """Of the config.json in a run's folder."""
+    """The text of the config.json in a run's folder."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"

@@ -29,7 +29,13 @@ Edit = Callable[[ml_collections.ConfigDict], None]
 def apply_variants(
     config: ml_collections.ConfigDict, variants: str, known: Mapping[str, Edit]
 ) -> ml_collections.ConfigDict:
-    """Applies each of the comma-separated variants, functions that edit a config, in order."""
+    """Edits a config by variants in their order, and returns it.
+
+    Args:
+      config: edited in place.
+      variants: names, separated by commas.
+      known: a function that edits a config, for each name.
+    """
     for name in filter(None, variants.split(",")):
         if name not in known:
             raise ConfigError(
@@ -41,7 +47,15 @@ def apply_variants(
 
 
 def call_in_file(flag: str, spec: str, name: str) -> Any:
-    """What ``name(variants)`` of an experiment FILE[:variant,...], given by a flag, returns."""
+    """Calls the function ``name(variants)`` of an experiment file and returns its result.
+
+    Args:
+      flag: that the file was given by, for error messages.
+      spec: FILE[:variant,...].
+      name: of the function: get_config or get_study.
+
+    Raises ConfigError.
+    """
     path, _, variants = spec.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--{flag}: no file {path!r}; the repository has some in experiments/.")
@@ -50,7 +64,7 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
         if function is None:
             raise ConfigError(f"it defines no function {name}(variants)")
         return function(variants)
-    except Exception as e:  # a user's file may raise anything; the user wants one line
+    except Exception as e:  # a file of the user's can raise anything
         raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
 
@@ -62,7 +76,7 @@ def _load_file(spec: str) -> ml_collections.ConfigDict:
 
 
 def _first_line(error: Exception) -> str:
-    """What an error says, in short; ml_collections tells of a wrong name in a page."""
+    """The message of an error in one line; that of ml_collections about a wrong name is a page."""
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)
     if unknown:
@@ -93,12 +107,12 @@ def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
 def load_config(
     source: str | ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()
 ) -> Config:
-    """The resolved Config of an experiment with overrides, later ones winning.
+    """The resolved config of an experiment with overrides; raises ConfigError.
 
     Args:
       source: FILE[:variant,...], or the ConfigDict itself.
-      overrides: (dotted name, text); a tuple of strings is replaced by all values given for it,
-        an empty text is none.
+      overrides: (dotted name, text) pairs; of two for one field the last one counts. For a field
+        of several strings, each pair adds one, and an empty text removes all.
     """
     values = _load_file(source) if isinstance(source, str) else source
     tuples: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A config's checks, and the values that follow from others.
+"""Checks of a config, and the values that follow from others.
 
 Experiment files build an ``ml_collections.ConfigDict``, the command line overrides single fields,
 and :func:`from_config_dict` turns the result into the checked, frozen :class:`Config` that the
@@ -38,9 +38,11 @@ def from_config_dict(values: Mapping[str, Any] | ml_collections.ConfigDict) -> C
 
 
 def from_saved(text: str) -> Config:
-    """The config of a run from its config.json; raises ValueError, AttributeError or TypeError.
+    """The config of a run from the text of its config.json.
 
-    Those written before kinds were presets have optimizer.project=true for GPT, which did nothing.
+    Files from before the presets have optimizer.project=true for GPT, where it did nothing.
+
+    Raises ValueError, AttributeError or TypeError.
     """
     values = json.loads(text)
     if "residual" not in values["model"] and values["model"]["kind"] == "gpt":
@@ -80,14 +82,13 @@ def _require(ok: bool, message: str) -> None:
 
 
 def _check(name: str, value: Any, allowed: Allowed) -> None:
-    _require(
-        allowed.holds(value),
-        f"{name} {allowed.must}, got {value!r}.{did_you_mean(str(value), allowed.choices)}",
-    )
+    if not allowed.holds(value):
+        meant = did_you_mean(str(value), allowed.choices)
+        raise ConfigError(f"{name} {allowed.must}, got {value!r}.{meant}")
 
 
 def _check_each(section: Any, prefix: str = "") -> None:
-    """Refuses values that a field does not allow, whatever the others are."""
+    """Refuses values that a field does not allow."""
     for f in fields(section, prefix):
         finite = not isinstance(f.value, float) or math.isfinite(f.value)
         _require(finite, f"{f.name} must be finite, got {f.value}.")
@@ -170,7 +171,7 @@ def _with_sizes(m: ModelConfig) -> ModelConfig:
 
 
 def _check_choices(m: ModelConfig, o: OptimizerConfig) -> None:
-    """Refuses choices, the kind's filled in, that do not go together."""
+    """Refuses choices that do not go together; those of the kind's preset are filled in."""
     for name in ("alpha_a", "alpha_m"):
         form = getattr(m, name).form
         _require(
@@ -221,12 +222,12 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _taken_back(name: str, value: Any) -> str:
-    """How a list that an experiment file gives is emptied on the command line."""
+    """How the command line removes strings that an experiment file gives, for a message."""
     return f" (--config.{name}= empties it)" if isinstance(value, tuple) else ""
 
 
 def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
-    """Refuses values of a source's fields, and fields that the source does not read.
+    """Refuses values that a field does not allow, and fields that the source does not read.
 
     Args:
       s: the source.
