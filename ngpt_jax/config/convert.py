@@ -128,16 +128,14 @@ def to_config_dict(section: Any) -> ml_collections.ConfigDict:
     """A locked ConfigDict with the fields of a dataclass; those that are None can still be set."""
     out = ml_collections.ConfigDict()
     for f in dataclasses.fields(section):
-        name, value = f.name, getattr(section, f.name)
+        value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
-            out[name] = to_config_dict(value)
+            value = to_config_dict(value)
         elif _entry_type(f.type):
-            out[name] = ml_collections.ConfigDict({k: to_config_dict(v) for k, v in value.items()})
+            value = ml_collections.ConfigDict({k: to_config_dict(v) for k, v in value.items()})
         elif is_optional(f.type):
-            out[name] = config_dict.placeholder(plain_type(f.type))
-            out[name] = value
-        else:
-            out[name] = value
+            out[f.name] = config_dict.placeholder(plain_type(f.type))
+        out[f.name] = value
     return out.lock()
 
 

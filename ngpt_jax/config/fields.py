@@ -100,10 +100,8 @@ class ModelConfig:
         None, POSITIVE, OWN, "initial standard deviation of free matrices", always_in_digest=True
     )
     normalize_on_read: bool = field(
-        False, ANY, OWN,
-        "with weights=sphere: also normalize each matrix where it is used (gradients become"
-        " tangent)",
-    )  # fmt: skip
+        False, ANY, OWN, "with weights=sphere: also normalize matrices where they are read"
+    )
     folded: bool = field(
         False, ANY, OWN, "scales are multiplied into the matrices; for inference, not for training"
     )
@@ -116,7 +114,7 @@ class ModelConfig:
     dtype: str = field("float32", _DTYPE, FREE, "type of activations and matrix products")
     param_dtype: str = field("float32", _DTYPE, OWN, "type of the stored parameters")
     # It changes rounding alone, as remat does. But the digests of published tables have it.
-    scan_layers: bool = field(True, ANY, FREE, "compile one block and scan it over the layers")
+    scan_layers: bool = field(True, ANY, FREE, "compile one block, and scan it over the layers")
     remat: str = field(
         "none", one_of("none", "attention", "dots", "full"), NEUTRAL,
         "what of a block the backward pass computes again. attention: all but attention's own"
@@ -276,17 +274,14 @@ class MeshConfig:
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
     xla_flags: str = field(
-        "overlap", one_of("overlap", "none"), NEUTRAL,
-        "overlap: GPUs communicate while they compute (TPUs do so anyway)",
-    )  # fmt: skip
+        "overlap", one_of("overlap", "none"), NEUTRAL, "GPUs communicate while they compute, or not"
+    )
     compilation_cache: str | None = field(
-        "~/.cache/ngpt_jax", ANY, NEUTRAL,
-        "folder of compiled programs, used on TPU and GPU; None: no cache",
-    )  # fmt: skip
+        "~/.cache/ngpt_jax", ANY, NEUTRAL, "folder of compiled programs (TPU, GPU); None: none"
+    )
     hang_seconds: int = field(
-        1800, NOT_NEGATIVE, NEUTRAL,
-        "a step that takes longer prints the stacks of all threads to stderr; 0: never",
-    )  # fmt: skip
+        1800, NOT_NEGATIVE, NEUTRAL, "a longer step prints the stacks of all threads; 0: never"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,9 +311,8 @@ class CheckpointConfig:
         1000, POSITIVE, NEUTRAL, "steps between checkpoints; the last step is always saved"
     )
     minutes: float = field(
-        0.0, NOT_NEGATIVE, NEUTRAL,
-        "also save when this many minutes have passed since the last save; 0: never",
-    )  # fmt: skip
+        0.0, NOT_NEGATIVE, NEUTRAL, "also save so many minutes after the last save; 0: never"
+    )
     keep: int = field(2, POSITIVE, NEUTRAL, "newest checkpoints that stay on disk")
     keep_every: int | None = field(
         None, POSITIVE, NEUTRAL, "checkpoints of multiples of this step stay for good"
