@@ -19,6 +19,7 @@ from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
 from ngpt_jax.files import is_remote, reason, remove_leftovers, write_atomically
 from ngpt_jax.parallel import distributed
 
@@ -35,47 +36,18 @@ class Diverged(RunError):
     exit_code = 3
 
 
-# What a run may change when it goes on, by the names of fields; the longest prefix decides.
-_RUN, _SCHEDULE, _FREE = "the run's own", "schedule", "free"
-_MAY_CHANGE = {
-    "model.": _RUN,
-    "model.dtype": _FREE,
-    "model.scan_layers": _FREE,
-    "model.remat": _FREE,
-    "model.loss_chunk": _FREE,
-    "model.attention": _FREE,
-    "optimizer.": _RUN,
-    "optimizer.learning_rate": _SCHEDULE,
-    "optimizer.schedule": _SCHEDULE,
-    "optimizer.warmup_": _SCHEDULE,
-    "optimizer.final_fraction": _SCHEDULE,
-    "optimizer.decay_fraction": _SCHEDULE,
-    # Where the text and the tokenizer lie: what they are is told by their fingerprints.
-    "data.": _FREE,
-    "data.seed": _RUN,
-    "data.packing": _RUN,
-    "data.mask_documents": _RUN,
-    "data.mixture.": _FREE,
-    "train.seed": _RUN,
-    "train.steps": _SCHEDULE,
-    "train.tokens": _SCHEDULE,
-    "train.batch_size": _SCHEDULE,
-}
+_RUN, _SCHEDULE, _FREE = OWN.resume, SCHEDULE.resume, FREE.resume
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
-    """Differences of two configs by what may become of them: free, schedule, the run's own."""
+    """Differences of two configs, by what a change does to a run (config/facts.py)."""
     found: dict[str, list[str]] = {_RUN: [], _SCHEDULE: [], _FREE: []}
     constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
     for difference in config_lib.differences(old, new):
-        name = difference.partition(":")[0]
-        prefixes = [prefix for prefix in _MAY_CHANGE if name.startswith(prefix)]
-        kind = _MAY_CHANGE[max(prefixes, key=len)] if prefixes else _FREE
-        if name.startswith("data.mixture.") and name.endswith(".weight"):
-            kind = _RUN
-        if constant and name in ("train.steps", "train.tokens"):
-            kind = _FREE  # the end of a run without a schedule is no part of it
-        found[kind].append(difference)
+        field = difference.field
+        # The length of a run without a schedule decides nothing but its end.
+        length = constant and field.name in ("train.steps", "train.tokens")
+        found[_FREE if length else field.effect.resume].append(str(difference))
     return found
 
 
