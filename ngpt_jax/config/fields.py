@@ -24,6 +24,7 @@ from ngpt_jax.config.facts import (
     one_of,
     section,
 )
+from ngpt_jax.config.sources import SOURCES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,17 +164,13 @@ class OptimizerConfig:
     )
 
 
-SOURCES = ("stdlib", "text", "tfds", "array_record", "bin")
-
-
 # A run and a study know the text and the tokenizer by fingerprints. So these fields may change.
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
     source: str = field(
         "stdlib", one_of(*SOURCES, "mixture"), FREE,
-        "stdlib: the running Python's own source code; text: files; tfds: TensorFlow Datasets;"
-        " array_record: text or token ids; bin: token ids of nanoGPT, llm.c or data.prepare;"
-        " mixture: the sources in data.mixture",
+        "; ".join(f"{name}: {source.meaning}" for name, source in SOURCES.items())
+        + "; mixture: the sources in data.mixture",
     )  # fmt: skip
     paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,

@@ -19,7 +19,6 @@ from ngpt_jax.config.convert import build, did_you_mean, fields
 from ngpt_jax.config.facts import Allowed, one_of
 from ngpt_jax.config.fields import (
     SCALES,
-    SOURCES,
     Config,
     DataConfig,
     MeshConfig,
@@ -29,6 +28,7 @@ from ngpt_jax.config.fields import (
     TrainConfig,
 )
 from ngpt_jax.config.presets import PRESETS, fill_in
+from ngpt_jax.config.sources import SOURCES
 from ngpt_jax.errors import ConfigError
 
 
@@ -204,7 +204,7 @@ def _check_choices(m: ModelConfig, o: OptimizerConfig) -> None:
 def _check_data(data: DataConfig) -> None:
     if data.source != "mixture":
         _require(not data.mixture, f"data.mixture is for data.source=mixture, not {data.source}.")
-        check_source(data, "data", (*SOURCES, "mixture"))
+        check_source(data, "data.", tuple(SOURCES))
         return
     _require(
         bool(data.mixture),
@@ -215,15 +215,15 @@ def _check_data(data: DataConfig) -> None:
         _require(
             getattr(data, f.name) == f.value,
             f"data.{f.name} is not read where data.source=mixture; set data.mixture.NAME.{f.name}"
-            f"{_taken_back(f'data.{f.name}', f.value)}.",
+            f"{_how_to_empty(f'--config.data.{f.name}', f.value)}.",
         )
     for name, source in data.mixture.items():
-        check_source(source, f"data.mixture.{name}", SOURCES)
+        check_source(source, f"data.mixture.{name}.", tuple(SOURCES))
 
 
-def _taken_back(name: str, value: Any) -> str:
+def _how_to_empty(flag: str, value: Any) -> str:
     """How the command line removes strings that an experiment file gives, for a message."""
-    return f" (--config.{name}= empties it)" if isinstance(value, tuple) else ""
+    return f" ({flag}= empties it)" if isinstance(value, tuple) else ""
 
 
 def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
@@ -231,40 +231,31 @@ def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
 
     Args:
       s: the source.
-      prefix: of its fields in error messages, e.g. data.
+      prefix: of the names of its fields: "data." for example, or "--" where they are flags.
       known: names that s.source may have here.
     """
-    _check(f"{prefix}.source", s.source, one_of(*known))
-    _check_each(s, f"{prefix}.")
+    flag = prefix if prefix == "--" else f"--config.{prefix}"
+    _check(f"{prefix}source", s.source, one_of(*known))
+    _check_each(s, prefix)
+    source = SOURCES[s.source]
     given = {f.name for f in fields(SourceConfig()) if getattr(s, f.name) != f.value}
-    reads = {
-        "stdlib": "held_out",
-        "text": "paths eval_paths text_key held_out",
-        "tfds": "paths text_key held_out tfds_name tfds_split tfds_eval_split",
-        "array_record": "paths eval_paths held_out token_dtype",
-        "bin": "paths eval_paths held_out token_dtype",
-    }
-    for name in sorted(given - {"source", *reads[s.source].split()}):
-        readers = ", ".join(source for source, names in reads.items() if name in names.split())
+    for name in sorted(given - {"source", *source.reads.split()}):
+        readers = ", ".join(k for k in known if name in SOURCES[k].reads.split())
         raise ConfigError(
-            f"{prefix}.{name} is for {prefix}.source={readers}, not {s.source}; leave it out"
-            f"{_taken_back(f'{prefix}.{name}', getattr(s, name))}, or change the source."
+            f"{prefix}{name} is for {prefix}source={readers}, not {s.source}; leave it out"
+            f"{_how_to_empty(f'{flag}{name}', getattr(s, name))}, or change the source."
         )
-    example = {"text": "book.txt", "array_record": "DIR", "bin": "train.bin"}.get(s.source)
-    if example is not None:
-        _require(
-            bool(s.paths),
-            f"{prefix}.source={s.source} needs {prefix}.paths, e.g."
-            f" --config.{prefix}.paths={example}",
-        )
-    if s.source == "tfds":
-        _require(
-            bool(s.paths or s.tfds_name) and len(s.paths) < 2,
-            f"{prefix}.source=tfds needs {prefix}.tfds_name, or the folder of one data set in"
-            f" {prefix}.paths, or both.",
-        )
+    _require(
+        source.example is None or bool(s.paths),
+        f"{prefix}source={s.source} needs {prefix}paths, e.g. {flag}paths={source.example}",
+    )
+    _require(
+        s.source != "tfds" or (bool(s.paths or s.tfds_name) and len(s.paths) < 2),
+        f"{prefix}source=tfds needs {prefix}tfds_name, or the folder of one data set in"
+        f" {prefix}paths, or both.",
+    )
     for item in s.eval_paths:
         _require(
             "=" in item,
-            f"{prefix}.eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt",
+            f"{prefix}eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt",
         )

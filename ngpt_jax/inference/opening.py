@@ -17,7 +17,7 @@ from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from ngpt_jax.checkpoint.folder import CheckpointFolder
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.files import reason
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
