@@ -41,7 +41,7 @@ def test_each_source_is_in_the_table():
     """Text has a function that opens it; bin holds tokens."""
     assert {*sources.OPENERS, "bin"} == SOURCES.keys()
     fields = {field.name for field in dataclasses.fields(SourceConfig)}
-    assert all(fields.issuperset(source.reads) for source in SOURCES.values())
+    assert all(fields.issuperset(source.reads.split()) for source in SOURCES.values())
 
 
 # -------------------------------------------------------------------------------------- stdlib

@@ -67,10 +67,15 @@ def load_corpus(
     held_out: list[EvalSet] = []
     tokens, prints = 0, []
     for name, source in _named_sources(config).items():
-        if token_files.holds_tokens(source, _prefix(name)):
-            opened = token_files.open_tokens(source, _prefix(name), tokenizer, cache)
+        prefix = _prefix(name)
+        if token_files.holds_tokens(source, prefix):
+            opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
-            opened = _prepare(source, _prefix(name), tokenizer, cache, terminal, stopped)
+            text, share = open_source(source, prefix), source.held_out
+            key = source_key(text, share, tokenizer, "bin", SHARD_TOKENS)
+            folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
+            prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
+            opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
         train[name] = _pack(opened, config, context, tokenizer.eod, cache)
         for eval_set in opened.held_out:
             full_name = f"{name}/{eval_set.name}" if name else eval_set.name
@@ -118,22 +123,6 @@ def _named_sources(config: DataConfig) -> Mapping[str, SourceConfig]:
 def _prefix(name: str) -> str:
     """Of the names of a source's fields."""
     return f"data.mixture.{name}." if name else "data."
-
-
-def _prepare(
-    source: SourceConfig,
-    prefix: str,
-    tokenizer: Tokenizer,
-    cache: Path,
-    terminal: Terminal | None,
-    stopped: Callable[[], bool],
-) -> SourceTokens:
-    """The tokens of a source of text, from the cache if they were prepared before."""
-    text = open_source(source, prefix)
-    key = source_key(text, source.held_out, tokenizer, "bin", SHARD_TOKENS)
-    folder = epath.Path(cache) / key[:32]
-    prepare_folder(text, source.held_out, tokenizer, folder, terminal=terminal, stopped=stopped)
-    return token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
 
 
 def _pack(

@@ -1,16 +1,21 @@
-"""Files opened for reading: local or gs://, plain, .gz or .zst."""
+"""Files opened for reading: local or gs://, plain, .gz or .zst; array_record."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gzip
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, TextIO, cast
 
 from etils import epath
 
-from ngpt_jax.files import is_remote
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data.list_files import stamp
+from ngpt_jax.files import is_remote, reason
+
+RECORDS_AT_ONCE = 256
 
 
 def open_binary(path: epath.Path) -> IO[Any]:
@@ -70,8 +75,64 @@ def open_text(path: epath.Path) -> Iterator[tuple[TextIO, Callable[[], int]]]:
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:
-    """Bytes [start, stop) of a remote file, fetched alone."""
-    import fsspec
+    """Bytes [start, stop) of a file, fewer where it is shorter."""
+    if is_remote(path):
+        import fsspec
 
-    filesystem, name = fsspec.core.url_to_fs(path)
-    return filesystem.cat_file(name, start=start, end=stop)
+        filesystem, name = fsspec.core.url_to_fs(path)
+        return filesystem.cat_file(name, start=start, end=stop)
+    with open(path, "rb") as f:
+        f.seek(start)
+        return f.read(stop - start)
+
+
+class RecordFile:
+    """An array_record file. It is cheap to make and is opened where it is read.
+
+    Args:
+      file: to read.
+      field: that names the file, for messages.
+
+    Raises ConfigError: a remote file, or one without records.
+    """
+
+    def __init__(self, file: epath.Path, field: str):
+        if is_remote(file):
+            raise ConfigError(
+                f"{field}: array_record files are read from local disks alone, not {str(file)!r};"
+                " copy them, or use text or bin."
+            )
+        self.file, self.field, self.stamp = file, field, stamp(file)
+        self._length = self._call(lambda reader: reader.num_records())
+        if not self._length:
+            raise ConfigError(
+                f"{field}: {str(file)!r} holds no array_record records; mend or drop it."
+            )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, start: int, stop: int) -> Sequence[bytes]:
+        """Records [start, stop); raises ConfigError."""
+        return self._call(lambda reader: reader.read(start, stop))
+
+    def __iter__(self) -> Iterator[bytes]:
+        for start in range(0, len(self), RECORDS_AT_ONCE):
+            yield from self.read(start, min(start + RECORDS_AT_ONCE, len(self)))
+
+    def _call(self, fn: Callable[[Any], Any]) -> Any:
+        try:
+            return fn(_reader(str(self.file), self.stamp))
+        except (RuntimeError, ValueError, OSError, IndexError) as e:
+            raise ConfigError(
+                f"{self.field}: {str(self.file)!r} cannot be read as array_record: {reason(e)};"
+                " mend or drop it."
+            ) from e
+
+
+@functools.lru_cache(maxsize=64)  # each reader holds a file and its index
+def _reader(path: str, stamp: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    del stamp  # in the key, so that a changed file is opened anew
+    return ArrayRecordReader(path, "readahead_buffer_size:0")

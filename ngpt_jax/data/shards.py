@@ -17,8 +17,7 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.list_files import stamp
-from ngpt_jax.data.open_files import read_range
-from ngpt_jax.data.record_files import RecordFile
+from ngpt_jax.data.open_files import RecordFile, read_range
 from ngpt_jax.files import is_remote, reason
 
 # llm.c's header is 256 int32: magic, version, number of tokens, zeros.
@@ -82,11 +81,7 @@ class BinShard:
 
     def fingerprint(self) -> str:
         """Of the size, the first and the last MiB: hashing the whole file may take hours."""
-        ends = min(self.tokens, _SAMPLE_BYTES // self.dtype.itemsize)
-        digest = hashlib.sha256(f"{self.dtype} {self.tokens} ".encode())
-        digest.update(self.read(0, ends).tobytes())
-        digest.update(self.read(self.tokens - ends, self.tokens).tobytes())
-        return digest.hexdigest()
+        return _fingerprint(self, self.dtype)
 
 
 @functools.lru_cache(maxsize=256)
@@ -107,7 +102,7 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
     Raises ConfigError: the file is empty, cut short, or of an unknown kind.
     """
     size, name = file.stat().length, str(file)
-    head = read_range(name, 0, 12) if is_remote(name) else _first_bytes(name, 12)
+    head = read_range(name, 0, 12)
     magic, version, count = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
     if magic in (known for known, _ in _HEADERS):
         if (magic, version) not in _HEADERS:
@@ -142,9 +137,12 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
     return shard
 
 
-def _first_bytes(name: str, count: int) -> bytes:
-    with open(name, "rb") as f:
-        return f.read(count)
+def _fingerprint(shard: Shard, dtype: np.dtype, more: bytes = b"") -> str:
+    tokens, ends = len(shard), min(len(shard), _SAMPLE_BYTES // dtype.itemsize)
+    digest = hashlib.sha256(f"{dtype} {tokens} ".encode() + more)
+    digest.update(shard.read(0, ends).tobytes())
+    digest.update(shard.read(tokens - ends, tokens).tobytes())
+    return digest.hexdigest()
 
 
 class ArrayRecordShard:
@@ -177,27 +175,19 @@ class ArrayRecordShard:
         return tokens[start:stop]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self._dtype} {len(self)} ".encode())
-        digest.update(self._ends.tobytes())
-        ends = min(len(self), _SAMPLE_BYTES // self._dtype.itemsize)
-        digest.update(self.read(0, ends).tobytes())
-        digest.update(self.read(len(self) - ends, len(self)).tobytes())
-        return digest.hexdigest()
+        """Of the lengths of records, the first and the last MiB."""
+        return _fingerprint(self, self._dtype, self._ends.tobytes())
 
 
 def record_lengths(records: RecordFile, dtype: np.dtype) -> np.ndarray:
     """Tokens of each record, (records,) int64; reads the whole file. Raises ConfigError."""
-    lengths = np.zeros(len(records), np.int64)
-    for start in range(0, len(records), 1024):
-        stop = min(start + 1024, len(records))
-        sizes = np.array([len(record) for record in records.read(start, stop)])
-        if (sizes % dtype.itemsize).any():
-            raise ConfigError(
-                f"{records.field}: a record of {str(records.file)!r} is no whole number of"
-                f" {dtype.name}; set token_dtype (None: the records are text)."
-            )
-        lengths[start:stop] = sizes // dtype.itemsize
-    return lengths
+    sizes = np.fromiter(map(len, records), np.int64, len(records))
+    if (sizes % dtype.itemsize).any():
+        raise ConfigError(
+            f"{records.field}: a record of {str(records.file)!r} is no whole number of"
+            f" {dtype.name}; set token_dtype (None: the records are text)."
+        )
+    return sizes // dtype.itemsize
 
 
 class TokenStream:

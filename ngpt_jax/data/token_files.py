@@ -16,7 +16,7 @@ from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.cached_arrays import cached_arrays
 from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, stamp
 from ngpt_jax.data.manifest import Manifest
-from ngpt_jax.data.record_files import RecordFile
+from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import (
     ArrayRecordShard,
     BinShard,
@@ -61,8 +61,7 @@ def holds_tokens(source: SourceConfig, prefix: str) -> bool:
     """Whether a source holds token ids, not text."""
     if source.source != "array_record" or source.token_dtype is not None:
         return source.source in ("bin", "array_record")
-    paths = (parse_path(path, f"{prefix}paths") for path in source.paths)
-    return any((path / manifest_lib.NAME).exists() for path in paths)
+    return _prepared_folder(source, prefix) is not None
 
 
 def check_tokens(
@@ -108,9 +107,13 @@ def open_tokens(
     files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
     _refuse_held_out_files(files, prefix)
 
+    def open_shard(file: epath.Path, field: str) -> Shard:
+        if source.source == "bin":
+            return open_bin(file, field, source.token_dtype)
+        return _open_records(file, field, np.dtype(source.token_dtype), cache)
+
     def stream_of(some: Sequence[epath.Path], field: str) -> TokenStream:
-        shards = [_open_shard(file, field, source, cache) for file in some]
-        return TokenStream(shards, tokenizer.vocab_size)
+        return TokenStream([open_shard(file, field) for file in some], tokenizer.vocab_size)
 
     train = stream_of(files, f"{prefix}paths")
     streams = {name: stream_of(held, f"{prefix}eval_paths") for name, held in eval_files.items()}
@@ -203,15 +206,8 @@ def _refuse_held_out_files(files: Sequence[epath.Path], prefix: str) -> None:
             )
 
 
-def _open_shard(file: epath.Path, field: str, source: SourceConfig, cache: Path) -> Shard:
-    if source.source == "bin":
-        return open_bin(file, field, source.token_dtype)
-    assert source.token_dtype is not None
-    return _open_records(file, field, np.dtype(source.token_dtype).newbyteorder("<"), cache)
-
-
 def _open_records(file: epath.Path, field: str, dtype: np.dtype, cache: Path) -> ArrayRecordShard:
-    records = RecordFile(file, field)
+    records, dtype = RecordFile(file, field), dtype.newbyteorder("<")
     key = digest_of(["lengths", records.stamp, dtype.str])
     (lengths,) = cached_arrays(cache, key, lambda: [record_lengths(records, dtype)])
     return ArrayRecordShard(records, dtype, lengths)

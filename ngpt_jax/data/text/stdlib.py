@@ -31,7 +31,6 @@ _SKIPPED_MODULES = {"ensurepip", "msilib", "site", "sysconfig", "tkinter", "turt
 
 def open_stdlib(config: SourceConfig, prefix: str, download: bool) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`."""
-    del download
     root = Path(sysconfig.get_paths()["stdlib"])
     files = stdlib_files(root)
     if len({_module(file, root) for file in files}) < 2:

@@ -21,7 +21,6 @@ SUFFIXES = (*(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in _PA
 
 def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`."""
-    del download
 
     def unit(file: epath.Path, field: str) -> Unit:
         read = functools.partial(read_documents, file, field, config.text_key, f"{prefix}text_key")

@@ -9,7 +9,8 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import parse_path, stamp
-from ngpt_jax.data.text.units import RECORDS_AT_ONCE, TextSource, Unit, decode_records
+from ngpt_jax.data.open_files import RECORDS_AT_ONCE
+from ngpt_jax.data.text.units import TextSource, Unit, decode_records
 from ngpt_jax.files import reason
 
 

@@ -11,8 +11,6 @@ from etils import epath
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import find_train_and_eval_files
 
-RECORDS_AT_ONCE = 256
-
 
 @dataclass(frozen=True)
 class Unit:

@@ -1,4 +1,4 @@
-"""What the program asks of a tokenizer, and what the kinds of tokenizers share."""
+"""What every tokenizer is, and what is common to those that come from files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -21,30 +20,28 @@ KINDS = (
 )
 
 
-class Tokenizer(Protocol):
-    """What the program asks of a tokenizer.
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back. Each kind of tokenizer is a class derived from this one.
 
     Half a surrogate pair, which UTF-8 cannot hold, is encoded as "?".
+
+    Attributes:
+      name: for people to read.
+      vocab_size: largest id + 1.
+      eod: id of the end-of-document token.
+      fingerprint: hex SHA-256 of everything that the ids depend on: kind, content of the files,
+        ``eod``.
     """
 
-    @property
-    def name(self) -> str:
-        """For people to read."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Largest id + 1."""
-
-    @property
-    def eod(self) -> int:
-        """Id of the end-of-document token."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hex SHA-256 of everything that the ids depend on: kind, content of the files, ``eod``."""
+    name: str
+    vocab_size: int
+    eod: int
+    fingerprint: str
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. None is a special token, even where the text spells one."""
+        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, (tokens,) int32.
@@ -52,9 +49,18 @@ class Tokenizer(Protocol):
         Runs in the calling thread. A tokenizers JSON file alone uses more threads, as many as the
         environment variable TOKENIZERS_PARALLELISM allows.
         """
+        raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of ids; ``eod`` and ids without a token are left out."""
+        # Document by document: decoders treat the start of a text in a way of their own.
+        known = (int(i) for i in ids if 0 <= i < self.vocab_size)
+        documents = itertools.groupby(known, lambda i: i == self.eod)
+        return "".join(self.decode_document(list(some)) for is_eod, some in documents if not is_eod)
+
+    def decode_document(self, ids: list[int]) -> str:
+        """Text of ids below ``vocab_size``, none of which is ``eod``."""
+        raise NotImplementedError
 
 
 def check_tokenizer(tokenizer: Tokenizer, saved: str, where: str, verb: str = "trained") -> None:
@@ -87,16 +93,6 @@ def fingerprint_of(kind: str, eod: int, *contents: bytes) -> str:
     for content in contents:
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-def decode_documents(
-    ids: Iterable[int], vocab_size: int, eod: int, decode: Callable[[list[int]], str]
-) -> str:
-    """``Tokenizer.decode`` from a function that decodes the ids of one document."""
-    # Document by document: decoders treat the start of a text in a way of their own.
-    known = (int(i) for i in ids if 0 <= i < vocab_size)
-    documents = itertools.groupby(known, lambda i: i == eod)
-    return "".join(decode(list(document)) for is_eod, document in documents if not is_eod)
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ngpt_jax.data.tokenizers.base import decode_documents, fingerprint_of, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, fingerprint_of, utf8
 
 
 @dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """UTF-8 bytes are ids 0 to 255, ``eod`` is 256, which no text can spell.
 
     ``decode(encode(text)) == text``; bytes that are not UTF-8 decode to U+FFFD.
@@ -22,16 +22,8 @@ class ByteTokenizer:
     eod: int = field(default=256, init=False)
     fingerprint: str = field(default=fingerprint_of("byte", 256), init=False)
 
-    def encode(self, text: str) -> list[int]:
-        return list(utf8(text))
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_documents(
-            ids,
-            self.vocab_size,
-            self.eod,
-            lambda document: bytes(document).decode(errors="replace"),
-        )
+    def decode_document(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tokenizers
 
-from ngpt_jax.data.tokenizers.base import TokenizerFile, decode_documents, fingerprint_of, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, TokenizerFile, fingerprint_of, utf8
 from ngpt_jax.files import reason
 
 
 @dataclass(frozen=True)
-class JsonTokenizer:
+class JsonTokenizer(Tokenizer):
     """A ``tokenizers`` JSON file, see :func:`load_json`.
 
     Text that spells ``eod`` (or another special token of the file) is encoded as plain text. A
@@ -24,12 +24,8 @@ class JsonTokenizer:
     """
 
     tokenizer: tokenizers.Tokenizer
-    name: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> list[int]:  # without the threads that a batch starts
         return self.tokenizer.encode(utf8(text).decode(), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -37,11 +33,8 @@ class JsonTokenizer:
         encodings = self.tokenizer.encode_batch_fast(clean, add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_documents(ids, self.vocab_size, self.eod, self._decode)
-
-    def _decode(self, document: list[int]) -> str:
-        return self.tokenizer.decode(document, skip_special_tokens=False)
+    def decode_document(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

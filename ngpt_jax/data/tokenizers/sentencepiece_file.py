@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from ngpt_jax.data.tokenizers.base import TokenizerFile, decode_documents, fingerprint_of, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, TokenizerFile, fingerprint_of, utf8
 
 
 @dataclass(frozen=True)
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model, see :func:`load_sentencepiece`.
 
     Text never gives ``eod``. Text that spells a user-defined symbol gives that symbol, as the model
@@ -22,21 +22,14 @@ class SentencePieceTokenizer:
     """
 
     processor: SentencePieceProcessor
-    name: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
-
-    def encode(self, text: str) -> list[int]:
-        return self.processor.encode(utf8(text), out_type=int)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         clean = [utf8(text) for text in texts]
         batch = self.processor.encode(clean, out_type=int, num_threads=1)
         return [np.array(ids, np.int32) for ids in batch]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return decode_documents(ids, self.vocab_size, self.eod, self.processor.decode)
+    def decode_document(self, ids: list[int]) -> str:
+        return self.processor.decode(ids)
 
 
 def load_sentencepiece(file: TokenizerFile) -> SentencePieceTokenizer:

@@ -6,7 +6,7 @@ import base64
 import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -16,15 +16,15 @@ from tiktoken import Encoding
 
 from ngpt_jax.data.tokenizers.base import (
     KINDS,
+    Tokenizer,
     TokenizerFile,
-    decode_documents,
     fingerprint_of,
     utf8,
 )
 
 
 @dataclass(frozen=True)
-class TiktokenTokenizer:
+class TiktokenTokenizer(Tokenizer):
     """Byte-level BPE by tiktoken, see :func:`load_tiktoken` and :func:`load_gpt2`.
 
     Text never gives ``eod`` or another special token, and ``decode(encode(text)) == text``. Ids
@@ -36,32 +36,23 @@ class TiktokenTokenizer:
     """
 
     encoding: Encoding
-    name: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
     unused: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text).tolist()
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode(text) for text in texts]
+        return [self._encode(utf8(text).decode()) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
-        clean = utf8(text).decode()
         try:
-            ids = self.encoding.encode_to_numpy(clean, disallowed_special=())
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:  # stack overflow in the matcher of the pattern
-            portions = [clean[i : i + 2**18] for i in range(0, len(clean), 2**18)]
+            portions = [text[i : i + 2**18] for i in range(0, len(text), 2**18)]
             ids = np.concatenate(
                 [self.encoding.encode_to_numpy(p, disallowed_special=()) for p in portions]
             )
         return ids.astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        used = (i for i in ids if i not in self.unused)
-        return decode_documents(used, self.vocab_size, self.eod, self.encoding.decode)
+    def decode_document(self, ids: list[int]) -> str:
+        return self.encoding.decode([i for i in ids if i not in self.unused])
 
 
 def _tokenizer(
