@@ -66,8 +66,7 @@ def load_corpus(
     train: dict[str, Sequences] = {}
     held_out: list[EvalSet] = []
     tokens, prints = 0, []
-    for name, source in _named_sources(config).items():
-        prefix = _prefix(name)
+    for name, prefix, source in _sources(config):
         if token_files.holds_tokens(source, prefix):
             opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
@@ -99,8 +98,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
     train: dict[str, str] = {}  # real path -> field
     held_out: dict[str, str] = {}
-    for name, source in _named_sources(config).items():
-        prefix = _prefix(name)
+    for _, prefix, source in _sources(config):
         if token_files.holds_tokens(source, prefix):
             train_files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
             names = [{real_path(file) for file in some} for some in (train_files, eval_files)]
@@ -116,13 +114,11 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _named_sources(config: DataConfig) -> Mapping[str, SourceConfig]:
-    return config.mixture if config.source == "mixture" else {"": config}
-
-
-def _prefix(name: str) -> str:
-    """Of the names of a source's fields."""
-    return f"data.mixture.{name}." if name else "data."
+def _sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
+    """(name, prefix of the names of its fields, source) of each source."""
+    if config.source != "mixture":
+        return [("", "data.", config)]
+    return [(name, f"data.mixture.{name}.", source) for name, source in config.mixture.items()]
 
 
 def _pack(

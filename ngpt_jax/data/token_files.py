@@ -15,7 +15,7 @@ from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.cached_arrays import cached_arrays
 from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, stamp
-from ngpt_jax.data.manifest import Manifest
+from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import (
     ArrayRecordShard,
@@ -139,16 +139,18 @@ def open_prepared(
     manifest_lib.check_manifest(manifest, folder, tokenizer, field)
     if not is_remote(folder):
         _verify_once(manifest, folder, field, cache)
-    dtype, streams = np.dtype(manifest.dtype).newbyteorder("<"), dict[str, TokenStream]()
-    for name, facts in manifest.sets.items():
-        shards: list[Shard] = []
-        for shard in facts.shards:
-            file = folder / shard.file
-            if manifest.format == "bin":
-                shards.append(BinShard(str(file), dtype, 0, shard.tokens, stamp(file)))
-            else:
-                shards.append(_open_records(file, field, dtype, cache))
-        streams[name] = TokenStream(shards, tokenizer.vocab_size)
+    dtype = np.dtype(manifest.dtype).newbyteorder("<")
+
+    def open_shard(facts: ShardFacts) -> Shard:
+        file = folder / facts.file
+        if manifest.format == "bin":
+            return BinShard(str(file), dtype, 0, facts.tokens, stamp(file))
+        return _open_records(file, field, dtype, cache)
+
+    streams = {
+        name: TokenStream([open_shard(shard) for shard in facts.shards], tokenizer.vocab_size)
+        for name, facts in manifest.sets.items()
+    }
     train = streams.pop("train")
     held_out = [
         EvalSet(name, some, manifest.sets[name].bytes, tokenizer.eod, manifest.fingerprint(name))

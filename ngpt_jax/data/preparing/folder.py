@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from etils import epath
 
@@ -25,7 +24,7 @@ from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.units import TextSource
 from ngpt_jax.data.tokenizers.base import Tokenizer
-from ngpt_jax.files import digest_of, is_remote, reason, remove_leftovers, write_atomically
+from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.terminal import Terminal, format_duration
 
 SHARD_TOKENS = 100_000_000
@@ -72,7 +71,7 @@ def prepare_folder(
     try:
         _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out, terminal, stopped):
+        with _lock(out, terminal, stopped):
             for left in out.glob(f"{TEMPORARY}*"):
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
@@ -143,28 +142,25 @@ def _check_key(found: str, key: str, what: str, out: epath.Path) -> None:
         )
 
 
-@contextlib.contextmanager
-def _locked(
+def _lock(
     out: epath.Path, terminal: Terminal | None, stopped: Callable[[], bool]
-) -> Iterator[None]:
-    """One preparation of a folder at a time; the lock ends with its process."""
+) -> contextlib.AbstractContextManager:
+    """Lets one process at a time prepare a folder; raises Stopped. A bucket has no locks."""
     if is_remote(out):
-        yield
-        return
-    with open(out / ".lock", "w") as f:
-        told = False
-        while True:
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if terminal is not None and not told:
-                    terminal.say(f"waiting for another process, which prepares {out}")
-                told = True
-                if stopped():
-                    raise Stopped from None
-                time.sleep(0.2)
-        yield
+        return contextlib.nullcontext()
+    told = False
+
+    def keep_waiting() -> bool:
+        nonlocal told
+        if terminal is not None and not told:
+            terminal.say(f"waiting for another process, which prepares {out}")
+        told = True
+        return not stopped()
+
+    try:
+        return lock(out / ".lock", keep_waiting)
+    except BlockingIOError:
+        raise Stopped from None
 
 
 def _write_shards(

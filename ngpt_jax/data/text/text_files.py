@@ -62,45 +62,39 @@ def _packed_texts(
 ) -> Iterator[tuple[str, int]]:
     from zstandard import ZstdError
 
+    name = f"{field}: {str(file)!r}"
     try:
         with open_text(file) as (lines, position):
             if whole:
                 yield lines.read(), position()
                 return
             for number, line in enumerate(lines, start=1):
-                if (text := _json_text(line, text_key)) is not None:
+                if not line.isspace():
+                    text = _json_text(line, f"{name}, line {number}", text_key, key_field)
                     yield text, position()
-                elif line.strip():
-                    where = f"{field}: {str(file)!r}, line {number}"
-                    raise ConfigError(f"{where} {_why_no_text(line, text_key, key_field)}.")
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{field}: {str(file)!r} is not UTF-8; convert it to UTF-8.") from e
+        raise ConfigError(f"{name} is not UTF-8; convert it to UTF-8.") from e
     except (OSError, EOFError, zlib.error, ZstdError) as e:
         raise ConfigError(
             f"{field}: cannot read {str(file)!r}: {reason(e)}; mend or drop it."
         ) from e
 
 
-def _json_text(line: str, text_key: str) -> str | None:
-    try:
-        text = json.loads(line)[text_key]
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return None
-    return text if isinstance(text, str) else None
-
-
-def _why_no_text(line: str, text_key: str, key_field: str) -> str:
+def _json_text(line: str, where: str, text_key: str, key_field: str) -> str:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as e:
-        return f"is not JSON ({e}); mend or drop it"
+        raise ConfigError(f"{where} is not JSON ({e}); mend or drop it.") from e
     if not isinstance(record, dict):
-        return f"is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it"
+        raise ConfigError(f"{where} is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it.")
     if text_key not in record:
         keys = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
-        return f"has no {text_key!r} but {keys}; set {key_field}"
-    kind = type(record[text_key]).__name__
-    return f"has {text_key!r} of type {kind}, not str; set {key_field}"
+        raise ConfigError(f"{where} has no {text_key!r} but {keys}; set {key_field}.")
+    text = record[text_key]
+    if not isinstance(text, str):
+        kind = type(text).__name__
+        raise ConfigError(f"{where} has {text_key!r} of type {kind}, not str; set {key_field}.")
+    return text
 
 
 def _parquet_texts(
