@@ -16,7 +16,6 @@ from etils import epath
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
 from ngpt_jax.data import packing, token_files
 from ngpt_jax.data.cached_arrays import cached_arrays
-from ngpt_jax.data.list_files import real_path
 from ngpt_jax.data.packing import Sequences
 from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder, source_key
 from ngpt_jax.data.text.sources import open_source
@@ -76,9 +75,10 @@ def load_corpus(
             prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
             opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
         train[name] = _pack(opened, config, context, tokenizer.eod, cache)
-        for eval_set in opened.held_out:
-            full_name = f"{name}/{eval_set.name}" if name else eval_set.name
-            held_out.append(dataclasses.replace(eval_set, name=full_name))
+        held_out += [
+            dataclasses.replace(held, name=f"{name}/{held.name}" if name else held.name)
+            for held in opened.held_out
+        ]
         tokens += len(opened.train)
         prints.append(f"{name} {opened.fingerprint}")
     if not held_out:
@@ -100,14 +100,13 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     held_out: dict[str, str] = {}
     for _, prefix, source in _sources(config):
         if token_files.holds_tokens(source, prefix):
-            train_files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
-            names = [{real_path(file) for file in some} for some in (train_files, eval_files)]
+            files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
         else:
             text = open_source(source, prefix, download=False)
-            held = [unit for units in text.held_out.values() for unit in units]
-            names = [{unit.file for unit in some if unit.file} for some in (text.train, held)]
-        train |= dict.fromkeys(names[0], f"{prefix}paths")
-        held_out |= dict.fromkeys(names[1], f"{prefix}eval_paths")
+            files = {unit.file for unit in text.train if unit.file}
+            eval_files = {u.file for units in text.held_out.values() for u in units if u.file}
+        train |= dict.fromkeys(files, f"{prefix}paths")
+        held_out |= dict.fromkeys(eval_files, f"{prefix}eval_paths")
     for path in sorted(train.keys() & held_out.keys()):
         raise ConfigError(
             f"{held_out[path]}: {path!r} is in {train[path]} too; take it out of one of them."

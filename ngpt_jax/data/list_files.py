@@ -72,7 +72,7 @@ def find_train_and_eval_files(
     held_out: dict[str, list[epath.Path]] = {}
     for item in config.eval_paths:
         name, _, pattern = (part.strip() for part in item.partition("="))
-        bad = not name or name == "train" or set(name) & set("/\\.") or len(name) > 64
+        bad = name in ("", "train") or set(name) & set("/\\.") or len(name) > 64
         if bad or not pattern:
             raise ConfigError(
                 f"{field} must be name=path, got {item[:99]!r}, e.g. val=held_out.txt; a name"

@@ -14,7 +14,7 @@ from etils import epath
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.cached_arrays import cached_arrays
-from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, stamp
+from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real_path, stamp
 from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import (
@@ -66,11 +66,11 @@ def holds_tokens(source: SourceConfig, prefix: str) -> bool:
 
 def check_tokens(
     source: SourceConfig, prefix: str, tokenizer: Tokenizer
-) -> tuple[list[epath.Path], list[epath.Path]]:
+) -> tuple[set[str], set[str]]:
     """Refuses what is wrong with a source of tokens, as far as it shows without reading them all.
 
     Returns:
-      The files to train on, and the held-out ones; none for a prepared folder.
+      Real paths of the files to train on, and of the held-out ones; none for a prepared folder.
     """
     field = f"{prefix}paths"
     if (folder := _prepared_folder(source, prefix)) is not None:
@@ -81,12 +81,13 @@ def check_tokens(
                 f" {prefix}source={manifest.format}."
             )
         manifest_lib.check_manifest(manifest, folder, tokenizer, field)
-        return [], []
+        return set(), set()
     files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
         for file in files:
             open_bin(file, field, source.token_dtype)
-    return files, [file for held in eval_files.values() for file in held]
+    eval_names = {real_path(file) for held in eval_files.values() for file in held}
+    return {real_path(file) for file in files}, eval_names
 
 
 def open_tokens(

@@ -87,8 +87,7 @@ def prepare_folder(
             _write_progress(out, place, done)  # before any shard: it tells whose the folder is
             portions = tokenized(groups, place, tokenizer, workers or os.cpu_count() or 1)
             report = _Report(groups, terminal)
-            end = Place(len(groups), 0, 0)
-            done = _write_shards(out, done, portions, end, shard_tokens, report, stopped)
+            done = _write_shards(out, done, portions, shard_tokens, report, stopped)
             for group in groups:
                 if group.name not in done.sets:
                     raise ConfigError(f"{group.name}: there is no text in it; give some.")
@@ -167,7 +166,6 @@ def _write_shards(
     out: epath.Path,
     done: Manifest,
     portions: Iterable[tuple[Portion, list[Tokens]]],
-    end: Place,
     shard_tokens: int,
     report: _Report,
     stopped: Callable[[], bool],
@@ -178,7 +176,6 @@ def _write_shards(
       out: the folder.
       done: what is finished.
       portions: of all documents that are left, with their tokens.
-      end: the place after them.
       shard_tokens, stopped: as for :func:`prepare_folder`.
       report: shows progress.
     """
@@ -193,9 +190,7 @@ def _write_shards(
                 writer = stack.enter_context(ShardWriter(out, done.format))
             if stopped():
                 raise Stopped
-        done = _with_shards(done, writer)
-        _write_progress(out, end, done)
-    return done
+        return _with_shards(done, writer)
 
 
 # ------------------------------------------------------------------------ what is finished

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -12,8 +11,7 @@ from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import find_train_and_eval_files
 
 
-@dataclass(frozen=True)
-class Unit:
+class Unit(NamedTuple):
     """A part of a source whose documents are read in order: a file, a split.
 
     Attributes:
@@ -29,8 +27,7 @@ class Unit:
     file: str | None = None
 
 
-@dataclass(frozen=True)
-class TextSource:
+class TextSource(NamedTuple):
     """Text to train on, and held-out text by the name of its set.
 
     Attributes:
