@@ -23,6 +23,8 @@ class Source(NamedTuple):
     example: str | None = None
 
 
+TOKEN_FORMATS = ("bin", "array_record")  # sources that can hold token ids; prepare writes them
+
 SOURCES = {
     "stdlib": Source("the running Python's own source code", "held_out"),
     "text": Source("files", "paths eval_paths text_key held_out", "book.txt"),

@@ -13,13 +13,13 @@ import numpy as np
 from etils import epath
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data.open_files import open_binary
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.files import digest_of
 
 NAME = "manifest.json"
 VERSION = 1
-FORMATS = ("bin", "array_record")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,12 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
         values = json.loads(file.read_text())
         if values.pop("version") != VERSION:
             raise ValueError("it is of another version of ngpt_jax")
-        sets = parse_sets(values.pop("sets"))
-        manifest = Manifest(sets=sets, **values)
-        if manifest.format not in FORMATS or manifest.dtype not in ("uint16", "uint32"):
+        if values["format"] not in TOKEN_FORMATS or values["dtype"] not in ("uint16", "uint32"):
             raise ValueError("format or dtype is wrong")
-        for name in ("train", *sets):
-            check_set(sets[name], manifest)
+        sets = parse_sets(values.pop("sets"), values["format"], values["dtype"])
+        manifest = Manifest(sets=sets, **values)
         tokenizer_facts(SimpleNamespace(**manifest.tokenizer))
-        [manifest.fingerprint(name) for name in sets]
+        [manifest.fingerprint(name) for name in ("train", *sets)]
         return manifest
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(
@@ -101,24 +99,26 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
         ) from e
 
 
-def parse_sets(values: Mapping[str, Any]) -> dict[str, SetFacts]:
-    """``Manifest.sets`` from JSON; raises LookupError, TypeError or AttributeError."""
-    return {
+def parse_sets(values: Mapping[str, Any], format: str, dtype: str) -> dict[str, SetFacts]:
+    """``Manifest.sets`` from JSON.
+
+    Raises ValueError, LookupError, TypeError or AttributeError for what is impossible.
+    """
+    sets = {
         name: SetFacts(**facts | {"shards": tuple(ShardFacts(**s) for s in facts["shards"])})
         for name, facts in values.items()
     }
-
-
-def check_set(facts: SetFacts, manifest: Manifest) -> None:
-    """Raises ValueError or TypeError for facts that are impossible."""
-    counts = [facts.documents, facts.bytes, *(n for s in facts.shards for n in (s.tokens, s.bytes))]
-    if not facts.shards or any(type(n) is not int or n < 1 for n in counts):
-        raise ValueError("a number is wrong")
-    if any(type(s.file) is not str or type(s.sha256) is not str for s in facts.shards):
-        raise ValueError("a name is wrong")
-    size = np.dtype(manifest.dtype).itemsize
-    if manifest.format == "bin" and any(s.tokens * size != s.bytes for s in facts.shards):
-        raise ValueError("tokens and bytes of a shard disagree")
+    for facts in sets.values():
+        numbers = [n for shard in facts.shards for n in (shard.tokens, shard.bytes)]
+        numbers += [facts.documents, facts.bytes]
+        if not facts.shards or any(type(n) is not int or n < 1 for n in numbers):
+            raise ValueError("a number is wrong")
+        if any(type(s.file) is not str or type(s.sha256) is not str for s in facts.shards):
+            raise ValueError("a name is wrong")
+        size = np.dtype(dtype).itemsize
+        if format == "bin" and any(s.tokens * size != s.bytes for s in facts.shards):
+            raise ValueError("tokens and bytes of a shard disagree")
+    return sets
 
 
 def check_manifest(
@@ -146,7 +146,8 @@ def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
 
 
 def verify(manifest: Manifest, folder: epath.Path, field: str) -> None:
-    """Reads every shard and refuses one whose sha256 differs."""
+    """Reads every shard; refuses one that is missing, or whose size or sha256 differs."""
+    check_shards(manifest, folder, field)
     for facts in manifest.sets.values():
         for shard in facts.shards:
             if sha256_of(folder / shard.file) != shard.sha256:

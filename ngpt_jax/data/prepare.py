@@ -15,27 +15,26 @@ from __future__ import annotations
 
 import dataclasses
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
-from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig, command
-from ngpt_jax.data import manifest as manifest_lib
-from ngpt_jax.data.list_files import parse_path
-from ngpt_jax.data.manifest import Manifest
-from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder
-from ngpt_jax.data.text.sources import OPENERS, open_source
-from ngpt_jax.data.tokenizers.load import load_tokenizer
-from ngpt_jax.terminal import Terminal
+from ngpt_jax.config.sources import TOKEN_FORMATS
+
+if TYPE_CHECKING:  # imported where they are used, so that --help is quick
+    from etils import epath
+
+    from ngpt_jax.data.manifest import Manifest
+    from ngpt_jax.terminal import Terminal
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the shards, local or gs://.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "As --config.data.tokenizer of training.")
 _END = flags.DEFINE_string("end_of_document", None, "As --config.data.end_of_document.")
-_FORMAT = flags.DEFINE_enum("format", "bin", manifest_lib.FORMATS, "Of the shards.")
+_FORMAT = flags.DEFINE_enum("format", "bin", TOKEN_FORMATS, "Of the shards.")
 _SHARD_TOKENS = flags.DEFINE_integer(
-    "shard_tokens", SHARD_TOKENS, "Tokens of a training shard.", lower_bound=1
+    "shard_tokens", None, "Tokens of a training shard; default: 100 million.", lower_bound=1
 )
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one a core.", lower_bound=1)
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with its manifest.")
@@ -60,6 +59,9 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
+    from ngpt_jax.data.list_files import parse_path
+    from ngpt_jax.terminal import Terminal
+
     out, terminal = parse_path(_OUT.value, "--out"), Terminal()
     try:
         manifest = _verify(out, terminal) if _VERIFY.value else _prepare(out, terminal)
@@ -76,16 +78,21 @@ def _command(overrides: list[tuple[str, str]]) -> int:
 
 
 def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
+    from ngpt_jax.data import manifest as manifest_lib
+
     if not (out / manifest_lib.NAME).exists():
         raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
     manifest = manifest_lib.read_manifest(out, "--out")
-    manifest_lib.check_shards(manifest, out, "--out")
     manifest_lib.verify(manifest, out, "--out")
     terminal.say(f"{out}: all shards are as the manifest says")
     return manifest
 
 
 def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
+    from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder
+    from ngpt_jax.data.text.sources import OPENERS, open_source
+    from ngpt_jax.data.tokenizers.load import load_tokenizer
+
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
@@ -100,8 +107,8 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     tokenizer = load_tokenizer(named, "--")
     manifest = prepare_folder(
         open_source(source, "--"), source.held_out, tokenizer, out,
-        format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value, workers=_WORKERS.value,
-        terminal=terminal,
+        format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
+        workers=_WORKERS.value, terminal=terminal,
     )  # fmt: skip
     terminal.close()
     return manifest

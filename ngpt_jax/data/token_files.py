@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.cached_arrays import cached_arrays
 from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real_path, stamp
@@ -60,7 +61,7 @@ class SourceTokens(NamedTuple):
 def holds_tokens(source: SourceConfig, prefix: str) -> bool:
     """Whether a source holds token ids, not text."""
     if source.source != "array_record" or source.token_dtype is not None:
-        return source.source in ("bin", "array_record")
+        return source.source in TOKEN_FORMATS
     return _prepared_folder(source, prefix) is not None
 
 

@@ -230,13 +230,12 @@ def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest]:
         place = Place(*progress["place"])
         if any(type(n) is not int or n < 0 for n in place):
             raise ValueError("place")
-        done = dataclasses.replace(empty, sets=manifest_lib.parse_sets(progress["sets"]))
-        for facts in done.sets.values():
-            manifest_lib.check_set(facts, done)
+        sets = manifest_lib.parse_sets(progress["sets"], empty.format, empty.dtype)
     except ConfigError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{str(file)!r} is damaged; delete {str(out)!r}.") from e
+    done = dataclasses.replace(empty, sets=sets)
     manifest_lib.check_shards(done, out, "--out")
     return place, done
 
