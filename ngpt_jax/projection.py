@@ -12,9 +12,8 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
-from ngpt_jax import sphere
+from . import sphere  # relative: the two files work as a copy in another package
 
 PyTree = Any
 # An int or a tuple of ints for each leaf of params, None = leave it alone.
@@ -138,7 +137,9 @@ def keep_params_on_sphere(
 
     def update_fn(updates, state, params=None):
         if params is None:
-            raise ValueError(base.NO_PARAMS_MSG)
+            raise ValueError(
+                "keep_params_on_sphere needs the parameters: tx.update(updates, state, params)."
+            )
 
         def project(axis, p, u):
             if axis is None or _is_absent(u):

@@ -332,7 +332,7 @@ def test_the_same_step_twice(run):
     checkpoints.save(state, {"position": "another"}, 0.5)
     checkpoints.close()
     manifest = run / "checkpoints/6/manifest.json"
-    assert [f for f in files() if f not in before] == [(manifest, checksums.stat().st_ino)]
+    assert [f for f in files() if f not in before] == [(manifest, manifest.stat().st_ino)]
     assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.6) is False
     assert Checkpoints(run, CheckpointConfig(keep_best=1)).is_best(0.4) is True
 
@@ -571,7 +571,7 @@ checkpoints.save(noise(3, 20_000), {}); checkpoints.close()
 
 
 KILLS = {
-    "in the hashing": "manifest._measure = lambda path: os.kill(os.getpid(), signal.SIGKILL)",
+    "in the hashing": "checksums._measure = lambda path: os.kill(os.getpid(), signal.SIGKILL)",
     "before the commit": """\
 async def finalize(self):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -695,7 +695,7 @@ def test_init_from_elsewhere_laid_out_as_asked(run):
          "{path}: {path}/checkpoints/6 is damaged (state/"),
         (lambda run: flip_data(run / "checkpoints/6") and run, "); give 4, the one before."),
         (lambda run: empty(run / "checkpoints/4") and run / "checkpoints/4",
-         "{path}: {path} is damaged (checksums.json is missing); give another one."),
+         "{path}: {path} is damaged (manifest.json is missing); give another one."),
     ],
 )  # fmt: skip
 def test_init_from_what_is_not_there(run, make, message):
