@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,7 @@ from etils import epath
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
-from ngpt_jax.files import is_remote, reason, remove_leftovers, write_atomically
+from ngpt_jax.files import is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.parallel import distributed
 
 
@@ -101,35 +100,30 @@ def _some(differences: list[str]) -> str:
 
 
 def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
-    """Makes the folder, and keeps other programs out of it while the file that it returns is open.
-
-    The lock ends with the process. None where the storage has none.
+    """Makes the folder, and keeps other programs out of it until the returned file is closed.
 
     Args:
       workdir: the folder.
       patience: seconds to wait for a process that is about to end.
 
-    Raises RunError, OSError.
+    Returns:
+      The lock; None on remote storage, which has no locks.
+
+    Raises:
+      RunError: another process uses the folder.
+      OSError: the folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         return None
-    file = open(workdir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError) as e:  # both mean that another has it
-            if time.monotonic() > deadline:
-                file.close()
-                raise RunError(
-                    f"--workdir={workdir} is in use by another process; wait for its end, or choose"
-                    " another --workdir."
-                ) from e
-            time.sleep(0.2)
-        except OSError:
-            return None
+    try:
+        file = lock(workdir / ".lock", lambda: time.monotonic() < deadline)
+    except BlockingIOError as e:
+        raise RunError(
+            f"--workdir={workdir} is in use by another process; wait for its end, or choose"
+            " another --workdir."
+        ) from e
     remove_leftovers(workdir)
     file.truncate(0)
     file.write(secrets.token_hex(16))  # by which other hosts know the folder
