@@ -36,7 +36,7 @@ def test_the_step_is_the_one_that_training_runs(tiny, tmp_path, monkeypatch):
         return lowered
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.layout, "lower_train_step", spy)
+        patch.setattr(layout, "lower_train_step", spy)
         assert loop.train(config, tmp_path / "run") == 0
     report = aot.report_of(config, jax.devices(), str(tmp_path / "lowered.txt"))
     assert report["fits"]

@@ -19,7 +19,7 @@ from data_helpers import ROOT, raises
 from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
-from ngpt_jax.checkpoint.checkpoints import restore_params
+from ngpt_jax.checkpoint.restoring import restore_params
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer

@@ -20,13 +20,14 @@ from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import reason
 from ngpt_jax.model import inspect as d
 from ngpt_jax.optim import recipes
+from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.training import layout
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import make_dataset, with_tokenizer
+from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState, make_train_step
 
 Row = dict[str, Any]
@@ -45,17 +46,13 @@ class Opened(NamedTuple):
 
 def open_run(label: str, path: str, config: Config, checkpoint: epath.Path) -> Opened:
     """Reads a checkpoint onto the first device here."""
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     mesh = make_mesh(config, jax.devices()[:1])
     config, _ = layout.for_mesh(config, mesh)
     like = layout.abstract_state(config, recipes.make_optimizer(config)[0], mesh)
-
-    def tell(difference: str) -> str:
-        return (
-            f"{checkpoint} is not of the model and optimizer in {path}/config.json: {difference}."
-        )
-
-    state, progress = restore(checkpoint, like._asdict(), tell)
+    where = f"{checkpoint} is not of the model and optimizer in {path}/config.json"
+    mend = "put the config.json of its run there"
+    state, progress = restore(checkpoint, like._asdict(), where, mend)
     return Opened(label, epath.Path(path), config, like._replace(**state), progress)
 
 

@@ -40,6 +40,7 @@ from ngpt_jax.config import ConfigError, ModelConfig, experiment
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.data.tokenizers.base import check_tokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
@@ -47,8 +48,7 @@ from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun
 from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
+from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.training.workdir import versions
 
 MODEL_TYPE = "ngpt_jax"
@@ -301,7 +301,7 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
             )
     config, tokenizer = with_tokenizer(config)
     check_tokenizer(tokenizer, fingerprint, where)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     params = from_torch(where, config.model, _read_weights(where, folder))
     return Imported(config, jax.tree.map(jnp.asarray, params), tokenizer)
 

@@ -23,14 +23,14 @@ from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
 from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors, choices
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun
 from ngpt_jax.model.params import Param, param_tree
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
+from ngpt_jax.parallel.backend import enable_x64_if_used
 
 POSITION_NOTE = (
     "the released code's own position operator is not RoPE: weights trained with it do not"
@@ -71,7 +71,7 @@ def read(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Imported:
     _check_choices(where, config.model)
     config, tokenizer = with_tokenizer(config)
     check_tensors(where, _shapes(config.model), state)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     params = from_reference(state, config.model)
     params = jax.tree.map(lambda w: jnp.asarray(w, config.model.param_dtype), params)
     return Imported(config, params, tokenizer)

@@ -27,7 +27,7 @@ from typing import Any
 from absl import flags
 
 from ngpt_jax.config import Config, ConfigError, command, experiment
-from ngpt_jax.parallel import xla_flags
+from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...].")
 _TOPOLOGY = flags.DEFINE_string(
@@ -372,7 +372,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if _TOPOLOGY.value == "local" and _SLICES.value > 1:
         raise ConfigError("--slices is for TPU topologies; --topology=local has its own devices.")
     config = experiment.load_config(_CONFIG.value, overrides)
-    xla_flags.set_flags(config.runtime.xla_flags)
+    set_xla_flags(config.runtime.xla_flags)
     if _TOPOLOGY.value == "local":
         import jax
 
@@ -380,10 +380,10 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     else:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine's own devices play no part
         devices = topology_devices(_TOPOLOGY.value, _SLICES.value)
+    from ngpt_jax.data.tokenizers.load import with_tokenizer
     from ngpt_jax.files import write_atomically
-    from ngpt_jax.training.loop import enable_x64_if_used, with_tokenizer
 
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
     if _SEARCH.value:

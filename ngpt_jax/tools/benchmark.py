@@ -37,15 +37,14 @@ from ngpt_jax.benchmark import plain_gpt
 from ngpt_jax.config import Config, ConfigError, command, experiment
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.params import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
-from ngpt_jax.parallel import xla_flags
+from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.training import layout, throughput
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
 
 MODELS = ("ngpt", "gpt", "plain")
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
@@ -198,10 +197,10 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(MODELS)}.")
     command.check_output(json=_JSON.value)
     config = experiment.load_config(_CONFIG.value or default_shape(), overrides)
-    xla_flags.set_flags(config.runtime.xla_flags)
+    set_xla_flags(config.runtime.xla_flags)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     numbers = report(config, *measure(config, models, _STEPS.value, _WARMUP.value))
     print(show(numbers))
     if _JSON.value:

@@ -31,13 +31,13 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, command, experiment
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.generation import CHUNK
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.transformer import init_params
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
+from ngpt_jax.parallel.backend import enable_x64_if_used
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
 _BATCH = flags.DEFINE_integer("batch_size", 1, "Rows at one time.", lower_bound=1)
@@ -171,7 +171,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     config = experiment.load_config(_CONFIG.value or shape, overrides)
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     numbers = report(config, measure(config))
     print(show(numbers))
     if _JSON.value:
