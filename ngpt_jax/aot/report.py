@@ -162,71 +162,58 @@ def analyze(config: Config, mesh: Mesh, step: CompiledStep) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> str:
     """The report as a table of two columns."""
-    rows = list(_rows(report))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:{width}}  {text}" for name, text in rows)
+    rows = _rows(report)
+    width = max(map(len, rows))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in rows.items())
 
 
-def _rows(report: dict[str, Any]) -> Any:
-    """(name, text) of each line of the table."""
-    mesh = " x ".join(f"{a} {n}" for a, n in report["mesh"].items() if n > 1) or "one device"
-    yield "model", f"{report['model']}, {report['parameters']:,} parameters"
-    yield "devices", f"{report['chips']} x {report['device_kind']}, mesh {mesh}"
-    yield (
-        "batch",
-        (
-            f"{report['batch_size']} sequences of {report['context']:,} tokens in"
-            f" {report['microbatches']} microbatches, {report['windows_per_chip']:g} sequences a chip"
-        ),
-    )
-    if not report["fits"]:
-        need = report["peak_bytes"] and f"needs {format_bytes(report['peak_bytes'])} a chip"
-        has = report["chip_bytes"] and f"the chip has {report['chip_bytes'] / GIB:g} GiB"
-        known = ", ".join(x for x in (need, has) if x)
-        yield "memory", "DOES NOT FIT" + (f": {known}" if known else "")
-        return
-    of = f" of {report['chip_bytes'] / GIB:g} GiB" if "chip_bytes" in report else ""
-    yield (
-        "peak memory a chip",
-        (
-            f"{report['peak_bytes'] / GIB:.3f} GiB{of}: state {format_bytes(report['argument_bytes'])},"
-            f" temporary {format_bytes(report['temporary_bytes'])}"
-        ),
-    )
-    kernels = sum(report["attention_kernels"].values())
-    yield (
-        "attention",
-        (f"{report['attention']}, {kernels} Pallas calls in the program; remat {report['remat']}"),
-    )
-    yield "compiled in", f"{report['compile_seconds']:.0f} s"
-    for kind, c in (report["collectives"] or {}).items():
-        yield (
-            "send to other slices" if kind == "send" else kind,
-            f"{c['instructions']} instructions, {c['count']} a step, {format_bytes(c['bytes'])}",
+def _rows(report: dict[str, Any]) -> dict[str, str]:
+    r = report | {
+        f"{what}_gib": report[f"{what}_bytes"] / GIB
+        for what in ("peak", "chip")
+        if report.get(f"{what}_bytes")
+    }
+    mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items() if n > 1) or "one device"
+    rows = {
+        "model": f"{r['model']}, {r['parameters']:,} parameters",
+        "devices": f"{r['chips']} x {r['device_kind']}, mesh {mesh}",
+        "batch": f"{r['batch_size']} sequences of {r['context']:,} tokens in {r['microbatches']}"
+        f" microbatches, {r['windows_per_chip']:g} sequences a chip",
+    }
+    if not r["fits"]:
+        need = [f"needs {r['peak_gib']:.2f} GiB a chip"] if "peak_gib" in r else []
+        has = [f"the chip has {r['chip_gib']:g} GiB"] if "chip_gib" in r else []
+        rows["memory"] = ": ".join(filter(None, ["DOES NOT FIT", ", ".join(need + has)]))
+        return rows
+    of = f" of {r['chip_gib']:g} GiB" if "chip_gib" in r else ""
+    kernels = sum(r["attention_kernels"].values())
+    rows |= {
+        "peak memory a chip": f"{r['peak_gib']:.3f} GiB{of}: state"
+        f" {format_bytes(r['argument_bytes'])}, temporary {format_bytes(r['temporary_bytes'])}",
+        "attention": f"{r['attention']}, {kernels} Pallas calls in the program; remat {r['remat']}",
+        "compiled in": f"{r['compile_seconds']:.0f} s",
+    }
+    for kind, c in (r["collectives"] or {}).items():
+        rows["send to other slices" if kind == "send" else kind] = (
+            f"{c['instructions']} instructions, {c['count']} a step, {format_bytes(c['bytes'])}"
         )
-    loops_once = f"(XLA's count, loops once: {report['bytes_accessed_loops_once'] or math.nan:.3g})"
-    flops = f"{report['flops']:.3g}, {report['model_flops']:.3g} of them the model's"
-    if report["unreadable"]:
-        yield (
-            "collectives, bytes",
-            (
-                "not known: jaxlib cannot read this compiler's program, a newer one may "
-                + loops_once
-            ),
+    loops_once = f"(XLA's count, loops once: {r['bytes_accessed_loops_once'] or math.nan:.3g})"
+    flops = f"{r['flops']:.3g}, {r['model_flops']:.3g} of them the model's"
+    if r["unreadable"]:
+        rows["collectives, bytes"] = (
+            f"not known: jaxlib cannot read this compiler's program, a newer one may {loops_once}"
         )
-        yield "FLOPs a chip", flops
+        rows["FLOPs a chip"] = flops
     else:
-        yield "bytes accessed", f"{report['bytes_accessed']:.3g} {loops_once}"
-        yield "FLOPs a chip", f"{flops}; {report['arithmetic_intensity']:.0f} a byte"
-    if "mfu_bound" in report:
-        least = (f"{name} {1e3 * s:.0f} ms" for name, s in report["least_seconds"].items())
-        yield "least time", ", ".join(least)
-        left_out = ", memory and network left out" if report["unreadable"] else ""
-        yield (
-            "estimate",
-            (
-                f"at least {1e3 * report['step_seconds_bound']:.0f} ms a step ({report['bound_by']}),"
-                f" at most {report['tokens_per_second_bound']:,.0f} tokens/s, MFU at most"
-                f" {report['mfu_bound']:.0%}, by published peaks and perfect overlap{left_out}"
-            ),
+        rows["bytes accessed"] = f"{r['bytes_accessed']:.3g} {loops_once}"
+        rows["FLOPs a chip"] = f"{flops}; {r['arithmetic_intensity']:.0f} a byte"
+    if "mfu_bound" in r:
+        least = (f"{name} {1e3 * s:.0f} ms" for name, s in r["least_seconds"].items())
+        rows["least time"] = ", ".join(least)
+        rows["estimate"] = (
+            f"at least {1e3 * r['step_seconds_bound']:.0f} ms a step ({r['bound_by']}), at most"
+            f" {r['tokens_per_second_bound']:,.0f} tokens/s, MFU at most {r['mfu_bound']:.0%}, by"
+            " published peaks and perfect overlap"
+            + (", memory and network left out" if r["unreadable"] else "")
         )
+    return rows
