@@ -14,14 +14,11 @@ Exit code 1 means that the step does not fit.
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command, experiment
-from ngpt_jax.files import write_atomically
 from ngpt_jax.parallel import xla_flags
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...].")
@@ -73,8 +70,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
             config = search.with_sequences(config, len(devices), _WINDOWS.value)
         found = report.report_of(config, devices, _LOWERED.value)
     print(report.show(found))
-    if _JSON.value:
-        write_atomically(Path(_JSON.value), json.dumps(found, indent=2) + "\n")
+    command.write_json(_JSON.value, found)
     return 0 if found["fits"] else 1
 
 
