@@ -11,7 +11,6 @@ import jax
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, experiment
-from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.setup import with_tokenizer
 
@@ -33,14 +32,6 @@ def load(
         config, _ = with_tokenizer(config)
     enable_x64_if_used(config)
     return config
-
-
-def of_kind(config: Config, kind: str) -> Config:
-    """The config as a model of another kind, with what that kind fills in by itself."""
-    values = config_lib.to_config_dict(config)
-    filled_in = {name: None for preset in PRESETS.values() for name in preset}
-    values.update_from_flattened_dict({**filled_in, "model.kind": kind})
-    return config_lib.from_config_dict(values)
 
 
 def machine() -> dict[str, str]:

@@ -12,6 +12,8 @@ import numpy as np
 
 from ngpt_jax.benchmark import configs
 from ngpt_jax.config import Config
+from ngpt_jax.config.presets import of_kind
+from ngpt_jax.config.resolve import resolve
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.generation import CHUNK
 from ngpt_jax.decoding.sampling import Sampling
@@ -67,7 +69,7 @@ def measure(
       JSON-able: medians for each model, and the medians of the ratios of what was made side by
       side.
     """
-    timed = {kind: _Timed(configs.of_kind(config, kind)) for kind in ("ngpt", "gpt")}
+    timed = {kind: _Timed(resolve(of_kind(config, kind))) for kind in ("ngpt", "gpt")}
     small, large = prompt + tokens, 4 * (prompt + tokens)
     for number in range(rounds + 1):
         for slots in (small, large):

@@ -13,6 +13,8 @@ import numpy as np
 
 from ngpt_jax.benchmark import configs, plain_gpt
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.presets import of_kind
+from ngpt_jax.config.resolve import resolve
 from ngpt_jax.model.transformer import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
@@ -39,7 +41,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     if model == "plain":
         return _plain_stepper(config, batch)
-    config = configs.of_kind(config, model)
+    config = resolve(of_kind(config, model))
     mesh = make_mesh(config)
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()
