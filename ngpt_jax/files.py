@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+from ngpt_jax.errors import ConfigError
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -32,6 +34,15 @@ def write_atomically(path: os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def writing(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError of what is written inside, to files in ``where``, into a ConfigError."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"{e.filename or where} cannot be written: {reason(e)}.") from e
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

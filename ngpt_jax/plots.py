@@ -12,9 +12,23 @@ from typing import Any
 from ngpt_jax.errors import ConfigError
 from ngpt_jax.files import write_atomically
 
-# One colour a model, told apart by people who see no red or green too (Okabe and Ito).
+# One colour a model; people who cannot tell red from green can tell these (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def run_labels(folders: Sequence[str]) -> list[str]:
+    """What figures and tables call runs: the names of their folders, whole paths where two are one.
+
+    Raises ConfigError where two of them are the same folder.
+    """
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(
+            "--against is the folder of --workdir; give another run, or leave it out."
+        )
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def require_matplotlib() -> None:

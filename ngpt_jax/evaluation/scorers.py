@@ -21,7 +21,7 @@ in windows as a text is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,11 +32,10 @@ from ngpt_jax.data import corpus_files
 from ngpt_jax.data.text import text_files
 from ngpt_jax.data.tokenizers.loading import Tokenizer, utf8
 from ngpt_jax.evaluation.tasks import Task
-from ngpt_jax.inference.loading import LoadedModel, check_finite
+from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training import layout
 
-Ids = Sequence[int]
 Progress = Callable[[float], None]
 
 
@@ -208,25 +207,6 @@ def summarize(task: Task, scored: Sequence[Scored]) -> dict[str, Any]:
     return out
 
 
-def table(task: Task, scored: Sequence[Scored]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows, an example each: what was chosen, the label, log-probabilities."""
-    if task.kind == "completion":
-        rows: list[dict[str, Any]] = [
-            {"id": s.id, "greedy": int(s.found[0].greedy), "log_prob": s.found[0].log_prob}
-            for s in scored
-        ]
-        return ["id", "greedy", "log_prob"], rows
-    most = max(len(s.found) for s in scored)
-    norm = ["chosen_norm"] if task.kind == "choices" else []
-    rows = [
-        {"id": s.id, "chosen": s.chosen, "chosen_norm": s.chosen_norm, "label": s.label}
-        | {f"log_prob_{i}": f.log_prob for i, f in enumerate(s.found)}
-        for s in scored
-    ]
-    columns = ["id", "chosen", *norm, "label", *(f"log_prob_{i}" for i in range(most))]
-    return columns, [{c: row[c] for c in columns if c in row} for row in rows]
-
-
 def read_text(path: str, text_key: str) -> list[str]:
     """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError."""
     files = corpus_files.find_files([path], "--text", text_files.SUFFIXES)
@@ -268,33 +248,3 @@ def untrained(model: LoadedModel) -> LoadedModel:
     with jax.set_mesh(model.mesh):
         params = jax.jit(lambda: init_params(config, key), out_shardings=out)()
     return LoadedModel(model.config, model.tokenizer, params, model.mesh, 0)
-
-
-def rows_of(name: str, results: Sequence[Mapping[str, Any] | None]) -> list[tuple[str, ...]]:
-    """Lines of a table: name, what is measured, the value of each result with its error, chance.
-
-    Args:
-      name: of the task or the text.
-      results: of :func:`summarize`, :func:`score_text` or the harness: those of each model.
-    """
-    first = results[0] or {}
-    measures = [
-        key
-        for key, value in first.items()
-        if isinstance(value, float) and key != "chance" and not key.endswith("_stderr")
-    ]
-    rows = []
-    for measure in measures:
-        cells = [_cell(result or {}, measure) for result in results]
-        chance = first.get("chance") if measure in ("acc", "acc_norm") else None
-        rows.append((name, measure, *cells, "" if chance is None else f"{chance:.4f}"))
-        name = ""
-    return rows
-
-
-def _cell(result: Mapping[str, Any], measure: str) -> str:
-    value, error = result.get(measure), result.get(f"{measure}_stderr")
-    if not isinstance(value, float):
-        return "-"
-    told = [f"{x:.4f}" if x < 100 else f"{x:.4g}" for x in (value, error) if isinstance(x, float)]
-    return " ± ".join(told)

@@ -58,6 +58,34 @@ class Task(NamedTuple):
     delimiter: str
 
 
+def find_tasks(
+    names: Sequence[str], folder: str | None, limit: int | None, harness: bool
+) -> tuple[list[Task], list[str]]:
+    """The tasks that are local files, and the names that are left to the harness.
+
+    Args:
+      names: of tasks in ``folder``, or paths.
+      folder: of the files; None: all names are paths, or left to the harness.
+      limit: only the first so many examples of each; None: all.
+      harness: whether names that are no file are left to it, and not refused.
+
+    Raises ConfigError.
+    """
+    found, others = [], []
+    for name in names:
+        path = find_task(name, folder)
+        if path is not None:
+            found.append(read_task(path, limit))
+        elif harness:
+            others.append(name)
+        else:
+            raise unknown_task(name, folder)
+    several = [*(task.name for task in found), *others]
+    if twice := [name for name in several if several.count(name) > 1]:
+        raise ConfigError(f"--tasks: {twice[0]} is there twice; rename a file, or drop one.")
+    return found, others
+
+
 def find_task(name: str, folder: str | None) -> epath.Path | None:
     """The file of a task: the name is a path, or NAME.jsonl or NAME.jsonl.gz lies in ``folder``.
 

@@ -19,7 +19,8 @@ from ngpt_jax.inference import opening, scoring
 from ngpt_jax.inference.text import Streamed, TextStream
 from ngpt_jax.training import layout
 
-Prompt = str | Sequence[int]
+Ids = Sequence[int] | np.ndarray
+Prompt = str | Ids
 _BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
 
 
@@ -187,7 +188,7 @@ class LoadedModel:
 
     def score(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Ids],
         batch_size: int = 16,
         progress: Callable[[float], None] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
