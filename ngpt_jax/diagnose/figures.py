@@ -279,3 +279,17 @@ def gradient(rows: Rows, labels: Sequence[str]) -> Any:
         panel.plot(range(len(values)), values, color=color, ls="", marker="o")
 
     return _by_matrix(rows, labels, draw, tables, "radial share of |g|^2")
+
+
+# How the rows of each table are drawn, by the name of its files.
+FIGURES: dict[str, Callable[[Rows, Sequence[str]], Any]] = {
+    "embeddings": embeddings,
+    "condition": condition_numbers,
+    "scales": scales,
+    "scale_histograms": scale_histograms,
+    "query_key": query_and_key,
+    "angles": angles,
+    "entropy": entropy,
+    "rotation": rotation,
+    "gradient": gradient,
+}

@@ -8,19 +8,20 @@ import numpy as np
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.diagnose import measures
-from ngpt_jax.diagnose.measures import Opened, Row
+from ngpt_jax.diagnose.measures import Row
+from ngpt_jax.diagnose.run_state import RunState, load_text
 from ngpt_jax.model.inspect import HEAD_KERNELS, MLP_KERNELS, SCALES, TABLES
 from ngpt_jax.terminal import format_table
 
 Tables = dict[str, list[Row]]
 
 
-def measure(run: Opened, layers: list[int] | None, windows: int) -> tuple[Tables, str]:
+def measure(run: RunState, layers: list[int] | None, sequences: int) -> tuple[Tables, str]:
     """Rows for every figure, and why some are missing, or nothing.
 
     Args:
       layers: whose queries and keys are looked at; None: the two in the middle.
-      windows: of held-out text.
+      sequences: of held-out text.
     """
     tables: Tables = {
         "embeddings": measures.embeddings(run),
@@ -31,9 +32,9 @@ def measure(run: Opened, layers: list[int] | None, windows: int) -> tuple[Tables
     }
     left_out = "angles, entropy, rotation and gradient are left out"
     try:
-        corpus = measures.load_text(run)
-        tables["angles"] = measures.angles(run, corpus, windows)
-        tables["entropy"] = measures.attention_entropy(run, corpus, windows)
+        corpus = load_text(run)
+        tables["angles"] = measures.angles(run, corpus, sequences)
+        tables["entropy"] = measures.attention_entropy(run, corpus, sequences)
         left_out = "rotation and gradient are left out"
         tables["rotation"], tables["gradient"] = measures.rotation_and_gradient(run, corpus)
     except ConfigError as e:
@@ -41,7 +42,7 @@ def measure(run: Opened, layers: list[int] | None, windows: int) -> tuple[Tables
     return tables, ""
 
 
-def middle_layers(run: Opened) -> list[int]:
+def middle_layers(run: RunState) -> list[int]:
     middle = (run.config.model.layers - 1) // 2
     return sorted({middle, min(middle + 1, run.config.model.layers - 1)})
 
@@ -99,7 +100,7 @@ def headlines(tables: Tables) -> dict[str, float | None]:
     return out
 
 
-def show(runs: list[Opened], numbers: list[dict[str, float | None]]) -> str:
+def show(runs: list[RunState], numbers: list[dict[str, float | None]]) -> str:
     """A column a run; lines that apply to none are left out."""
     rows: list[tuple[str, ...]] = [("", *(f"{r.label}, step {int(r.state.step)}" for r in runs))]
     for name in numbers[0]:
