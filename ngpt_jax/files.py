@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from typing import IO
 
 from ngpt_jax.errors import ConfigError
 
@@ -34,6 +36,26 @@ def write_atomically(path: os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def lock(path: str | os.PathLike[str], wait: bool = False) -> IO[str] | None:
+    """Takes the exclusive lock of a local file, which is made where it is missing.
+
+    Args:
+      path: of the file.
+      wait: until other programs have released it.
+
+    Returns:
+      The open file. Closing it releases the lock, once every process that inherited the file has
+      closed it too. None where another program has the lock and ``wait`` is False.
+    """
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except BlockingIOError:
+        file.close()
+        return None
 
 
 @contextlib.contextmanager

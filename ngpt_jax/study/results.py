@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import fcntl
 import functools
 import json
 import math
 import shlex
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.experiment import call_in_file, load_config
 from ngpt_jax.config.presets import PRESETS, preset_value
-from ngpt_jax.files import digest_of, reason
+from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
 
-Row = dict[str, Any]
+Result = dict[str, Any]  # one run: a line of the table
 
 # Of each column: its type.
 COLUMNS: dict[str, type] = {
@@ -101,7 +99,7 @@ def digest(config: Config) -> str:
     return digest_of(lines)[:12]
 
 
-def read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Result]:
     """The rows of a table, none where there is no file; raises ConfigError."""
     if not path.exists():
         return []
@@ -127,11 +125,11 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
 
 
-def point_of(row: Row) -> Point:
+def point_of(row: Result) -> Point:
     return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
 
 
-def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
+def losses_of(study: Study, rows: Sequence[Result]) -> Losses:
     """Held-out losses of the runs of a study, inf where one diverged; other rows are left out."""
     out = {}
     for row in rows:
@@ -141,7 +139,7 @@ def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
     return out
 
 
-def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
+def in_study(study: Study, rows: Sequence[Result]) -> list[Result]:
     """The rows that a study asks for now, or could."""
     return [
         row for row in rows
@@ -151,7 +149,7 @@ def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -> None:
+def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path) -> None:
     """Refuses rows that were made with other settings than the study has now, or of other text."""
     rows = in_study(study, rows)
     stale = [r for r in rows if r["config"] != digest(config_of(experiment, study, point_of(r)))]
@@ -171,7 +169,7 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -
                 )
 
 
-def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
+def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
     """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
     losses = losses_of(study, rows)
     cell = [
@@ -182,14 +180,14 @@ def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "a", encoding="utf-8") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
+def locked(folder: Path) -> IO[str]:
+    """The lock under which the files of a study's folder change, for a ``with`` statement."""
+    held = lock(folder / ".lock", wait=True)
+    assert held is not None
+    return held
 
 
-def add(path: Path, study: Study, row: Row) -> None:
+def add(path: Path, study: Study, row: Result) -> None:
     """Adds a row, in the place that the study's order gives it, for any row of its point."""
     with locked(path.parent):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
@@ -234,7 +232,7 @@ def _commit(experiment: str) -> str | None:
 
 def row_of(
     experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
-) -> Row:
+) -> Result:
     """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
     from ngpt_jax.model.transformer import num_params
     from ngpt_jax.training.throughput import train_flops_per_token

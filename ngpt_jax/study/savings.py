@@ -10,14 +10,14 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Cell(NamedTuple):
+class Runs(NamedTuple):
     """Runs of one budget: what each cost (steps, tokens, FLOPs or seconds) and their losses."""
 
     cost: float
     losses: Sequence[float]  # one a seed
 
 
-Curve = Sequence[Cell]  # of one model, costs ascending
+Curve = Sequence[Runs]  # of one model, costs ascending
 
 
 class SpeedUp(NamedTuple):
@@ -55,7 +55,7 @@ def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tup
 
 
 def speed_up(
-    baseline: Cell, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    baseline: Runs, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> SpeedUp:
     """The baseline's cost in a cell over what the model needs for the same mean loss.
 
@@ -74,8 +74,8 @@ def speed_up(
         return SpeedUp(value, bound, None, None)
     rng = np.random.default_rng(seed)
 
-    def draw(cell: Cell) -> np.ndarray:
-        x = np.asarray(cell.losses, np.float64)
+    def draw(runs: Runs) -> np.ndarray:
+        x = np.asarray(runs.losses, np.float64)
         return x[rng.integers(0, len(x), (resamples, len(x)))].mean(axis=1)
 
     targets, drawn = draw(baseline), np.stack([draw(cell) for cell in curve], axis=1)
