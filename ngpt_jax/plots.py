@@ -18,9 +18,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def run_labels(folders: Sequence[str]) -> list[str]:
-    """What figures and tables call runs: the names of their folders, whole paths where two are one.
+    """The names of runs in figures and tables: those of their folders, or whole paths.
 
-    Raises ConfigError where two of them are the same folder.
+    Paths where two folders have the same name. Raises ConfigError where two are the same folder.
     """
     paths = [Path(folder).expanduser().resolve() for folder in folders]
     if len(set(paths)) < len(paths):
@@ -32,7 +32,7 @@ def run_labels(folders: Sequence[str]) -> list[str]:
 
 
 def require_matplotlib() -> None:
-    """Raises ConfigError where there is no matplotlib; called before any work."""
+    """Raises ConfigError where matplotlib is not installed; called before any work."""
     try:
         import matplotlib
     except ImportError as e:
@@ -57,7 +57,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
     }
-    pyplot.rcParams.update(style)  # for good: titles and legends are made later
+    pyplot.rcParams.update(style)  # not only here: titles and legends are made later
     fig, axes = pyplot.subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained",
         squeeze=False,
@@ -68,7 +68,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
 def save(fig: Any, path: Path) -> None:
     """Writes a PNG of 64 colours (a third of the bytes), whole or not at all; frees the figure."""
     from matplotlib import pyplot
-    from PIL import Image  # which matplotlib stands on
+    from PIL import Image  # matplotlib depends on it
 
     picture = io.BytesIO()
     fig.savefig(picture, dpi=130, format="png")
@@ -78,14 +78,10 @@ def save(fig: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header; floats in full, None and what is missing as nothing."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as CSV with a header: floats in full; None, and what is missing, as nothing."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomically(path, csv_text(columns, rows))
+    write_atomically(path, out.getvalue())

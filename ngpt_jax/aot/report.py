@@ -168,11 +168,7 @@ def show(report: dict[str, Any]) -> str:
 
 
 def _rows(report: dict[str, Any]) -> dict[str, str]:
-    r = report | {
-        f"{what}_gib": report[f"{what}_bytes"] / GIB
-        for what in ("peak", "chip")
-        if report.get(f"{what}_bytes")
-    }
+    r, peak = report, report["peak_bytes"]
     mesh = " x ".join(f"{a} {n}" for a, n in r["mesh"].items() if n > 1) or "one device"
     rows = {
         "model": f"{r['model']}, {r['parameters']:,} parameters",
@@ -181,14 +177,15 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
         f" microbatches, {r['windows_per_chip']:g} sequences a chip",
     }
     if not r["fits"]:
-        need = [f"needs {r['peak_gib']:.2f} GiB a chip"] if "peak_gib" in r else []
-        has = [f"the chip has {r['chip_gib']:g} GiB"] if "chip_gib" in r else []
-        rows["memory"] = ": ".join(filter(None, ["DOES NOT FIT", ", ".join(need + has)]))
+        need = peak and f"needs {format_bytes(peak)} a chip"
+        has = r["chip_bytes"] and f"the chip has {r['chip_bytes'] / GIB:g} GiB"
+        known = ", ".join(filter(None, (need, has)))
+        rows["memory"] = "DOES NOT FIT" + (known and f": {known}")
         return rows
-    of = f" of {r['chip_gib']:g} GiB" if "chip_gib" in r else ""
+    of = f" of {r['chip_bytes'] / GIB:g} GiB" if "chip_bytes" in r else ""
     kernels = sum(r["attention_kernels"].values())
     rows |= {
-        "peak memory a chip": f"{r['peak_gib']:.3f} GiB{of}: state"
+        "peak memory a chip": f"{peak / GIB:.3f} GiB{of}: state"
         f" {format_bytes(r['argument_bytes'])}, temporary {format_bytes(r['temporary_bytes'])}",
         "attention": f"{r['attention']}, {kernels} Pallas calls in the program; remat {r['remat']}",
         "compiled in": f"{r['compile_seconds']:.0f} s",

@@ -18,6 +18,7 @@ from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.generation import CHUNK
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.model.transformer import init_params
+from ngpt_jax.terminal import format_table
 
 SMALL = {"train.steps": 1}
 _GREEDY = Sampling(temperature=0.0)
@@ -121,24 +122,22 @@ def _figures(t: _Timed, batch_size: int, prompt: int, per_round: int) -> dict[st
 def show(numbers: dict[str, Any]) -> str:
     """The numbers of :func:`measure` as a table."""
     small, large = numbers["slots"]
-    lines = [
-        f"{'model':6} {'prefill tokens/s':>17} {'decode tokens/s':>16} {'ms a step':>10}"
-        f" {'last/first quarter':>19} {f'ms, {large} slots':>16}"
-    ]
+    rows: list[tuple[str, ...]] = [(
+        "model", "prefill tokens/s", "decode tokens/s", "ms a step", "last/first quarter",
+        f"ms, {large} slots",
+    )]  # fmt: skip
     for kind, row in numbers["models"].items():
-        lines.append(
-            f"{kind:6} {row['prefill_tokens_per_second']:17,.0f}"
-            f" {row['decode_tokens_per_second']:16,.1f} {row['decode_ms']:10.2f}"
-            f" {row['last_quarter_over_first']:19.2f} {row['decode_ms_large_cache']:16.2f}"
-        )
-    shares = numbers["ngpt_share_of_gpt"]
-    lines.append(
-        f"nGPT's tokens/s over GPT's: prefill {shares['prefill']:.3f}, decode"
-        f" {shares['decode']:.3f} (medians of ratios side by side)"
-    )
-    lines.append(
+        rows.append((
+            kind, f"{row['prefill_tokens_per_second']:,.0f}",
+            f"{row['decode_tokens_per_second']:,.1f}", f"{row['decode_ms']:.2f}",
+            f"{row['last_quarter_over_first']:.2f}", f"{row['decode_ms_large_cache']:.2f}",
+        ))  # fmt: skip
+    share = numbers["ngpt_share_of_gpt"]
+    return "\n".join([
+        format_table(rows),
+        f"nGPT's tokens/s over GPT's: prefill {share['prefill']:.3f}, decode"
+        f" {share['decode']:.3f} (medians of ratios side by side)",
         f"{numbers['batch_size']} rows, prompts of {numbers['prompt']} tokens,"
         f" {numbers['tokens']} generated, a cache of {small} slots; {numbers['device']},"
-        f" {numbers['machine']}"
-    )
-    return "\n".join(lines)
+        f" {numbers['machine']}",
+    ])  # fmt: skip

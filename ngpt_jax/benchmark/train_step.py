@@ -19,6 +19,7 @@ from ngpt_jax.model.transformer import padded_vocab_size
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
+from ngpt_jax.terminal import format_table
 from ngpt_jax.training import layout, throughput
 
 MODELS = ("ngpt", "gpt", "plain")
@@ -126,14 +127,17 @@ def measure(config: Config, models: Sequence[str], steps: int, warmup: int) -> d
 
 def show(numbers: dict[str, Any]) -> str:
     """The numbers of :func:`measure` as a table."""
-    head = f"{'model':8} {'median ms':>10} {'least ms':>10} {'tokens/s':>10} {'MFU':>6}"
-    lines = [f"{head} {'peak GiB':>9}"]
+    rows: list[tuple[str, ...]] = [
+        ("model", "median ms", "least ms", "tokens/s", "MFU", "peak GiB")
+    ]
     for model, row in numbers["models"].items():
-        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
-        lines.append(
-            f"{model:8} {row['median_ms']:10.1f} {row['min_ms']:10.1f}"
-            f" {row['tokens_per_second']:10,.0f} {mfu:>6} {(row['peak_bytes'] or 0) / 2**30:9.2f}"
-        )
+        rows.append((
+            model, f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}",
+            f"{row['tokens_per_second']:,.0f}",
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{(row['peak_bytes'] or 0) / 2**30:.2f}",
+        ))  # fmt: skip
+    lines = [format_table(rows)]
     for name, value in numbers["ratios"].items():
         if value is not None:
             lines.append(f"{name}: {value:.3f} (median of the ratios of steps side by side)")

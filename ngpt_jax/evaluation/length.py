@@ -106,23 +106,18 @@ def cut_sequences(documents: Iterable[np.ndarray], eod: int, length: int, most: 
     document, and documents that are too short, are left out. Raises ConfigError where none is long
     enough.
     """
-    longest = 0
-
-    def whole() -> Iterable[np.ndarray]:
-        nonlocal longest
-        for ids in documents:
-            longest = max(longest, len(ids))
-            for row, count in rolling_windows(ids, eod, length):
-                if count == length:
-                    yield np.asarray(row)
-
-    found = list(itertools.islice(whole(), most))
+    found, longest = [], 0
+    for ids in documents:
+        longest = max(longest, len(ids))
+        found += [row for row, count in rolling_windows(ids, eod, length) if count == length]
+        if len(found) >= most:
+            break
     if not found:
         raise ConfigError(
             f"No document has the {length} tokens of the longest sequence (the longest document has"
             f" {longest}); give longer ones with --text, or a smaller --factor."
         )
-    return np.stack(found)
+    return np.array(found[:most])
 
 
 def score_lengths(

@@ -29,7 +29,7 @@ class Wanted(NamedTuple):
     Attributes:
       tasks: from local files.
       names: of the harness's own tasks.
-      texts: the documents of a text.
+      text: a file, a folder or a glob; None: no text.
       limit: only the first so many examples of each task; None: all.
       batch_size: sequences of the training context at one time.
       harness: run the tasks through lm-evaluation-harness.
@@ -37,7 +37,7 @@ class Wanted(NamedTuple):
 
     tasks: list[Task]
     names: list[str]
-    texts: list[str]
+    text: str | None
     limit: int | None
     batch_size: int
     harness: bool
@@ -47,66 +47,54 @@ def evaluate(
     workdir: str,
     step: int | None,
     overrides: Sequence[tuple[str, str]],
-    *,
-    tasks: list[Task],
-    names: list[str],
-    text: str | None,
-    limit: int | None,
-    batch_size: int,
-    harness: bool,
+    wanted: Wanted,
     untrained: bool,
     out: str | None,
 ) -> str:
-    """Scores a run's model, writes evaluate.json and a CSV file a task into ``out``.
+    """Scores a run's model, and writes evaluate.json and a CSV file for each task.
 
     Args:
       workdir, step, overrides: the run, as of :func:`.loading.open_model`.
-      tasks, names, limit, batch_size, harness: as of :class:`Wanted`.
-      text: a file, a folder or a glob; None: no text.
+      wanted: what to score it on.
       untrained: also score the model with fresh weights.
-      out: the folder; None: WORKDIR/evaluate.
+      out: the folder of the files; None: WORKDIR/evaluate.
 
     Returns:
       The table and what was written. Raises ConfigError.
     """
-    if harness:
+    if wanted.harness:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        if not names:  # local files need no network: do not ask for one
+        if not wanted.names:  # local files need no network: do not ask for one
             os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
         from ngpt_jax.evaluation import harness as _  # noqa: F401, where it is missing, say so now
     config = opening.read_config("workdir", workdir, overrides)
-    texts = [] if text is None else scorers.read_text(text, config.data.text_key)
+    texts = [] if wanted.text is None else scorers.read_text(wanted.text, config.data.text_key)
     folder = command.output_folder(workdir, out, "evaluate")
     model = open_model("workdir", workdir, step, overrides)
-    config = model.config
     if untrained:
-        refuse_folded(config.model)
-    wanted = Wanted(tasks, names, texts, limit, batch_size, harness)
-    results, tables = _score(model, "", wanted)
-    found = [results]
+        refuse_folded(model.config.model)
+    found: dict[str, Any] = {}
+    files: dict[str, Table] = {}
+    for name in ("", "untrained")[: 1 + untrained]:
+        scored = scorers.untrained(model) if name else model
+        found[name], tables = _score(scored, name and f", {name}", wanted, texts)
+        files |= {f"{task}{name and f'.{name}'}.csv": table for task, table in tables.items()}
     report = {
         "workdir": workdir, "step": model.step, "kind": config.model.kind,
-        "parameters": num_params(config.model), "context": config.model.context,
+        "parameters": num_params(model.config.model), "context": config.model.context,
         "tokenizer": model.tokenizer.name,
-        "lm_eval": importlib.metadata.version("lm_eval") if harness else None, "limit": limit,
-        **results,
+        "lm_eval": importlib.metadata.version("lm_eval") if wanted.harness else None,
+        "limit": wanted.limit, **found.pop(""), **found,
     }  # fmt: skip
-    files = {f"{name}.csv": table for name, table in tables.items()}
-    if untrained:
-        fresh, tables = _score(scorers.untrained(model), ", untrained", wanted)
-        found.append(fresh)
-        report["untrained"] = fresh
-        files |= {f"{name}.untrained.csv": table for name, table in tables.items()}
     with writing(folder):
         for name, (columns, rows) in files.items():
             plots.write_csv(folder / name.replace("/", "_"), columns, rows)
         write_atomically(folder / "evaluate.json", json.dumps(report, indent=2) + "\n")
-    written = ", ".join(["evaluate.json", *sorted(files)])
-    return f"{_show(found, model.step, config.model.context)}\n{folder}: {written}"
+    return f"{show(report)}\n{folder}: {', '.join(['evaluate.json', *sorted(files)])}"
 
 
 def _score(
-    model: LoadedModel, label: str, wanted: Wanted
+    model: LoadedModel, label: str, wanted: Wanted, texts: Sequence[str]
 ) -> tuple[dict[str, Any], dict[str, Table]]:
     """Results by task and of the text, and a table of the examples of each task."""
     terminal = Terminal()
@@ -122,15 +110,15 @@ def _score(
         tables |= {task.name: examples(task, found.scored[task.name]) for task in wanted.tasks}
     else:
         for task in wanted.tasks:
-            show = _progress(terminal, f"{task.name}{label}")
-            scored, too_long = scorers.score_task(model, task, wanted.batch_size, show)
+            progress = _progress(terminal, f"{task.name}{label}")
+            scored, too_long = scorers.score_task(model, task, wanted.batch_size, progress)
             results[task.name] = scorers.summarize(task, scored) | {"too_long": too_long}
             tables[task.name] = examples(task, scored)
             terminal.close()
     out: dict[str, Any] = {"tasks": results}
-    if wanted.texts:
-        show = _progress(terminal, f"text{label}")
-        out["text"] = scorers.score_text(model, wanted.texts, wanted.batch_size, show)
+    if texts:
+        progress = _progress(terminal, f"text{label}")
+        out["text"] = scorers.score_text(model, texts, wanted.batch_size, progress)
         terminal.close()
     return out, tables
 
@@ -166,22 +154,23 @@ def examples(task: Task, scored: Sequence[Scored]) -> Table:
     return columns, [{c: row[c] for c in columns if c in row} for row in rows]
 
 
-def _show(found: Sequence[dict[str, Any]], step: int, context: int) -> str:
-    """The table of the results of one or two models, with notes."""
-    models = [f"step {step}", "untrained"][: len(found)]
+def show(report: Mapping[str, Any]) -> str:
+    """The table of evaluate.json's results, with notes."""
+    results = [report, *filter(None, [report.get("untrained")])]
+    models = [f"step {report['step']}", "untrained"][: len(results)]
     lines: list[tuple[str, ...]] = [("", "measure", *models, "chance")]
     notes = []
-    for name, first in found[0]["tasks"].items():
+    for name, first in report["tasks"].items():
         count = first["examples"]
         counted = name if count is None else f"{name} ({count:,})"
-        lines += table_lines(counted, [f["tasks"].get(name) for f in found])
+        lines += table_lines(counted, [r["tasks"].get(name) for r in results])
         if first.get("too_long"):
             notes.append(
                 f"{name}: {first['too_long']:,} of {count:,} do not fit into the context of"
-                f" {context:,} tokens and lose their start."
+                f" {report['context']:,} tokens and lose their start."
             )
-    if text := found[0].get("text"):
-        lines += table_lines(f"text ({text['tokens']:,} tokens)", [f["text"] for f in found])
+    if text := report.get("text"):
+        lines += table_lines(f"text ({text['tokens']:,} tokens)", [r["text"] for r in results])
     return "\n".join([format_table(lines), *notes])
 
 

@@ -217,10 +217,7 @@ def read_text(path: str, text_key: str) -> list[str]:
 
 
 def score_text(
-    model: LoadedModel,
-    texts: Sequence[str],
-    batch_size: int = 16,
-    progress: Progress | None = None,
+    model: LoadedModel, texts: Sequence[str], batch_size: int = 16, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Perplexity a token, and bits a byte of UTF-8, over documents that are read one by one.
 

@@ -91,7 +91,7 @@ def find_task(name: str, folder: str | None) -> epath.Path | None:
 
     None where there is no such name; raises ConfigError for a path or a folder that is not there.
     """
-    if is_path(name):
+    if "/" in name or name.lower().endswith(SUFFIXES):
         path = parse_path(name, "--tasks")
         if not path.is_file():
             raise ConfigError(f"--tasks: there is no file {name!r}; check the path.")
@@ -109,10 +109,6 @@ def _folder(folder: str) -> epath.Path:
     if not path.is_dir():
         raise ConfigError(f"--tasks_dir={folder}: there is no such folder.")
     return path
-
-
-def is_path(name: str) -> bool:
-    return "/" in name or name.lower().endswith(SUFFIXES)
 
 
 def unknown_task(name: str, folder: str | None) -> ConfigError:

@@ -126,7 +126,7 @@ class LoadedModel:
 
     def _run(
         self, streams: list[TextStream], tokens: int, how: Sampling, seed: int,
-        context: int | None, chunk: int = generation.CHUNK,
+        context: int | None, chunk: int = generation.CHUNK
     ) -> Iterator[None]:  # fmt: skip
         """Feeds streams with what is drawn, until all have ended."""
         if (problem := how.problem()) is not None:

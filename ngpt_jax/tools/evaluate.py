@@ -63,12 +63,12 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     tasks, names = find_tasks(_TASKS.value, _TASKS_DIR.value, _LIMIT.value, _HARNESS.value)
     from ngpt_jax.evaluation import report  # slow to import: bad tasks are told first
 
-    text = report.evaluate(
-        _WORKDIR.value, _STEP.value, overrides, tasks=tasks, names=names, text=_TEXT.value,
-        limit=_LIMIT.value, batch_size=_BATCH_SIZE.value, harness=_HARNESS.value,
-        untrained=_UNTRAINED.value, out=_OUT.value,
-    )  # fmt: skip
-    print(text)
+    wanted = report.Wanted(
+        tasks, names, _TEXT.value, _LIMIT.value, _BATCH_SIZE.value, _HARNESS.value
+    )
+    print(report.evaluate(
+        _WORKDIR.value, _STEP.value, overrides, wanted, _UNTRAINED.value, _OUT.value
+    ))  # fmt: skip
 
 
 if __name__ == "__main__":
