@@ -48,6 +48,8 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as e:
         _fail(str(e).splitlines()[0])
+    except SystemExit:  # absl has printed the help that was asked for, and would exit with 1
+        sys.exit(0)
 
 
 def check_output(**files: str | None) -> None:

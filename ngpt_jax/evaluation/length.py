@@ -129,7 +129,7 @@ def score_lengths(
     """Nats of every token of the same text, read in sequences of each length.
 
     Args:
-      model: to ask.
+      model: that reads them.
       sequences: (n, longest + 1) ids; each length divides ``longest``.
       lengths: of the sequences that they are cut into.
       progress: called with the share that is done.

@@ -1,4 +1,4 @@
-"""One HTML page of a study: no network, no scripts, pictures inside."""
+"""The HTML page of a study: no network, no scripts, the pictures inside."""
 
 from __future__ import annotations
 
