@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ngpt_jax import plots
+from ngpt_jax.files import lock
 from ngpt_jax.study import figures, page, plan, results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
@@ -22,7 +23,7 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
     cells = cells_of(study, rows)
     speedups = speedups_of(study, cells)
     captions: dict[str, str] = {}
-    with results.locked(out):  # another program may be about to do the same
+    with lock(out / results.LOCK):  # another program may be writing the report too
         for name in ("speedup.csv", *_PICTURES):
             (out / name).unlink(missing_ok=True)
         plots.write_csv(

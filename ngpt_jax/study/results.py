@@ -11,7 +11,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
@@ -38,6 +38,7 @@ COLUMNS: dict[str, type] = {
     "config": str,  # digest of what decides about the loss
     "command": str,
 }  # fmt: skip
+LOCK = ".lock"  # of a study's folder, in which several programs may write
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
 # Fields that decide where and how fast a run is, not what it learns, by the beginning of the name.
@@ -180,16 +181,9 @@ def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | Non
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
-def locked(folder: Path) -> IO[str]:
-    """The lock under which the files of a study's folder change, for a ``with`` statement."""
-    held = lock(folder / ".lock", wait=True)
-    assert held is not None
-    return held
-
-
 def add(path: Path, study: Study, row: Result) -> None:
     """Adds a row in the study's order; it replaces an older row of the same point."""
-    with locked(path.parent):
+    with lock(path.parent / LOCK):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
         names = list(study.settings), list(study.models)
 

@@ -69,6 +69,14 @@ def lanes(cores: int | None) -> int:
     return 1 if cores is None else here // cores
 
 
+def take(path: Path) -> IO[str] | None:
+    """Locks a file for this program, and for the run that inherits it; None if it is locked."""
+    try:
+        return lock(path, keep_waiting=lambda: False)
+    except BlockingIOError:
+        return None
+
+
 def take_cores(cores: int | None) -> dict[int, IO[str]] | None:
     """Cores that no other run of any study on this machine has, with their locks.
 
@@ -81,7 +89,7 @@ def take_cores(cores: int | None) -> dict[int, IO[str]] | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     taken: dict[int, IO[str]] = {}
     for core in available_cores():
-        if (held := lock(folder / str(core))) is not None:
+        if (held := take(folder / str(core))) is not None:
             taken[core] = held
         if len(taken) == cores:
             return taken
@@ -166,7 +174,7 @@ def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> bool:
 
 def _try(c: Comparison, point: Point) -> Running | None:
     """Starts a point, if no other program has it and there are cores for it."""
-    if (held := lock(c.runs / f"{point.name}.claim")) is None:
+    if (held := take(c.runs / f"{point.name}.claim")) is None:
         return None
     cores = take_cores(c.study.cores)
     # Another program may have finished it since the table was read.
