@@ -21,6 +21,7 @@ from ngpt_jax.data import pipeline
 from ngpt_jax.diagnose import figures as drawing
 from ngpt_jax.diagnose import measures
 from ngpt_jax.diagnose import tables as measured
+from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
 from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect as d
 from ngpt_jax.model.params import compute_params, param_tree
@@ -49,7 +50,7 @@ def wobbly(config, seed=0):
 
 
 def opened(config, params):
-    return measures.Opened("run", Path("run"), config, TrainState(0, params, None, None), {})
+    return RunState("run", config, TrainState(0, params, None, None), {})
 
 
 def f64(tree):
@@ -360,7 +361,7 @@ def runs(tmp_path_factory, book):
 def open_run(folder, step, overrides=()):
     config = opening.read_config("workdir", str(folder), overrides)
     checkpoint = opening.find_checkpoint("workdir", str(folder), step)
-    return measures.open_run("run", str(folder), config, checkpoint)
+    return read_state("run", str(folder), config, checkpoint)
 
 
 def rows_of(folder):
@@ -417,7 +418,7 @@ def read_csv(path, **wanted):
 def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
     run = open_run(runs[kind], 4)
     config, model = run.config, run.config.model
-    corpus = measures.load_text(run)
+    corpus = load_text(run)
     label = {"ngpt": "nGPT ngpt", "gpt": "GPT gpt"}[kind]
     rotation, gradient = (
         read_csv(figures[1] / f"{name}.csv", run=label) for name in ("rotation", "gradient")
@@ -471,7 +472,7 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
 
 def test_at_the_end_of_a_schedule_the_peak_rate_still_tells(runs):
     run = open_run(runs["ngpt"], None)
-    rotation, _ = measures.rotation_and_gradient(run, measures.load_text(run))
+    rotation, _ = measures.rotation_and_gradient(run, load_text(run))
     assert int(run.state.step) == 8
     own, peak = ([r["mean"] for r in rotation if r["rate"] == rate] for rate in ("own", "peak"))
     assert max(own) < 1e-4 and min(peak) > 0.1
@@ -538,7 +539,7 @@ def test_bad_input_is_told_in_a_line(runs, tmp_path):
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, mlp_width=64))
     checkpoint = opening.find_checkpoint("workdir", str(runs["ngpt"]), 4)
     with pytest.raises(ConfigError, match="model and optimizer in .*kernel is"):
-        measures.open_run("run", str(runs["ngpt"]), wide, checkpoint)
+        read_state("run", str(runs["ngpt"]), wide, checkpoint)
     done = command(f"--workdir={runs['ngpt']}", "--layers=7")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
@@ -562,7 +563,7 @@ def test_every_evaluation_logs_what_is_cheap(runs, kind):
         assert set(logged) == {f"diagnose/{name}" for name in names}
         run = open_run(runs[kind], row["step"])
         model, params = run.config.model, run.state.params
-        corpus = measures.load_text(run)
+        corpus = load_text(run)
         (batch,) = pipeline.eval_batches(corpus.held_out[0], 32, 8, 1)
         real = batch["weights"] > 0
         for name, angles in d.block_angles(model, params, batch).items():
