@@ -1,12 +1,17 @@
-"""Paths, local or gs://, and files that are written whole or not at all."""
+"""Paths, local or gs://; files that are written whole or not at all; locks on files."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import IO
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -40,6 +45,48 @@ def remove_leftovers(folder: str | os.PathLike[str]) -> None:
         for name in os.listdir(folder):
             if re.fullmatch(r"\..+\.\d+\.tmp", name):
                 os.unlink(os.path.join(folder, name))
+
+
+def lock(path: str | os.PathLike[str], keep_waiting: Callable[[], bool] = lambda: True) -> IO[str]:
+    """Opens a local file and locks it against every other call, of this process or of another.
+
+    The lock ends when the file is closed, at the latest with this process and the child processes
+    that inherited the file. Where the file system has no locks, a warning says so, and the file is
+    returned without one.
+
+    Args:
+      path: made where it is missing; its text stays.
+      keep_waiting: asked five times a second while the file is locked; False ends the wait.
+
+    Returns:
+      The open file; what is written is appended.
+
+    Raises:
+      BlockingIOError: the file is still locked when the wait ends.
+      OSError: the file cannot be opened.
+    """
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+    try:
+        while True:
+            try:
+                # Not lockf: its lock would be lost when this process closes another descriptor.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):  # both mean that it is locked
+                if not keep_waiting():
+                    raise BlockingIOError(errno.EAGAIN, "is locked", os.fspath(path)) from None
+                time.sleep(0.2)
+                continue
+            except OSError as e:
+                print(
+                    f"warning: {path} cannot be locked ({reason(e)}); make sure yourself that no"
+                    " other program uses its folder.",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return file
+    except BaseException:
+        file.close()
+        raise
 
 
 def digest_of(lines: Iterable[str]) -> str:

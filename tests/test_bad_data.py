@@ -27,8 +27,8 @@ from test_sources import TinySet
 
 from ngpt_jax.config import DataConfig, MixtureConfig, default_config, from_config_dict
 from ngpt_jax.data.preparing import shard_writer
-from ngpt_jax.data.preparing.preparation import Stopped
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.preparing.folder import Stopped
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 TEXTS = ["".join(RNG.choice(list("abc \n"), 200)) + "." for _ in range(60)]
@@ -294,7 +294,7 @@ def test_text_that_a_tokenizer_cannot_encode(tmp_path, monkeypatch):
         raise Exception("WordLevel error: Missing [UNK] token")
 
     monkeypatch.setattr(ByteTokenizer, "encode_batch", broken)
-    with raises("data.tokenizer: 'byte' cannot encode the text .*UNK.*; give another"):
+    with raises("The tokenizer 'byte' cannot encode the text .*UNK.*; give another"):
         run(text_config(tmp_path / "a.txt"), tmp_path / "out")
 
 
@@ -326,14 +326,14 @@ def words_file(folder):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import sys; sys.path.insert(0, "tests")
-from ngpt_jax.data.preparing import preparation
+from ngpt_jax.data.preparing import folder, tokenize
 if __name__ == "__main__":
-    preparation._PORTIONS_BEFORE_WORKERS, preparation._CHARACTERS_AT_ONCE = 1, 1000
+    tokenize._PORTIONS_BEFORE_WORKERS, tokenize._CHARACTERS_AT_ONCE = 1, 1000
     import multiprocessing, test_prepare as t
     def told(*args):
         print(*(p.pid for p in multiprocessing.active_children()), flush=True)
         import time; time.sleep(60)
-    preparation._Report.show = lambda self, portion, tokens: (
+    folder._Report.show = lambda self, portion, tokens: (
         told() if len(multiprocessing.active_children()) == 2 else None)
     t.run(t.text_config(sys.argv[1], tokenizer=sys.argv[3]), sys.argv[2], workers=2)
 """

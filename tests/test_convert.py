@@ -20,7 +20,8 @@ from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
 from ngpt_jax.checkpoint.checkpoints import restore_params
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint

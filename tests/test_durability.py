@@ -23,7 +23,7 @@ from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 from ngpt_jax.training import loop, setup, workdir
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME

@@ -18,7 +18,7 @@ from etils import epath
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 from ngpt_jax.evaluation import scorers, tasks
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.inference import scoring

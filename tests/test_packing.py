@@ -15,7 +15,7 @@ from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus, packing, shards
 from ngpt_jax.data.packing import BestFit, Concatenated, best_fit, document_lengths
 from ngpt_jax.data.shards import TokenStream, open_bin, token_dtype
-from ngpt_jax.data.tokenizers.loading import load_tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 EOD = 256
@@ -171,7 +171,7 @@ def test_threads_may_read_while_files_are_opened_and_dropped(tmp_path):
     shard = open_bin(epath.Path(write_bin(tmp_path / "a.bin", TOKENS)), "data.paths", None)
 
     def read(_):
-        shards._opened.cache_clear()
+        shards._open_file.cache_clear()
         return shard.read(5, 50).tolist() == TOKENS[5:50].tolist()
 
     with ThreadPoolExecutor(8) as pool:
@@ -257,7 +257,7 @@ def test_concatenated_windows(documents, context, masked):
             assert window["positions"].tolist() == expected
     if not len(windows):
         with raises(f"model.context = {context} needs a training text of {context + 1} tokens"):
-            packing.check_windows(windows, stream_of(tokens), context)
+            packing.check_sequences(windows, stream_of(tokens), context)
 
 
 def test_document_lengths(monkeypatch):

@@ -22,7 +22,8 @@ from test_packing import stream_of
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet, load_corpus
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.model.transformer import Transformer, init_params, num_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_duration

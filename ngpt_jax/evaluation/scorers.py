@@ -28,9 +28,9 @@ import jax
 import numpy as np
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data import corpus_files
+from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.text import text_files
-from ngpt_jax.data.tokenizers.loading import Tokenizer, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
 from ngpt_jax.evaluation.tasks import Task
 from ngpt_jax.inference.loading import LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
@@ -229,8 +229,11 @@ def table(task: Task, scored: Sequence[Scored]) -> tuple[list[str], list[dict[st
 
 def read_text(path: str, text_key: str) -> list[str]:
     """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError."""
-    files = corpus_files.find_files([path], "--text", text_files.SUFFIXES)
-    texts = [text for f in files for text, _ in text_files.read_documents(f, "--text", text_key)]
+    texts = [
+        text
+        for file in find_files([path], "--text", text_files.SUFFIXES)
+        for text, _ in text_files.read_documents(file, "--text", text_key, "--text_key")
+    ]
     if not texts:
         raise ConfigError(f"--text={path} holds no text; give another file.")
     return texts

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ngpt_jax.config import ConfigError, did_you_mean
-from ngpt_jax.data.corpus_files import Opened, parse_path
+from ngpt_jax.data.list_files import parse_path
+from ngpt_jax.data.open_files import open_text
 from ngpt_jax.files import reason
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -124,8 +125,8 @@ def read_task(path: epath.Path, limit: int | None = None) -> Task:
     examples: list[Example] = []
     kind = ""
     try:
-        with Opened(path) as opened:
-            for number, line in enumerate(opened.text(), start=1):
+        with open_text(path) as (lines, _):
+            for number, line in enumerate(lines, start=1):
                 if len(examples) == limit:
                     break
                 if not line.strip():

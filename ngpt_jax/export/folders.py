@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.files import is_remote, reason
 
 

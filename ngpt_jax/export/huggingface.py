@@ -35,12 +35,13 @@ import safetensors.numpy
 from ngpt_jax import __version__
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError, ModelConfig, experiment
+from ngpt_jax.data.tokenizers.base import check_tokenizer
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
-from ngpt_jax.inference.opening import OpenedRun, check_tokenizer
+from ngpt_jax.inference.opening import OpenedRun
 from ngpt_jax.model.transformer import FOLDED_MARK, axis_sizes, is_matrix, real_vocab
 from ngpt_jax.training.layout import named_params
 from ngpt_jax.training.loop import enable_x64_if_used
@@ -288,7 +289,7 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
                 f" training, under ngpt_jax, {value!r}; they must be of one model."
             )
     config, tokenizer = with_tokenizer(config)
-    check_tokenizer(where, config, tokenizer, fingerprint)
+    check_tokenizer(tokenizer, fingerprint, where)
     enable_x64_if_used(config)
     params = from_torch(where, config.model, _read_weights(where, folder))
     return Imported(config, jax.tree.map(jnp.asarray, params), tokenizer)

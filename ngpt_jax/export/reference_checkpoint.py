@@ -21,7 +21,7 @@ import numpy as np
 from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors
 from ngpt_jax.export.reference_layout import from_reference, to_reference

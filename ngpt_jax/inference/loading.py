@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.inference import opening, scoring

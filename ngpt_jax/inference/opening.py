@@ -17,7 +17,7 @@ from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
 from ngpt_jax.checkpoint.folder import CheckpointFolder
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.files import reason
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
@@ -119,18 +119,8 @@ def open_run(
     several = any(name.startswith("mesh.") for name, _ in overrides)
     mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
     params, progress = read_params(path, config, checkpoint, mesh)
-    check_tokenizer(f"--{flag}={path}", config, tokenizer, progress["tokenizer"])
+    check_tokenizer(tokenizer, progress["tokenizer"], f"--{flag}={path}")
     return OpenedRun(config, tokenizer, params, mesh, int(checkpoint.name))
-
-
-def check_tokenizer(where: str, config: Config, tokenizer: Tokenizer, saved: str) -> None:
-    """Refuses a tokenizer that is not the one that the weights were trained with."""
-    if tokenizer.fingerprint != saved:
-        raise ConfigError(
-            f"{where}: data.tokenizer ({config.data.tokenizer}) is not the one that it was trained"
-            f" with ({saved[:8]}, not {tokenizer.fingerprint[:8]}); give that one with"
-            " --config.data.tokenizer."
-        )
 
 
 class _Weights(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 

@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ngpt_jax.config import ConfigError, field_hint
+from ngpt_jax.config import ConfigError, field_named
 
 # Fields of the config by dotted name.
 Overrides = Mapping[str, Any]
@@ -94,7 +94,6 @@ def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
 
 
 _NOT_IN_NAMES = r"[^\w=,.+-]"
-_SET_BY_POINTS = ("train.steps", "train.tokens", "train.seed", "data.seed")
 
 
 def check(study: Study) -> None:
@@ -128,9 +127,9 @@ def check(study: Study) -> None:
     for what, fields in overrides.items():
         require(isinstance(fields, Mapping), f"{what} must be a dict of fields.")
         for field, value in fields.items():
-            known = field_hint(str(field)) is not None
-            require(known, f"{what}: unknown field {field!r}.")
-            own = field in _SET_BY_POINTS or (
+            known = field_named(str(field))
+            require(known is not None, f"{what}: unknown field {field!r}.")
+            own = (known is not None and known.set_by_study) or (
                 field == study.tuned and not what.startswith("settings")
             )
             require(not own, f"{what}: {field} is set by the study itself.")
@@ -154,8 +153,9 @@ def check(study: Study) -> None:
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     if study.tuned is None:
         return
+    tuned = field_named(study.tuned)
     require(
-        field_hint(study.tuned) in (float, float | None),
+        tuned is not None and tuned.type in (float, float | None),
         f"tuned must name a field that is a float, not {study.tuned!r}; sweep others with grid().",
     )
     for model in {**study.models, **study.ladders}:

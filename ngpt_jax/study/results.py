@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
-import functools
 import json
 import math
 import shlex
@@ -42,21 +41,6 @@ COLUMNS: dict[str, type] = {
 }  # fmt: skip
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
-# Fields that decide where and how fast a run is, not what it learns, by the beginning of the name.
-_NO_PART = (
-    "mesh.", "runtime.", "profile.", "log.", "checkpoint.", "sample.", "eval.", "model.remat",
-    "model.attention", "model.loss_chunk", "data.paths", "data.eval_paths", "data.cache",
-    "data.workers", "data.threads", "data.prefetch", "train.accumulate",
-)  # fmt: skip
-
-
-_CHOICES_OF_KIND = set(PRESETS["ngpt"]) - {
-    "model.qk_norm",
-    "model.init_std",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-}
-
 
 def load_study(spec: str) -> Study:
     """What get_study(variants) of FILE[:variant,...] returns, checked."""
@@ -82,22 +66,17 @@ def config_of(experiment: str, study: Study, point: Point) -> Config:
 
 
 def digest(config: Config) -> str:
-    """Of the fields that decide about the loss, where they are not the defaults.
+    """A digest of the fields that can change the loss and are not at their default.
 
-    So that a table stays good when later versions have new fields. Text is told apart by the
-    fingerprints of its tokens.
+    A table stays good when later versions have new fields: these are at their default, or at the
+    value that the kind's preset gives. Fingerprints tell the text apart, not its path.
     """
     lines = []
-    for line in config_lib.differences(Config(), config):
-        name = line.partition(":")[0]
-        if name in _CHOICES_OF_KIND:
-            value = functools.reduce(getattr, name.split("."), config)
-            if value == preset_value(config, name):
-                continue
-            if name == "optimizer.project":
-                line = f"{name}: True -> {value!r}"
-        if not line.startswith(_NO_PART):
-            lines.append(line)
+    for field, default, value in config_lib.differences(Config(), config):
+        if field.name in PRESETS[config.model.kind] and not field.always_in_digest:
+            default = preset_value(config, field.name)
+        if field.effect.loss and value != default:
+            lines.append(f"{field.name}: {default!r} -> {value!r}")
     return digest_of(lines)[:12]
 
 

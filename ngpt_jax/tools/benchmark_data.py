@@ -28,7 +28,8 @@ from absl import flags
 
 from ngpt_jax.config import DataConfig, command
 from ngpt_jax.data.text.sources import open_source
-from ngpt_jax.data.tokenizers.loading import Tokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.files import write_atomically
 
 _PATHS = flags.DEFINE_multi_string("paths", [], "Text, as --config.data.paths of training.")

@@ -11,7 +11,7 @@ import jax
 
 from ngpt_jax.config import Config
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.corpus import EvalSet
+from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.model import inspect
 from ngpt_jax.model.transformer import compute_params
 from ngpt_jax.parallel.mesh import BatchPlacer

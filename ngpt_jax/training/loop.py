@@ -16,7 +16,7 @@ from etils import epath
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.preparing.preparation import Stopped
+from ngpt_jax.data.preparing.folder import Stopped
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.files import reason

@@ -18,7 +18,8 @@ from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, restor
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
-from ngpt_jax.data.tokenizers.loading import Tokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.files import digest_of, reason
 from ngpt_jax.model.transformer import num_params
 from ngpt_jax.optim.recipes import make_optimizer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -19,7 +18,8 @@ from etils import epath
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.files import is_remote, reason, remove_leftovers, write_atomically
+from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
+from ngpt_jax.files import is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.parallel import distributed
 
 
@@ -35,47 +35,18 @@ class Diverged(RunError):
     exit_code = 3
 
 
-# What a run may change when it goes on, by the names of fields; the longest prefix decides.
-_RUN, _SCHEDULE, _FREE = "the run's own", "schedule", "free"
-_MAY_CHANGE = {
-    "model.": _RUN,
-    "model.dtype": _FREE,
-    "model.scan_layers": _FREE,
-    "model.remat": _FREE,
-    "model.loss_chunk": _FREE,
-    "model.attention": _FREE,
-    "optimizer.": _RUN,
-    "optimizer.learning_rate": _SCHEDULE,
-    "optimizer.schedule": _SCHEDULE,
-    "optimizer.warmup_": _SCHEDULE,
-    "optimizer.final_fraction": _SCHEDULE,
-    "optimizer.decay_fraction": _SCHEDULE,
-    # Where the text and the tokenizer lie: what they are is told by their fingerprints.
-    "data.": _FREE,
-    "data.seed": _RUN,
-    "data.packing": _RUN,
-    "data.mask_documents": _RUN,
-    "data.mixture.": _FREE,
-    "train.seed": _RUN,
-    "train.steps": _SCHEDULE,
-    "train.tokens": _SCHEDULE,
-    "train.batch_size": _SCHEDULE,
-}
+_RUN, _SCHEDULE, _FREE = OWN.resume, SCHEDULE.resume, FREE.resume
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
-    """Differences of two configs by what may become of them: free, schedule, the run's own."""
+    """Differences of two configs, by what a change does to a run (config/facts.py)."""
     found: dict[str, list[str]] = {_RUN: [], _SCHEDULE: [], _FREE: []}
     constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
     for difference in config_lib.differences(old, new):
-        name = difference.partition(":")[0]
-        prefixes = [prefix for prefix in _MAY_CHANGE if name.startswith(prefix)]
-        kind = _MAY_CHANGE[max(prefixes, key=len)] if prefixes else _FREE
-        if name.startswith("data.mixture.") and name.endswith(".weight"):
-            kind = _RUN
-        if constant and name in ("train.steps", "train.tokens"):
-            kind = _FREE  # the end of a run without a schedule is no part of it
-        found[kind].append(difference)
+        field = difference.field
+        # The length of a run without a schedule decides nothing but its end.
+        length = constant and field.name in ("train.steps", "train.tokens")
+        found[_FREE if length else field.effect.resume].append(str(difference))
     return found
 
 
@@ -129,35 +100,30 @@ def _some(differences: list[str]) -> str:
 
 
 def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
-    """Makes the folder, and keeps other programs out of it while the file that it returns is open.
-
-    The lock ends with the process. None where the storage has none.
+    """Makes the folder, and keeps other programs out of it until the returned file is closed.
 
     Args:
       workdir: the folder.
       patience: seconds to wait for a process that is about to end.
 
-    Raises RunError, OSError.
+    Returns:
+      The lock; None on remote storage, which has no locks.
+
+    Raises:
+      RunError: another process uses the folder.
+      OSError: the folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     if is_remote(workdir):
         return None
-    file = open(workdir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError) as e:  # both mean that another has it
-            if time.monotonic() > deadline:
-                file.close()
-                raise RunError(
-                    f"--workdir={workdir} is in use by another process; wait for its end, or choose"
-                    " another --workdir."
-                ) from e
-            time.sleep(0.2)
-        except OSError:
-            return None
+    try:
+        file = lock(workdir / ".lock", lambda: time.monotonic() < deadline)
+    except BlockingIOError as e:
+        raise RunError(
+            f"--workdir={workdir} is in use by another process; wait for its end, or choose"
+            " another --workdir."
+        ) from e
     remove_leftovers(workdir)
     file.truncate(0)
     file.write(secrets.token_hex(16))  # by which other hosts know the folder

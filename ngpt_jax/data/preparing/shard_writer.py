@@ -1,4 +1,4 @@
-"""Shards of tokens under temporary names until they are whole."""
+"""Shards of tokens, written under temporary names until they are whole."""
 
 from __future__ import annotations
 
@@ -8,29 +8,24 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from etils import epath
 
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.manifest import SetFacts, ShardFacts
+from ngpt_jax.data.preparing.tokenize import Tokens
 from ngpt_jax.files import is_remote, reason
 
-SEGMENT = ".segment"  # how temporary folders begin
-
-
-class Tokens(NamedTuple):
-    """Of some documents of a set: ids with ``eod`` after each, and where documents end."""
-
-    name: str
-    ids: np.ndarray
-    ends: np.ndarray
-    bytes: int
+TEMPORARY = ".segment"  # start of the names of temporary folders
 
 
 class ShardWriter:
-    """The shards that are being written, one a set; they get their names when all are whole.
+    """One new shard of each set; they get their final names together, when all are whole.
+
+    Args:
+      out: folder of the shards.
+      format: bin or array_record.
 
     Raises OSError.
     """
@@ -38,7 +33,7 @@ class ShardWriter:
     def __init__(self, out: epath.Path, format: str):
         self._out, self._format = out, format
         self._folder = tempfile.mkdtemp(
-            prefix=SEGMENT, dir=None if is_remote(self._out) else str(self._out)
+            prefix=TEMPORARY, dir=None if is_remote(self._out) else str(self._out)
         )
         self._files: dict[str, Any] = {}
         self._facts: dict[str, list[int]] = {}  # documents, bytes of text, tokens
@@ -48,11 +43,12 @@ class ShardWriter:
 
     def __exit__(self, *_: object) -> None:
         for file in self._files.values():
-            with contextlib.suppress(Exception):  # told by what failed before
+            with contextlib.suppress(Exception):  # only after a failure, which is told already
                 file.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def tokens(self, name: str) -> int:
+        """Tokens of a set so far."""
         return self._facts.get(name, [0, 0, 0])[2]
 
     def add(self, some: Iterable[Tokens]) -> None:
@@ -74,7 +70,14 @@ class ShardWriter:
         return epath.Path(self._folder) / name
 
     def commit(self, numbers: Mapping[str, int]) -> dict[str, SetFacts]:
-        """Moves the shards into the folder; ``numbers``: how many a set has already."""
+        """Moves the shards into the folder under their names.
+
+        Args:
+          numbers: how many shards each set has in the folder already.
+
+        Returns:
+          What was written of each set.
+        """
         new = {}
         for name, file in self._files.items():
             with _writing():
@@ -97,7 +100,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """array_record has errors of its own for a full disk."""
+    """Makes an OSError of the RuntimeError that array_record raises for a full disk."""
     try:
         yield
     except RuntimeError as e:
