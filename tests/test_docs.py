@@ -253,6 +253,13 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(where), target
 
 
+@PAGE
+def test_files_that_are_named_exist(page):
+    folders = (page.parent, Path(), Path("ngpt_jax"), Path("experiments"))
+    for name in re.findall(r"`((?:\w+/)*[a-z\d_]+\.py)`(?!\])", prose(page)):
+        assert any((ROOT / folder / name).is_file() for folder in folders), name
+
+
 @DOCUMENTS
 def test_no_path_outside_the_repository(path):
     text = read(path) if path.suffix == ".md" else ast.get_docstring(ast.parse(read(path)))
@@ -370,6 +377,7 @@ def server(tmp_path_factory):
 def prepared(server, tmp_path_factory):
     """A folder with all that the pages name: experiments, texts, tokenizers, tasks, runs."""
     from data_helpers import json_lines, write, write_bin
+    from test_tokenizers import write_gpt2
     from tokenizers import ByteLevelBPETokenizer
 
     home = tmp_path_factory.mktemp("docs")
@@ -390,6 +398,7 @@ def prepared(server, tmp_path_factory):
     bpe.train_from_iterator([book], vocab_size=300, special_tokens=["<|endoftext|>"])
     for name in ("tokenizer.json", "llama2.json"):
         bpe.save(str(home / name))
+    write_gpt2(home / "gpt2")
     choice = {"id": 1, "context": "The sphere", "continuations": [" turns", " moves"], "label": 1}
     for name in ("lambada_openai", "hellaswag", "arc_easy", "winogrande"):
         write(home / "evals" / f"{name}.jsonl", json.dumps(choice) + "\n")
