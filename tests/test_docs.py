@@ -47,7 +47,6 @@ TINY = (
     " --config.model.context=64 --config.train.steps=2 --config.train.batch_size=2"
     " --config.eval.batches=1 --config.eval.batch_size=64 --config.sample.tokens=8"
 )
-DEBUG = " --config=experiments/124m.py:debug"
 
 
 class ByTest(NamedTuple):
@@ -79,7 +78,9 @@ HOW = {
         " --steps=3 --warmup=1 --config.model.layers=1 --config.model.width=64"
         " --config.model.context=64"
     ),
-    "python -m ngpt_jax.tools.benchmark --config": DEBUG + " --steps=3 --warmup=1",
+    "python -m ngpt_jax.tools.benchmark --config": (
+        " --config=experiments/124m.py:debug --steps=3 --warmup=1 --config.model.layers=1"
+    ),
     "python -m ngpt_jax.tools.benchmark_data": " --paths=book.txt --workers=2 --rounds=1",
     "python -m ngpt_jax.tools.benchmark_decode": (
         " --prompt=16 --tokens=64 --rounds=1 --config.model.layers=1 --config.model.width=48"
@@ -415,7 +416,8 @@ def prepared(server, tmp_path_factory):
         ("gpt", "debug,gpt", "prose512-gpt-4000-0.006-seed0"),
     ):
         run("ngpt_jax.main", f"--config=experiments/quickstart.py:{variants}",
-            f"--workdir=runs/{kind}", "--config.train.steps=3", "--config.sample.tokens=0",
+            f"--workdir=runs/{kind}", "--config.model.layers=1", "--config.model.context=64",
+            "--config.train.steps=3", "--config.sample.tokens=0",
             "--config.data.source=text", "--config.data.paths=books",
             "--config.data.eval_paths=val=book.txt")  # fmt: skip
         speedup.mkdir(exist_ok=True)
