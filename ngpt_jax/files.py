@@ -1,7 +1,5 @@
 """Paths, local or gs://; files that are written whole or not at all; locks on files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

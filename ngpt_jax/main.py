@@ -12,8 +12,6 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Plots as PNG with the numbers beside them as CSV, in one style."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os

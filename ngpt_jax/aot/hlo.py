@@ -6,8 +6,6 @@ XLA's own cost analysis counts the body of a loop once. All branches of a condit
 each were taken.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass

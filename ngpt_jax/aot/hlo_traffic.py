@@ -3,8 +3,6 @@
 Sizes are those of the arrays, without the padding of tiled layouts.
 """
 
-from __future__ import annotations
-
 import math
 
 from ngpt_jax.aot.hlo_text import Array, Instruction

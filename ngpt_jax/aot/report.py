@@ -1,7 +1,5 @@
 """The training step compiled for given devices, and what it needs: memory, traffic, time."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

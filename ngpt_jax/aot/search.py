@@ -1,7 +1,5 @@
 """The largest batch whose training step still fits into the memory of a chip."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """The devices to compile for: those of a TPU topology, which need not exist, or the ones here."""
 
-from __future__ import annotations
-
 import importlib.util
 import math
 import os

@@ -1,7 +1,5 @@
 """What the benchmarks share: which config they time, and on what machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What feeds training, timed: tokenizing, preparing shards, reading sequences."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

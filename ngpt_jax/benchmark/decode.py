@@ -1,7 +1,5 @@
 """Prefill and decoding of nGPT and of the GPT baseline, timed interleaved, on one device."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Training steps of nGPT, of the GPT baseline and of a plain-jax GPT, timed interleaved."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Checkpoints: checkpoint N holds the state after N steps, each of one batch."""
 
-from __future__ import annotations
-
 import json
 import math
 import threading

@@ -3,8 +3,6 @@
 They stand in the checkpoint's manifest.json, which is written last.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import zlib

@@ -1,7 +1,5 @@
 """Checkpoints on disk: where they lie, how one is found, and how a folder is repaired."""
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

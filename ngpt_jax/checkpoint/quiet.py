@@ -1,7 +1,5 @@
 """Hides what orbax prints where a write fails: the save raises the error, told in one line."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import logging

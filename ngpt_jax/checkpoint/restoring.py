@@ -1,7 +1,5 @@
 """Reading checkpoints: a run's whole state, or its parameters alone."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

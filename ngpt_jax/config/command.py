@@ -1,7 +1,5 @@
 """What every command shares: flags, overrides, output paths, and errors in one line."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -4,8 +4,6 @@ This is the only file that knows the kinds. A new variant of the model is an ent
 where it needs a rule that does not exist yet, one function in the model.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import operator
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Weights as inference reads them: scales multiplied in, in the compute dtype, a tree a layer."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Text from a model: the prompts at once, then a token a step from a cache of keys and values."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple

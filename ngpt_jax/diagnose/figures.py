@@ -1,7 +1,5 @@
 """The figures of ``diagnose``, each drawn from the rows of its table; one colour a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Layers count from 0; ``depth`` is layer / (layers - 1).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """All figures and tables of one run, or of one laid over another, written into a folder."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from ngpt_jax import plots

@@ -1,7 +1,5 @@
 """A run's checkpoint with the optimizer's moments, and the text that the run reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """All tables of a run, and its numbers in short."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

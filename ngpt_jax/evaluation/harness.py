@@ -10,8 +10,6 @@ Importing this module makes the model known to the harness as "ngpt_jax", with t
 workdir, step and batch_size: ``simple_evaluate(model="ngpt_jax", model_args="workdir=RUN", ...)``.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os

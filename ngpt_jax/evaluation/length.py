@@ -1,7 +1,5 @@
 """Perplexity of texts longer than the training context, RoPE unchanged (figure 13 of the paper)."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """A trained model scored on tasks and a text: the results as a table, as JSON and as CSV files."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

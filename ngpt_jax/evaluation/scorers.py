@@ -18,8 +18,6 @@ models refuse a continuation longer than the model's context; here it is scored 
 text is.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple

@@ -10,8 +10,6 @@ A file NAME.jsonl or NAME.jsonl.gz holds an example a line. All are of one of th
 "label" is the index of the right continuation or context.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import zlib

@@ -1,7 +1,5 @@
 """What conversions read, and how they write: complete output, or none."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

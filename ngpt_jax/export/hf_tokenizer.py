@@ -5,8 +5,6 @@ document follows an end of document: put ``eos_token`` before a prompt. Unlike i
 that spells a special token is read as that token, unless ``split_special_tokens=True`` is given.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -18,8 +18,6 @@ Scales are stored as the training stores them. config.json has the factors that 
 effective values (scale_factors), and under ngpt_jax the whole config of the training.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -6,8 +6,6 @@ prefix. Files are read with ``weights_only=True`` alone, which runs no code of t
 has a place for the paper's nGPT and GPT, and for no other choices of the config.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 import warnings

@@ -5,8 +5,6 @@ fused in one matrix. We have kernels with an axis for the heads, stacked over la
 halves, padded tables. The stored numbers of the scales are the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

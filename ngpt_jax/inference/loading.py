@@ -1,7 +1,5 @@
 """A trained model, loaded for use: it generates text, and gives log-probabilities of a text."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A finished (or stopped) run's folder, opened to look at it or to use its weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple

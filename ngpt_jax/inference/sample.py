@@ -1,7 +1,5 @@
 """Prompts from a command line, and what a model says after them on a terminal."""
 
-from __future__ import annotations
-
 import re
 import sys
 import time

@@ -1,7 +1,5 @@
 """Turns tokens into text as they come: stop strings, and characters that are not whole yet."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ all positions, gathered; for cuDNN, which knows no offset of positions, heads ar
 for positions instead.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

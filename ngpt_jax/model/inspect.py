@@ -6,8 +6,6 @@ nats. Zero vectors give finite numbers everywhere. Equation numbers are those of
 https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ A matrix is a set of vectors of the residual space: it has the axis ``embed`` an
 Equation numbers are those of https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator

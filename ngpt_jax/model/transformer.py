@@ -5,8 +5,6 @@ optimizer groups and the parameter table follow from the names. Equation numbers
 of https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """One function per recipe, each an optax chain."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -5,8 +5,6 @@ overlap. TPUs need none: libtpu overlaps by default, and flags made for one gene
 compiler on another.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Several processes as one program: how they start, and how they agree."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import re

@@ -1,7 +1,5 @@
 """The device mesh, and which rows of a batch belong where."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

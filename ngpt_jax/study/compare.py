@@ -1,7 +1,5 @@
 """A study from its experiment file: the runs that are due, one run again, the report."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The plots of a study, a panel a setting, a colour a model."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The HTML page of a study: no network, no scripts, the pictures inside."""
 
-from __future__ import annotations
-
 import base64
 import html
 import math

@@ -8,8 +8,6 @@ one on either side. Then the other seeds run with the best value. The runs that 
 complete stages alone, so the order in which runs end changes nothing.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

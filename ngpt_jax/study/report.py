@@ -1,7 +1,5 @@
 """The report of a study: cells.csv, speedup.csv, plots as PNG, and report.html over them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

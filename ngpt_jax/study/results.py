@@ -1,7 +1,5 @@
 """The table of a study's finished runs: a CSV file to which several programs may add."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """Runs the points of a study, each as a process of its own, side by side, until none is due."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Speed-up at equal loss: how much less a model needs to reach what the baseline reached."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The results of a study in short: its cells, its speed-ups, the machines of its runs."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import statistics

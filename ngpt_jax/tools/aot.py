@@ -12,8 +12,6 @@ The step is the same program that training runs, with its mesh, kernels and dona
 Exit code 1 means that the step does not fit.
 """
 
-from __future__ import annotations
-
 import os
 
 from absl import flags

@@ -16,8 +16,6 @@ layers unrolled as the plain GPT's are. The plain GPT (ngpt_jax/benchmark/plain_
 shapes and the same optimizer; it is float32, with 4 * width hidden units and no grouped queries.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command

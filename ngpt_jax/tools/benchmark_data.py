@@ -9,8 +9,6 @@ process, and with --workers) and its peak memory, and of the loader on one core.
 text is the source of Python's standard library.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, DataConfig, command

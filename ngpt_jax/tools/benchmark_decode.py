@@ -12,8 +12,6 @@ two more numbers: the time of the last quarter of the tokens over that of the fi
 time of a token with a KV cache of four times as many slots, all of which attention reads.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import command

@@ -13,8 +13,6 @@ same command goes on where it was stopped, and skips what is done. Several such 
 same --out, on one machine or on several that share it, divide the work among them.
 """
 
-from __future__ import annotations
-
 import sys
 
 from absl import flags

@@ -26,8 +26,6 @@ here. Weights trained with standard RoPE do.
 PyTorch is needed for the authors' layout alone (pip install 'ngpt-jax[torch]').
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable
 

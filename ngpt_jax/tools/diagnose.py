@@ -18,8 +18,6 @@ Layers are counted from 0. Rotation is given at two learning rates: the one that
 for the next step (0 at the end of a cosine), and the peak, optimizer.learning_rate.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command

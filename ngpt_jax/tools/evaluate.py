@@ -29,8 +29,6 @@ local files without a network, and the harness's own tasks, by their names, with
 --out gets evaluate.json, and NAME.csv with the choice and log-probabilities of each example.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command

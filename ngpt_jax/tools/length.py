@@ -13,8 +13,6 @@ length.png.
 (data.text_key), model.dtype, the mesh.
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command

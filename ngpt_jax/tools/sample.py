@@ -16,8 +16,6 @@ of the document, or where the context is full.
 (data.tokenizer), model.dtype, the mesh (one device unless some mesh.* is given).
 """
 
-from __future__ import annotations
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command

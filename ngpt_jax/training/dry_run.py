@@ -1,7 +1,5 @@
 """What a run would be: parameter table, counts and memory, from shapes alone."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Held-out loss: when an evaluation is due, and how it is made."""
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

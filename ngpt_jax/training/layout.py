@@ -3,8 +3,6 @@
 Training and the ahead-of-time tool get their program from the same function here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """What the steps return, gathered into a row of metrics and a line for the user."""
 
-from __future__ import annotations
-
 import dataclasses
 import statistics
 import time

@@ -1,7 +1,5 @@
 """Training: a run from its start, or its newest checkpoint, to its end."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 

@@ -1,7 +1,5 @@
 """Where metrics go: metrics.jsonl, TensorBoard and W&B."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """A trace of some steps, for TensorBoard's profiler."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

@@ -1,7 +1,5 @@
 """A sample of text from the parameters of a run, at its end."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

@@ -1,7 +1,5 @@
 """Saves of a run: when one is due, and what becomes of one that fails."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterator

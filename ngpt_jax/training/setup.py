@@ -1,7 +1,5 @@
 """A run, made ready in numbered steps: from its start, or from its newest checkpoint on."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import faulthandler

@@ -1,7 +1,5 @@
 """The training step: pure functions of a state and a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

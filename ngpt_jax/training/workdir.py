@@ -1,7 +1,5 @@
 """A run's folder: whose it is, what of its config may change, and that all processes see it."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import json

@@ -1,7 +1,5 @@
 """The tokenizer that a config names."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from pathlib import Path
