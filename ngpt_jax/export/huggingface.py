@@ -41,7 +41,7 @@ from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun, check_tokenizer
-from ngpt_jax.model.params import FOLDED_MARK, axis_sizes, is_matrix, param_list, real_vocab
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, axis_sizes, param_list, real_vocab
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.setup import with_tokenizer
 
@@ -85,7 +85,7 @@ class _Tensor(NamedTuple):
     @property
     def turned(self) -> bool:
         """Whether it is a Linear's weight: all axes but embed are made one, out comes first."""
-        return is_matrix(self.axes) and "vocab" not in self.axes
+        return TABLE[self.ours].is_matrix and "vocab" not in self.axes
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -119,7 +119,7 @@ def to_torch(config: ModelConfig, params: Any, dtype: str) -> dict[str, np.ndarr
         w = params[t.ours] if t.layer is None else params["layers"][t.ours][t.layer]
         w = np.asarray(real_vocab(w, t.axes, config))
         w = w.reshape(t.shape[::-1]).T if t.turned else w
-        wanted = dtype if is_matrix(t.axes) else "float32"
+        wanted = dtype if TABLE[t.ours].is_matrix else "float32"
         out[name] = np.ascontiguousarray(w.astype(jnp.dtype(wanted)))
     return out
 

@@ -27,7 +27,7 @@ from ngpt_jax.export.huggingface import check_tensors
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
 from ngpt_jax.inference.opening import OpenedRun
-from ngpt_jax.model.params import is_matrix, param_axes, param_tree
+from ngpt_jax.model.params import param_tree
 from ngpt_jax.training.loop import enable_x64_if_used
 from ngpt_jax.training.setup import with_tokenizer
 
@@ -267,14 +267,13 @@ def _as_theirs(model: ModelConfig, params: Any, base_scale: float) -> Any:
     constants |= {name: Scale(0.05, base_scale) for name in ("alpha_a", "alpha_m")}
     constants |= {name: Scale(1.0, 1.0) for name in ("s_u", "s_v")}
 
-    def change(path: Any, w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        name = path[-1].key
-        if model.normalize_on_read and is_matrix(axes):
-            return sphere.normalize(w, axes.index("embed"))
-        ours, theirs = getattr(model, name, None), constants.get(name)
+    def change(w: jax.Array, p: Any) -> jax.Array:
+        if model.normalize_on_read and p.is_matrix:
+            return sphere.normalize(w, p.unit_axis)
+        ours, theirs = getattr(model, p.name, None), constants.get(p.name)
         if theirs is None or ours == theirs:
             return w
         assert ours is not None and theirs.scale is not None
         return w * (ours.init / ours.scale * theirs.scale / theirs.init)
 
-    return jax.tree_util.tree_map_with_path(change, params, param_axes(model))
+    return jax.tree.map(change, params, param_tree(model))

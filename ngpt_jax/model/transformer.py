@@ -23,14 +23,7 @@ from ngpt_jax.config import ModelConfig
 from ngpt_jax.decoding.cache import LayerCache, Slots, attend_to_cache, write
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
 from ngpt_jax.model.embedding import embed_tokens
-from ngpt_jax.model.params import (
-    FOLDED_MARK,
-    axes_in_module,
-    axis_sizes,
-    has_param,
-    refuse_folded,
-    scale_factor,
-)
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_factor
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
 
@@ -43,9 +36,9 @@ REMAT_POLICIES = {
 
 def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
     """A parameter with the axes that the table of parameters gives it."""
-    sizes, axes = axis_sizes(config), axes_in_module(name)
+    axes = TABLE[name].module_axes
     boxed = nn.with_logical_partitioning(init, axes)
-    shape = tuple(sizes[axis] for axis in axes)
+    shape = TABLE[name].shape(config)[-len(axes) :]
     return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
 
 
@@ -70,7 +63,7 @@ def matrix(
         there are fewer weights than activations to multiply.
     """
     assert config.init_std is not None
-    axis = axes_in_module(name).index("embed")
+    axis = TABLE[name].module_axes.index("embed")
     normal = nn.initializers.normal(config.init_std * std_factor)
 
     def init(key, shape, dtype):
@@ -90,7 +83,7 @@ def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None
 
     Stored and effective value: section 2.5.
     """
-    if not has_param(config, name):
+    if not TABLE[name].is_in(config):
         return None
     stored = _declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
     return sphere.promote(stored) * scale_factor(config, name)
@@ -98,7 +91,7 @@ def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None
 
 def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
     """The learned gain of an RMSNorm in at least float32; None where the model has no such norm."""
-    if not has_param(config, name):
+    if not TABLE[name].is_in(config):
         return None
     return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
@@ -215,7 +208,7 @@ class Block(nn.Module):
 
     def _linear(self, x: jax.Array, name: str, contracted: int = 1, **how) -> jax.Array:
         """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
-        c, axes = self.config, axes_in_module(name)
+        c, axes = self.config, TABLE[name].module_axes
         w = matrix(self, c, name, **how)
 
         def product(x, w):
@@ -240,10 +233,10 @@ class Block(nn.Module):
             q, k = sphere.normalize(q), sphere.normalize(k)
         if c.folded:
             factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
-            q = _scaled(q, rules.gather(factor, axes_in_module(FOLDED_MARK)))
+            q = _scaled(q, rules.gather(factor, TABLE[FOLDED_MARK].module_axes))
         elif (s_qk := scale(self, c, "s_qk")) is not None:
             # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
-            k = _scaled(k, jnp.square(rules.gather(s_qk, axes_in_module("s_qk"))))
+            k = _scaled(k, jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes)))
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
         if cache is not None:
