@@ -37,11 +37,10 @@ class LoadedModel:
     def __init__(self, config: Config, tokenizer: Tokenizer, params: Any, mesh: Mesh, step: int):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.mesh, self.step = mesh, step
-        self._folded = folding.folded_config(config.model)
 
     @functools.cached_property
     def _weights(self) -> Any:
-        """Of ``_folded``; made when a text is first asked for, as scoring reads ``params``."""
+        """Folded, made when a text is first asked for: scoring reads ``params``."""
         model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
             return jax.jit(
@@ -151,7 +150,7 @@ class LoadedModel:
             )
         prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
         chunks = generation.generate(
-            self._folded, self._weights, prompts, count, how, seed, eod, chunk
+            self.config.model, self._weights, prompts, count, how, seed, eod, chunk
         )
         while not all(stream.stop_reason for stream in streams):
             with jax.set_mesh(self.mesh):  # not while the caller has its turn

@@ -177,7 +177,7 @@ def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) 
     variables = {"params": compute_params(config, params)}
     _, sown = Transformer(config).apply(
         variables, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
-        method="hidden", mutable=list(collections),
+        method="hidden_and_table", mutable=list(collections),
     )  # fmt: skip
     return sown
 

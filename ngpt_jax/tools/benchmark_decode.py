@@ -31,9 +31,11 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, command, experiment
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
-from ngpt_jax.decoding import folding, generation
-from ngpt_jax.decoding.generation import CHUNK
+from ngpt_jax.decoding import folding
+from ngpt_jax.decoding.cache import CHUNK
+from ngpt_jax.decoding.prefill import Decoder, prefill
 from ngpt_jax.decoding.sampling import Sampling
+from ngpt_jax.decoding.step import decode
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training.loop import enable_x64_if_used
@@ -53,25 +55,25 @@ class _Timed:
 
     def __init__(self, config: Config, kind: str):
         config = resolve(of_kind(config, kind))
-        self.model = folding.folded_config(config.model)
-        params = init_params(config.model, jax.random.key(0))
-        self.weights = jax.jit(lambda p: folding.for_inference(config.model, p))(params)
+        self.model = config.model
+        params = init_params(self.model, jax.random.key(0))
+        self.weights = jax.jit(lambda p: folding.for_inference(self.model, p))(params)
         self.prefills: list[float] = []
         self.chunks: dict[int, list[float]] = {}
 
-    def prefill(self, slots: int) -> generation.Decoder:
+    def prefill(self, slots: int) -> Decoder:
         tokens = np.zeros((_BATCH.value, _PROMPT.value), np.int32)
         first = np.zeros(_BATCH.value, np.int32)
         keys = jax.random.split(jax.random.key(0), _BATCH.value)
         start = time.perf_counter()
-        decoder = generation.prefill(self.model, self.weights, tokens, first, slots, keys)
+        decoder = prefill(self.model, self.weights, tokens, first, slots, keys)
         jax.block_until_ready(decoder)
         self.prefills.append(time.perf_counter() - start)
         return decoder
 
-    def decode(self, decoder: generation.Decoder, slots: int) -> generation.Decoder:
+    def decode(self, decoder: Decoder, slots: int) -> Decoder:
         start = time.perf_counter()
-        decoder, ids, _ = generation.decode(self.model, self.weights, decoder, CHUNK, _GREEDY, -1)
+        decoder, ids, _ = decode(self.model, self.weights, decoder, CHUNK, _GREEDY, -1)
         jax.block_until_ready(ids)
         self.chunks.setdefault(slots, []).append((time.perf_counter() - start) / CHUNK)
         return decoder

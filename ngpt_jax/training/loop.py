@@ -251,7 +251,7 @@ def _sample(run: Run) -> str:
     prompt = [run.tokenizer.eod, *run.tokenizer.encode(how.prompt)][-(model.context - 1) :]
     weights = jax.jit(lambda params: folding.for_inference(model, params))(run.state.params)
     chunks = generation.generate(
-        folding.folded_config(model), weights, [prompt],
+        model, weights, [prompt],
         min(how.tokens, model.context - len(prompt)), Sampling(how.temperature), how.seed,
     )  # fmt: skip
     return run.tokenizer.decode(np.concatenate([ids[0] for ids, _ in chunks]).tolist())
