@@ -27,7 +27,7 @@ from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFo
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
 from ngpt_jax.inference import opening
-from ngpt_jax.model.params import is_matrix, num_params, param_axes, real_vocab
+from ngpt_jax.model.params import num_params, param_tree, real_vocab
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.training import layout
 
@@ -49,16 +49,16 @@ def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
-    def draw(path, leaf, axes):
-        name, x = path[-1].key, rng.standard_normal(leaf.shape)
-        if is_matrix(axes):
+    def draw(leaf, p):
+        name, x = p.name, rng.standard_normal(leaf.shape)
+        if p.is_matrix:
             return jnp.asarray(x / math.sqrt(config.width), leaf.dtype)
         x = (1 + 0.3 * x) * (getattr(config, name).scale if name in SCALES else 1)  # else a gain
         if "alpha" in name:
             x = np.where(rng.random(leaf.shape) < 0.3, -x, x)
         return jnp.asarray(x, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes, param_axes(config))
+    return jax.tree.map(draw, shapes, param_tree(config))
 
 
 def make_run(tiny, name="ngpt", **fields):
@@ -86,11 +86,11 @@ def some_tokens(config, batch=2):
 def same(a, b, config):
     """Bit for bit, rows of padding left out."""
 
-    def equal(x, y, axes):
-        x, y = real_vocab(x, axes, config), real_vocab(y, axes, config)
+    def equal(x, y, p):
+        x, y = real_vocab(x, p.axes, config), real_vocab(y, p.axes, config)
         return x.dtype == y.dtype and np.array_equal(x, y)
 
-    return jax.tree.all(jax.tree.map(equal, a, b, param_axes(config)))
+    return jax.tree.all(jax.tree.map(equal, a, b, param_tree(config)))
 
 
 def convert(*arguments, **environment):
@@ -136,8 +136,8 @@ def test_bfloat16_keeps_scales(tiny, tmp_path):
     huggingface.write_folder(run, str(tmp_path / "hf"), "bfloat16")
     back = huggingface.read_folder(str(tmp_path / "hf"))
     rounded = jax.tree.map(
-        lambda w, axes: w.astype(jnp.bfloat16).astype(w.dtype) if is_matrix(axes) else w,
-        run.params, param_axes(run.config.model),
+        lambda w, p: w.astype(jnp.bfloat16).astype(w.dtype) if p.is_matrix else w,
+        run.params, param_tree(run.config.model),
     )  # fmt: skip
     assert same(back.params, rounded, run.config.model)
 

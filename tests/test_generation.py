@@ -15,9 +15,11 @@ from test_golden import load as load_golden
 import ngpt_jax
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.byte import ByteTokenizer
-from ngpt_jax.decoding import folding, generation
+from ngpt_jax.decoding import folding
 from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
+from ngpt_jax.decoding.prefill import read_prompts
 from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
+from ngpt_jax.decoding.step import read_next
 from ngpt_jax.inference import opening
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
@@ -60,11 +62,11 @@ def decoded_logits(config, params, tokens, cut, pieces):
 
     @jax.jit
     def start(tokens, caches):
-        return generation.forward(folded, weights, tokens, caches, Slots(first, None))
+        return read_prompts(config, weights, tokens, first, caches)
 
     @jax.jit
     def go_on(tokens, caches, end, newest):
-        return generation.forward(folded, weights, tokens, caches, Slots(first, end, newest))
+        return read_next(config, weights, tokens, caches, Slots(first, end, newest))
 
     caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3, 4)
     out, place, newest = [], 0, 0
@@ -289,9 +291,9 @@ def test_the_end_of_the_document_ends_a_text(model):
     # The last hidden state points somewhere: a table in which only ``eod`` lies there.
     table = np.zeros(weights["output_embedding"].shape, np.float32)
     probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
-    h, _ = generation.forward(
-        probe._folded, weights, jnp.array([[256, 97]]), empty_cache(probe._folded, 1, 2, 1),
-        Slots(jnp.zeros(1, jnp.int32), None),
+    h, _ = read_prompts(
+        model.config.model, weights, jnp.array([[256, 97]]), jnp.zeros(1, jnp.int32),
+        empty_cache(model.config.model, 1, 2, 1),
     )  # fmt: skip
     table[256] = 50 * h[0, -1]
     probe._weights = weights | {"output_embedding": jnp.asarray(table)}

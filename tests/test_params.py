@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from choices import label, make, pairwise, single
 
-from ngpt_jax.model.params import TABLE, is_matrix, num_params, param_list, param_tree
+from ngpt_jax.model.params import TABLE, num_params, param_list, param_tree
 from ngpt_jax.model.transformer import Transformer
 
 FOLDED = [{"kind": "ngpt", "folded": True}, {"kind": "ngpt", "folded": True, "s_qk.form": "none"}]
@@ -41,8 +41,8 @@ def test_flax_has_the_parameters_of_the_table(fields):
 
 def test_groups_and_names_of_the_table():
     """Both tables have the same axes, so that groups are written down; these follow from axes."""
-    for p in TABLE:
-        assert is_matrix(p.axes) == (p.group != "vector"), p
+    for p in TABLE.values():
+        assert ("embed" in p.axes and len(set(p.axes) - {"layers"}) > 1) == p.is_matrix, p
         assert p.path in (p.name, f"layers/{p.name}") and (p.axes[0] == "layers") == ("/" in p.path)
         assert ("vocab" in p.axes and p.is_matrix) == p.group.endswith("_table"), p
-    assert len({p.name for p in TABLE}) == len(TABLE)
+    assert len({p.path for p in TABLE.values()}) == len(TABLE) == 21

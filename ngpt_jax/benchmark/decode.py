@@ -12,9 +12,11 @@ from ngpt_jax.benchmark import configs
 from ngpt_jax.config import Config
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
-from ngpt_jax.decoding import folding, generation
-from ngpt_jax.decoding.generation import CHUNK
+from ngpt_jax.decoding import folding
+from ngpt_jax.decoding.cache import CHUNK
+from ngpt_jax.decoding.prefill import Decoder, prefill
 from ngpt_jax.decoding.sampling import Sampling
+from ngpt_jax.decoding.step import decode
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.terminal import format_table
 
@@ -26,7 +28,7 @@ class _Timed:
     """A model with folded weights, and its seconds: of prefills, and a token by cache size."""
 
     def __init__(self, config: Config):
-        self.model = folding.folded_config(config.model)
+        self.model = config.model
         params = init_params(config.model, jax.random.key(0))
         self.weights = jax.jit(lambda p: folding.for_inference(config.model, p))(params)
         self.forget()
@@ -35,18 +37,18 @@ class _Timed:
         self.prefills: list[float] = []
         self.tokens: dict[int, list[float]] = {}
 
-    def prefill(self, batch_size: int, prompt: int, slots: int) -> generation.Decoder:
+    def prefill(self, batch_size: int, prompt: int, slots: int) -> Decoder:
         tokens, first = np.zeros((batch_size, prompt), np.int32), np.zeros(batch_size, np.int32)
         keys = jax.random.split(jax.random.key(0), batch_size)
         start = time.perf_counter()
-        decoder = generation.prefill(self.model, self.weights, tokens, first, slots, keys)
+        decoder = prefill(self.model, self.weights, tokens, first, slots, keys)
         jax.block_until_ready(decoder)
         self.prefills.append(time.perf_counter() - start)
         return decoder
 
-    def decode(self, decoder: generation.Decoder, slots: int) -> generation.Decoder:
+    def decode(self, decoder: Decoder, slots: int) -> Decoder:
         start = time.perf_counter()
-        decoder, ids, _ = generation.decode(self.model, self.weights, decoder, CHUNK, _GREEDY, -1)
+        decoder, ids, _ = decode(self.model, self.weights, decoder, CHUNK, _GREEDY, -1)
         jax.block_until_ready(ids)
         self.tokens.setdefault(slots, []).append((time.perf_counter() - start) / CHUNK)
         return decoder

@@ -12,9 +12,8 @@ from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import (
     FOLDED_MARK,
-    Param,
+    TABLE,
     compute_params,
-    has_param,
     param_tree,
     refuse_folded,
     scale_factor,
@@ -23,7 +22,7 @@ from ngpt_jax.model.params import (
 
 def folded_config(config: ModelConfig) -> ModelConfig:
     """The config of the weights that :func:`fold` gives; of a model without scales its own."""
-    folded = any(has_param(config, name) for name in ("s_qk", "s_u", "s_v", "s_z"))
+    folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
     if not (folded or config.normalize_on_read):
         return config
     dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
@@ -52,7 +51,7 @@ def fold(config: ModelConfig, params: Any) -> Any:
     if new == config:
         return params
 
-    def read(w: jax.Array, p: Param) -> jax.Array:
+    def read(w: jax.Array, p: Any) -> jax.Array:
         normalized = config.normalize_on_read and p.is_matrix
         return sphere.promote(sphere.normalize(w, p.axes.index("embed")) if normalized else w)
 

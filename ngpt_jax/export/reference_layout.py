@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.params import padded_vocab_size, param_axes, real_vocab
+from ngpt_jax.model.params import padded_vocab_size, param_tree, real_vocab
 from ngpt_jax.model.rotary import interleaved_to_half
 
 Array = np.ndarray
@@ -80,7 +80,7 @@ def _layer_entries(c: ModelConfig) -> list[_Entry]:
         ),
         _halves("suv", ("s_u", "s_v")),
     ]
-    there = param_axes(c)["layers"]
+    there = param_tree(c)["layers"]
     return [entry for entry in entries if set(entry.ours) <= set(there)]
 
 
@@ -95,8 +95,8 @@ _TOP = {
 
 def _top_entries(c: ModelConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     """(theirs, ours, axes) of the parameters that this model has outside the blocks."""
-    there = param_axes(c)
-    return [(theirs, ours, there[ours]) for theirs, ours in _TOP.items() if ours in there]
+    there = param_tree(c)
+    return [(theirs, ours, there[ours].axes) for theirs, ours in _TOP.items() if ours in there]
 
 
 def pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:

@@ -36,7 +36,6 @@ class LoadedModel:
     def __init__(self, config: Config, tokenizer: Tokenizer, params: Any, mesh: Mesh, step: int):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.mesh, self.step = mesh, step
-        self._folded = folding.folded_config(config.model)
 
     @functools.cached_property
     def _weights(self) -> Any:
@@ -152,7 +151,7 @@ class LoadedModel:
             )
         prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
         chunks = generation.generate(
-            self._folded, self._weights, prompts, count, how, seed, eod, chunk
+            self.config.model, self._weights, prompts, count, how, seed, eod, chunk
         )
         while not all(stream.stop_reason for stream in streams):
             with jax.set_mesh(self.mesh):  # left before the yield: the caller has its own

@@ -16,20 +16,13 @@ import numpy as np
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
-from ngpt_jax.model.params import (
-    TABLE,
-    compute_params,
-    param_list,
-    real_vocab,
-    scale_factor,
-    stored_scales,
-)
+from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
 from ngpt_jax.model.transformer import Transformer
 
 Batch = dict[str, jax.Array]
 
 TABLES, HEAD_KERNELS, MLP_KERNELS = (
-    tuple(p.name for p in TABLE if p.is_matrix and axis in p.axes)
+    tuple(p.name for p in TABLE.values() if p.is_matrix and axis in p.axes)
     for axis in ("vocab", "head_dim", "mlp")
 )
 BLOCKS = ("attention", "mlp")
@@ -54,13 +47,12 @@ def matrices(config: ModelConfig, params: Any) -> Iterator[Matrix]:
     Args:
       params: parameters, or any tree like them: gradients, say.
     """
-    for p in param_list(config):
-        if p.name in TABLES:
-            yield Matrix(p.name, None, _vectors(real_vocab(params[p.name], p.axes, config), p.axes))
-    for p in param_list(config):
-        if p.name in HEAD_KERNELS + MLP_KERNELS:
-            for layer, w in enumerate(params["layers"][p.name]):
-                yield Matrix(p.name, layer, _vectors(w, p.axes[1:]))
+    for name in TABLES:
+        axes = TABLE[name].axes
+        yield Matrix(name, None, _vectors(real_vocab(params[name], axes, config), axes))
+    for name in HEAD_KERNELS + MLP_KERNELS:
+        for layer, w in enumerate(params["layers"][name]):
+            yield Matrix(name, layer, _vectors(w, TABLE[name].module_axes))
 
 
 def _vectors(leaf: Any, axes: tuple[str, ...]) -> np.ndarray:
@@ -183,7 +175,7 @@ def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) 
     variables = {"params": compute_params(config, params)}
     _, sown = Transformer(config).apply(
         variables, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
-        method="hidden", mutable=list(collections),
+        method="hidden_and_table", mutable=list(collections),
     )  # fmt: skip
     return sown
 

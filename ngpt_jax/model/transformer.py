@@ -18,19 +18,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.decoding.cache import LayerCache, Slots, attend_to_cache, write
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
 from ngpt_jax.model.embedding import embed_tokens
-from ngpt_jax.model.params import (
-    FOLDED_MARK,
-    axes_in_module,
-    axis_sizes,
-    has_param,
-    refuse_folded,
-    scale_factor,
-)
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_factor
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
+
+Ids = jax.Array | None  # (B, T) int32
+# (q, k, v, scale of q k^T) -> result (B, T, heads, head_dim), and what is to be kept of k and v.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Any]]
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -41,18 +37,14 @@ REMAT_POLICIES = {
 
 def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
     """A parameter with the axes that the table of parameters gives it."""
-    sizes, axes = axis_sizes(config), axes_in_module(name)
+    axes = TABLE[name].module_axes
     boxed = nn.with_logical_partitioning(init, axes)
-    shape = tuple(sizes[axis] for axis in axes)
+    shape = TABLE[name].shape(config)[-len(axes) :]
     return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
 
 
 def matrix(
-    module: nn.Module,
-    config: ModelConfig,
-    name: str,
-    std_factor: float = 1.0,
-    factor: jax.Array | None = None,
+    module: nn.Module, config: ModelConfig, name: str, factor: jax.Array | None = None
 ) -> jax.Array:
     """A matrix in the compute dtype: with ``weights=sphere`` unit vectors along its embed axis.
 
@@ -63,13 +55,15 @@ def matrix(
     Args:
       module, config: where the parameter lives.
       name: of the parameter.
-      std_factor: of the initial standard deviation.
       factor: scales the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
         there are fewer weights than activations to multiply.
     """
     assert config.init_std is not None
-    axis = axes_in_module(name).index("embed")
-    normal = nn.initializers.normal(config.init_std * std_factor)
+    axes, std = TABLE[name].module_axes, config.init_std
+    axis = axes.index("embed")
+    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for what is added to h
+        std *= (2 * config.layers) ** -0.5
+    normal = nn.initializers.normal(std)
 
     def init(key, shape, dtype):
         w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
@@ -88,7 +82,7 @@ def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None
 
     Stored and effective value: section 2.5.
     """
-    if not has_param(config, name):
+    if not TABLE[name].is_in(config):
         return None
     stored = _declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
     return sphere.promote(stored) * scale_factor(config, name)
@@ -96,7 +90,7 @@ def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None
 
 def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
     """The learned gain of an RMSNorm in at least float32; None where the model has no such norm."""
-    if not has_param(config, name):
+    if not TABLE[name].is_in(config):
         return None
     return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
@@ -169,14 +163,21 @@ class Block(nn.Module):
         self,
         h: jax.Array,
         tables: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
-        cache: LayerCache | None = None,
-        slots: Slots | None = None,
+        segment_ids: jax.Array | None = None,
+        attend: Attend | None = None,
     ):
+        """Args:
+          h: (B, T, embed).
+          tables: of RoPE.
+          segment_ids: (B, T); attention stays within positions of the same id. None: all are one.
+          attend: how these positions attend, in place of causal attention among themselves.
+
+        Returns:
+          h after both steps, and what ``attend`` returns beside its result, else None.
+        """
         c = self.config
-        f, cache = self._attention(
-            self._rms_norm(h, "attention_norm"), tables, segment_ids, cache, slots
-        )
+        x = self._rms_norm(h, "attention_norm")
+        f, cache = self._attention(x, tables, segment_ids, attend)
         if c.residual != "add" and not self.after_first:
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
@@ -211,10 +212,10 @@ class Block(nn.Module):
             a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, proposal, moved))
             self.sow("angles", name, jnp.stack([sphere.angle(a, b), sphere.angle(a, c)], axis=-1))
 
-    def _linear(self, x: jax.Array, name: str, contracted: int = 1, **how) -> jax.Array:
+    def _linear(self, x: jax.Array, name: str, contracted: int = 1, factor: Any = None) -> Any:
         """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
-        c, axes = self.config, axes_in_module(name)
-        w = matrix(self, c, name, **how)
+        c, axes = self.config, TABLE[name].module_axes
+        w = matrix(self, c, name, factor)
 
         def product(x, w):
             return linear(x, rules.gather(w, axes), contracted)
@@ -226,8 +227,8 @@ class Block(nn.Module):
         return product(x, w)
 
     def _attention(
-        self, x: jax.Array, tables, segment_ids, cache: LayerCache | None, slots: Slots | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: jax.Array, tables, segment_ids, attend: Attend | None
+    ) -> tuple[jax.Array, Any]:
         c = self.config
         q = self._linear(x, "query_kernel")
         k = self._linear(x, "key_kernel")
@@ -238,22 +239,19 @@ class Block(nn.Module):
             q, k = sphere.normalize(q), sphere.normalize(k)
         if c.folded:
             factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
-            q = _scaled(q, rules.gather(factor, axes_in_module(FOLDED_MARK)))
+            q = _scaled(q, rules.gather(factor, TABLE[FOLDED_MARK].module_axes))
         elif (s_qk := scale(self, c, "s_qk")) is not None:
             # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
-            k = _scaled(k, jnp.square(rules.gather(s_qk, axes_in_module("s_qk"))))
+            k = _scaled(k, jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes)))
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
-        if cache is not None:
-            assert slots is not None
-            cache = write(cache, k, v, slots)
-        # (B, T, heads, head_dim)
-        if cache is None or slots is None or slots.empty:
-            out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel_of(c, x.shape[1]))
+        if attend is None:
+            kernel, cache = kernel_of(c, x.shape[1]), None
+            out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel)
         else:
-            out = attend_to_cache(q, cache, softmax_scale(c), slots)
-        out = checkpoint_name(out, SAVED_NAME)
-        out = self._linear(out, "out_kernel", contracted=2, std_factor=self._out_std())
+            out, cache = attend(q, k, v, softmax_scale(c))
+        out = checkpoint_name(out, SAVED_NAME)  # (B, T, heads, head_dim)
+        out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed"), cache
 
     def _mlp(self, x: jax.Array) -> jax.Array:
@@ -264,11 +262,8 @@ class Block(nn.Module):
         u = self._linear(x, "up_kernel", factor=s_u)
         v = self._linear(x, "gate_kernel", factor=s_v)
         hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
-        out = self._linear(hidden, "down_kernel", std_factor=self._out_std())
+        out = self._linear(hidden, "down_kernel")
         return rules.constrain(out, "batch", "length", "embed")
-
-    def _out_std(self) -> float:
-        return (2 * self.config.layers) ** -0.5
 
 
 class Transformer(nn.Module):
@@ -302,18 +297,15 @@ class Transformer(nn.Module):
             self, c, "output_embedding", factor=None if s_z is None else s_z[:, None]
         )
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states (B, T, embed), ready for the output table.
+    def hidden_and_table(
+        self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The last hidden states (B, T, embed), and the output table (vocab, embed) times s_z.
 
         Args:
           tokens: (B, T) ids.
           segment_ids: (B, T); attention stays within positions of the same id.
-          positions: (B, T) for RoPE; None: 0 to T - 1 in each window.
+          positions: (B, T) for RoPE; None: 0 to T - 1 in each sequence.
         """
         c = self.config
         assert c.head_dim is not None
@@ -323,22 +315,10 @@ class Transformer(nn.Module):
         where = jnp.arange(tokens.shape[1]) if positions is None else positions
         tables = rope_tables(where, c.head_dim, c.rope_base, dtype)
         h, _ = self.layers(h, tables, segment_ids)
-        return rms_norm(h, self.final_gain, c.rms_eps)
-
-    def hidden_and_table(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The last hidden states and the output table (vocab, embed), times s_z in nGPT."""
-        return self.hidden(tokens, segment_ids, positions), self.output_table
+        return rms_norm(h, self.final_gain, c.rms_eps), self.output_table
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
     ) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
         h, table = self.hidden_and_table(tokens, segment_ids, positions)

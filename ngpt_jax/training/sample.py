@@ -18,7 +18,7 @@ def sample_text(model: ModelConfig, how: SampleConfig, tokenizer: Tokenizer, par
     prompt = [tokenizer.eod, *tokenizer.encode(how.prompt)][-(model.context - 1) :]
     weights = jax.jit(lambda p: folding.for_inference(model, p))(params)
     chunks = generation.generate(
-        folding.folded_config(model), weights, [prompt],
+        model, weights, [prompt],
         min(how.tokens, model.context - len(prompt)), Sampling(how.temperature), how.seed,
     )  # fmt: skip
     ids = np.concatenate([chunk[0] for chunk, _ in chunks]).tolist()
