@@ -1,7 +1,5 @@
 """Paths, local or gs://; files that are written whole or not at all; locks on files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl
@@ -10,8 +8,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import IO
+
+from ngpt_jax.errors import ConfigError
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -37,6 +37,15 @@ def write_atomically(path: os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def writing(where: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns an OSError of what is written inside, to files in ``where``, into a ConfigError."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"{e.filename or where} cannot be written: {reason(e)}.") from e
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:

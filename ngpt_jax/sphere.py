@@ -9,8 +9,6 @@ lies; all other axes count vectors. Equation numbers are those of the nGPT paper
 https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 

@@ -1,7 +1,5 @@
 """What a person sees: a progress bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time

@@ -18,7 +18,8 @@ from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.transformer import init_params, unit_axes
+from ngpt_jax.model.params import unit_axes
+from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.projection import keep_params_on_sphere, project_params

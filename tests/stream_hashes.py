@@ -18,9 +18,10 @@ def main(argv):
 
     from ngpt_jax.config import ConfigError, command, experiment
     from ngpt_jax.data.corpus import load_corpus
+    from ngpt_jax.data.tokenizers.load import with_tokenizer
     from ngpt_jax.parallel import distributed
     from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-    from ngpt_jax.training.setup import make_dataset, with_tokenizer
+    from ngpt_jax.training.setup import make_dataset
 
     count, first, *rest = argv
     rest, overrides = command.split_overrides(rest)

@@ -1,19 +1,18 @@
 """What every command shares: flags, overrides, output paths, and errors in one line."""
 
-from __future__ import annotations
-
 import errno
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ngpt_jax.errors import ConfigError
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import is_remote, reason, write_atomically
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -62,6 +61,12 @@ def check_output(**files: str | None) -> None:
             raise ConfigError(f"--{flag}={file}: there is no folder {Path(file).parent}.")
 
 
+def write_json(file: str | None, value: Any) -> None:
+    """Writes a value as JSON to the file that a flag names, if it does."""
+    if file:
+        write_atomically(Path(file), json.dumps(value, indent=2) + "\n")
+
+
 def output_folder(workdir: str, out: str | None, name: str) -> Path:
     """Makes and returns the folder for results about a run: --out, or WORKDIR/name by default."""
     if out is None and is_remote(workdir):
@@ -85,6 +90,8 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes of XLA about the CPU
 
     def checked(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax logs much of what it reads and writes
         if len(argv) > 1:
             raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
         return command(overrides)

@@ -1,7 +1,5 @@
 """The fields of a config as a list, differences of two configs; ConfigDict and JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

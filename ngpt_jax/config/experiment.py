@@ -1,7 +1,5 @@
 """Experiment files and command-line overrides: FILE[:variant,...] and --config.a.b=value."""
 
-from __future__ import annotations
-
 import re
 import runpy
 from collections.abc import Callable, Mapping, Sequence

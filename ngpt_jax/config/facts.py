@@ -5,8 +5,6 @@ The rest of the program derives from them what it says about a field: the checks
 digests of a study's rows (study/results.py).
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple

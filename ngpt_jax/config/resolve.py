@@ -5,8 +5,6 @@ and :func:`from_config_dict` turns the result into the checked, frozen :class:`C
 rest of the program reads.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

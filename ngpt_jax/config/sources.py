@@ -4,8 +4,6 @@ A new source of text is an entry here, a module of ngpt_jax/data/text with a fun
 a line for that function in ngpt_jax/data/text/sources.py, and tests.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -1,7 +1,5 @@
 """Arrays computed once and kept in the cache folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

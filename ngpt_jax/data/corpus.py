@@ -3,8 +3,6 @@
 Text is first prepared into token ids in the cache folder. Everything is checked and fingerprinted.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

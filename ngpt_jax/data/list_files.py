@@ -1,7 +1,5 @@
 """Files listed by patterns: local paths and gs://, folders and globs."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """manifest.json of a prepared folder: what it says, and checks of the folder against it."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

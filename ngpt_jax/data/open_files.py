@@ -1,7 +1,5 @@
 """Files opened for reading: local or gs://, plain, .gz or .zst; array_record."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gzip

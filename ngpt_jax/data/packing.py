@@ -4,8 +4,6 @@ Each token is predicted from the tokens before it; the first of a document follo
 end-of-document token of the document before. A sequence has ``context`` inputs and targets.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -4,8 +4,6 @@ The order of training sequences is a pure function of the seed. A run's position
 integer, the number of sequences consumed: no iterator state is ever saved.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 

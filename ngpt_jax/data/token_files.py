@@ -1,7 +1,5 @@
 """Sources that hold token ids: prepared folders, bin files, array_record with token_dtype."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What worker processes do about signals and about the end of their parent."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -9,8 +9,6 @@ steps: a loop that wrote to the large one in each step would copy it, as XLA see
 and written at once (on a CPU a token took 15 times as long with 2,000 slots).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

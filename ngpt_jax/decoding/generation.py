@@ -1,7 +1,5 @@
 """Text from a model: the prompts at once, then a token a step from a cache of keys and values."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -53,9 +51,7 @@ def forward(
         block: Any = Block(config, after_first=i > 0)
         h, cache = block.apply({"params": layer}, h, tables, segment_ids, old, slots)
         new.append(cache)
-    if config.kind == "gpt":
-        h = rms_norm(h, params["final_norm"], config.rms_eps)
-    return h, tuple(new)
+    return rms_norm(h, params.get("final_norm"), config.rms_eps), tuple(new)
 
 
 class Decoder(NamedTuple):

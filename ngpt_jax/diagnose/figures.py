@@ -1,6 +1,4 @@
-"""The figures of `diagnose`, each drawn from the rows of its table; one colour a run."""
-
-from __future__ import annotations
+"""The figures of ``diagnose``, each drawn from the rows of its table; one colour a run."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,7 +35,7 @@ def _each_run(rows: Rows, labels: Sequence[str], axes: Any, draw: Draw) -> None:
 
 
 def _legend(fig: Any, axes: Sequence[Any]) -> None:
-    """One for all panels, below them."""
+    """A legend for all panels, below them."""
     named: dict[str, Any] = {}
     for panel in axes:
         named |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels())}
@@ -75,7 +73,7 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
 
         def draw(panel, own, color):
             values = _column(own, "value")
-            # Eigenvalues of 0 have no place on a logarithmic axis.
+            # A logarithmic axis cannot show eigenvalues of 0.
             values = np.where(values > 0, values, math.nan) if log else values  # noqa: B023
             panel.plot(_column(own, "position"), values, color=color, label=own[0]["run"])
 
@@ -96,7 +94,7 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
 def condition_numbers(rows: Rows, labels: Sequence[str]) -> Any:
     """Median over heads by depth; dotted with the vectors renormalized (figures 5 and 10)."""
     fig, axes = plots.figure(2, 4, 3.2, 2.8)
-    # One scale for all panels; what is infinite has no place on it.
+    # One scale for all panels; infinite values are not shown.
     found = np.concatenate([_column(rows, name) for name in ("condition", "renormalized")])
     top = max(found[np.isfinite(found)], default=1)
 
@@ -279,3 +277,17 @@ def gradient(rows: Rows, labels: Sequence[str]) -> Any:
         panel.plot(range(len(values)), values, color=color, ls="", marker="o")
 
     return _by_matrix(rows, labels, draw, tables, "radial share of |g|^2")
+
+
+# How the rows of each table are drawn, by the name of its files.
+FIGURES: dict[str, Callable[[Rows, Sequence[str]], Any]] = {
+    "embeddings": embeddings,
+    "condition": condition_numbers,
+    "scales": scales,
+    "scale_histograms": scale_histograms,
+    "query_key": query_and_key,
+    "angles": angles,
+    "entropy": entropy,
+    "rotation": rotation,
+    "gradient": gradient,
+}

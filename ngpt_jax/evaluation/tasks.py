@@ -1,14 +1,14 @@
 """Evaluation tasks in local files: a context, and continuations to choose from.
 
-A file NAME.jsonl or NAME.jsonl.gz holds an example a line, all of one of these kinds:
+A file NAME.jsonl or NAME.jsonl.gz holds an example a line. All are of one of these kinds:
 
-  choices     {"id", "context", "continuations": [two or more], "label"}: the index of the right one
-  completion  {"id", "context", "continuations": [one], "label": 0}: LAMBADA's last word, say
+  choices     {"id", "context", "continuations": [two or more], "label"}
+  completion  {"id", "context", "continuations": [one], "label": 0}, as LAMBADA's last word
   contexts    {"id", "contexts": [two or more], "continuation", "label"}: the continuation is scored
               under each context, as in WinoGrande
-"""
 
-from __future__ import annotations
+"label" is the index of the right continuation or context.
+"""
 
 import json
 import re
@@ -27,10 +27,10 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 class Example(NamedTuple):
-    """What a model is asked.
+    """One line of a task's file.
 
     Attributes:
-      id: the file's own, a number or a text.
+      id: a number or a text.
       pairs: (context, continuation) of each choice; a completion has one.
       label: index of the right pair.
     """
@@ -48,7 +48,7 @@ class Task(NamedTuple):
       path: of the file.
       kind: choices, completion or contexts.
       examples: at least one.
-      delimiter: " " where each continuation begins with one, else "". The harness takes it for a
+      delimiter: " " where each continuation begins with one, else "". The harness treats it as
         part of the prompt's format: it is scored, but not counted in a continuation's length.
     """
 
@@ -59,12 +59,41 @@ class Task(NamedTuple):
     delimiter: str
 
 
-def find_task(name: str, folder: str | None) -> epath.Path | None:
-    """The file of a task: the name is a path, or NAME.jsonl or NAME.jsonl.gz lies in ``folder``.
+def find_tasks(
+    names: Sequence[str], folder: str | None, limit: int | None, harness: bool
+) -> tuple[list[Task], list[str]]:
+    """The tasks that are local files, and the names that are left to the harness.
 
-    None where there is no such name; raises ConfigError for a path or a folder that is not there.
+    Args:
+      names: of tasks in ``folder``, or paths.
+      folder: of the files; None: all names are paths, or left to the harness.
+      limit: only the first so many examples of each; None: all.
+      harness: whether names that are no file are left to it, and not refused.
+
+    Raises ConfigError.
     """
-    if is_path(name):
+    found, others = [], []
+    for name in names:
+        path = find_task(name, folder)
+        if path is not None:
+            found.append(read_task(path, limit))
+        elif harness:
+            others.append(name)
+        else:
+            raise unknown_task(name, folder)
+    several = [*(task.name for task in found), *others]
+    if twice := [name for name in several if several.count(name) > 1]:
+        raise ConfigError(f"--tasks: {twice[0]} is given twice; rename a file, or drop one.")
+    return found, others
+
+
+def find_task(name: str, folder: str | None) -> epath.Path | None:
+    """The file of a task: a path, or NAME.jsonl or NAME.jsonl.gz in ``folder``.
+
+    None where the folder has no such file. Raises ConfigError for a path or a folder that is
+    missing.
+    """
+    if "/" in name or name.lower().endswith(SUFFIXES):
         path = parse_path(name, "--tasks")
         if not path.is_file():
             raise ConfigError(f"--tasks: there is no file {name!r}; check the path.")
@@ -84,12 +113,8 @@ def _folder(folder: str) -> epath.Path:
     return path
 
 
-def is_path(name: str) -> bool:
-    return "/" in name or name.lower().endswith(SUFFIXES)
-
-
 def unknown_task(name: str, folder: str | None) -> ConfigError:
-    """The error for a task that was not found, with what there is."""
+    """The error for a task that was not found; it names the tasks that exist."""
     if folder is None:
         return ConfigError(
             f"--tasks={name}: there is no such file; give --tasks_dir, the folder of"
@@ -118,9 +143,9 @@ def read_task(path: epath.Path, limit: int | None = None) -> Task:
 
     Args:
       path: .jsonl or .jsonl.gz, UTF-8.
-      limit: only the first so many examples; None: all.
+      limit: read only the first so many examples; None: all.
 
-    Raises ConfigError, which names the file, the line and the field.
+    Raises ConfigError, with the file, the line and the field.
     """
     examples: list[Example] = []
     kind = ""

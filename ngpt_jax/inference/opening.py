@@ -1,29 +1,25 @@
 """A finished (or stopped) run's folder, opened to look at it or to use its weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
 from jax.sharding import Mesh
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.checkpoint import checksums
-from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from ngpt_jax.checkpoint.folder import CheckpointFolder
+from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
+from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import reason
+from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 from ngpt_jax.training import workdir as workdir_lib
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
 
 
 def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -57,37 +53,6 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
     return experiment.load_config(config_lib.to_config_dict(config), overrides)
 
 
-def find_checkpoint(flag: str, path: str, step: int | None) -> epath.Path:
-    """Checkpoint ``step``, the newest where None, known to be whole; raises ConfigError."""
-    folder, where = CheckpointFolder(workdir_lib.open_workdir(path)), f"--{flag}={path}"
-    try:
-        if not (steps := folder.steps()):
-            raise ConfigError(f"{where} holds no checkpoint yet.")
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ConfigError(f"--step={step}: {where} has no such checkpoint; there are {there}.")
-        checkpoint = folder.checkpoint(steps[-1] if step is None else step)
-        checksums.verify(checkpoint)
-        return checkpoint
-    except checksums.Damaged as e:
-        raise ConfigError(f"{where}: {checkpoint} is damaged ({e}); give another --step.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-
-
-def read_params(
-    path: str, config: Config, checkpoint: epath.Path, mesh: Mesh
-) -> tuple[Any, dict[str, Any]]:
-    """The parameters of a checkpoint, laid out on the mesh, and the run's progress."""
-
-    def tell(difference: str) -> str:
-        return f"{checkpoint} is not of the model in {path}/config.json: {difference}."
-
-    like = {"params": layout.abstract_params(config.model, mesh)}
-    state, progress = restore(checkpoint, like, tell, only="params/")
-    return state["params"], progress
-
-
 class OpenedRun(NamedTuple):
     """A checkpoint's weights; ``config`` is resolved, with the vocabulary filled in."""
 
@@ -115,12 +80,15 @@ def open_run(
     config = read_config(flag, path, overrides)
     checkpoint = find_checkpoint(flag, path, step)
     config, tokenizer = with_tokenizer(config)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     several = any(name.startswith("mesh.") for name, _ in overrides)
     mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
-    params, progress = read_params(path, config, checkpoint, mesh)
+    like = {"params": layout.abstract_params(config.model, mesh)}
+    where = f"{checkpoint} is not of the model in {path}/config.json"
+    mend = "put the config.json of its run there"
+    state, progress = restore(checkpoint, like, where, mend, only="params/")
     check_tokenizer(tokenizer, progress["tokenizer"], f"--{flag}={path}")
-    return OpenedRun(config, tokenizer, params, mesh, int(checkpoint.name))
+    return OpenedRun(config, tokenizer, state["params"], mesh, int(checkpoint.name))
 
 
 class _Weights(NamedTuple):
@@ -133,8 +101,8 @@ class _Weights(NamedTuple):
 def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> None:
     """Makes a folder like a run's, with weights that were trained elsewhere as checkpoint 0.
 
-    It can be opened, and a run can start from it (``init_from``); there are no moments to go on
-    with.
+    It can be opened, and a run can start from it (``init_from``). A run cannot go on in it, as the
+    optimizer's moments are missing.
 
     Args:
       workdir: new, or empty.
@@ -156,9 +124,8 @@ def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> 
         checkpoints = Checkpoints(folder, CheckpointConfig())
         checkpoints.save(_Weights(jnp.zeros((), jnp.int32), params), progress)
         checkpoints.close()
-        workdir_lib.write_versions(folder, tokenizer=tokenizer)
-        workdir_lib.write_config(folder, config)  # last: without it the folder is no run's
-    except CheckpointError as e:
+        workdir_lib.write_start(folder, config, {"tokenizer": tokenizer})
+    except SaveError as e:
         raise ConfigError(str(e)) from e
     except OSError as e:
         raise ConfigError(f"{e.filename or workdir} cannot be written: {reason(e)}.") from e

@@ -1,7 +1,5 @@
 """Learning-rate schedules: functions of the step, which counts batches already consumed."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import optax
 

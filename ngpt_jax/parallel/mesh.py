@@ -1,7 +1,5 @@
 """The device mesh, and which rows of a batch belong where."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -93,9 +91,9 @@ def _check_batch(config: Config, mesh: Mesh) -> None:
         )
 
 
-def check_eval_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses an evaluation batch whose rows the mesh cannot cut evenly."""
-    ways, batch_size = axis_size(mesh, "data", "fsdp"), config.eval.batch_size
+def check_eval_batch(batch_size: int | None, mesh: Mesh) -> None:
+    """Refuses an ``eval.batch_size`` whose rows the mesh cannot cut evenly."""
+    ways = axis_size(mesh, "data", "fsdp")
     if batch_size is not None and batch_size % ways:
         raise ConfigError(
             f"eval.batch_size = {batch_size} is not divisible by the {ways} devices of mesh.data *"

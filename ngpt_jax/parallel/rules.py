@@ -6,8 +6,6 @@ gathered where they are used), ``tensor`` (heads and hidden units are cut) and `
 one device, and the projection onto the sphere needs no communication.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Mapping, Sequence

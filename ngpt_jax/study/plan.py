@@ -1,14 +1,12 @@
-"""A study: which runs it consists of, and which of them are due, given the results so far.
+"""A study: the runs of which it consists, and those that are due, given the results so far.
 
 Pure functions: no files, no processes. A cell is a setting (a corpus, a context), a model and a
-budget. In each cell a field, the learning rate usually, is tuned with the first seed: on the whole
-ladder of values in the cells of the smallest and the largest budget, in between on the best value
-of the budget below and its neighbours; and on from there until the best value has a worse one on
-either side. The other seeds then run with the best value. What is due follows from results of
-finished stages alone, so the order in which runs end changes nothing.
+budget. In each cell a field, usually the learning rate, is tuned with the first seed. Cells of the
+smallest and the largest budget try the whole ladder of values; the others start from the best value
+of the next smaller budget and its two neighbours. Tuning goes on until the best value has a worse
+one on either side. Then the other seeds run with the best value. The runs that are due follow from
+complete stages alone, so the order in which runs end changes nothing.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
@@ -21,7 +19,7 @@ from ngpt_jax.config import ConfigError, field_named
 
 # Fields of the config by dotted name.
 Overrides = Mapping[str, Any]
-MAX_WALK = 8  # rungs beyond the ladder: whoever needs more has the wrong ladder
+MAX_WALK = 8  # rungs beyond the ladder; a study that needs more has the wrong ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +27,17 @@ class Study:
     """What an experiment file's ``get_study()`` returns.
 
     Attributes:
-      models: overrides by name, the first one first in tables. See :func:`grid` for sweeps.
+      models: overrides by name, in the order of the tables. See :func:`grid` for sweeps.
       settings: overrides by name: corpora, contexts, sizes.
-      recipes: by setting and model, overrides on top of both: what a model wants there alone.
-      budgets: train.steps, ascending; each run has a whole schedule of its own.
-      seeds: of init and of the order of the data; the first one tunes.
-      tuned: the field that is tuned; None: nothing is.
+      recipes: further overrides by setting and model, for what a model needs in one setting only.
+      budgets: values of train.steps, ascending; each run has its own full schedule.
+      seeds: of the initial weights and of the order of the data; the first one is for tuning.
+      tuned: the field that is tuned; None: no field.
       ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
       baseline: the model whose losses the others have to reach.
-      cores: CPU cores that each run is pinned to, as many runs side by side as there are cores;
-        None: one run at a time, on whatever devices jax finds.
-      trials: runs of the search for each model's recipe, for the report.
+      cores: CPU cores that each run is pinned to; as many runs go side by side as cores allow.
+        None: one run at a time, on the devices that jax finds.
+      trials: how many runs the search for each model's recipe took, for the report.
       title, notes: for the report.
     """
 
@@ -77,11 +75,11 @@ Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one 
 
 
 class OffLadder(ConfigError):
-    """A cell whose best value was not found within reach of its ladder."""
+    """A cell whose best value was not found within MAX_WALK rungs of its ladder."""
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
-    """Models (or settings) that are all combinations of values of some fields.
+    """Models (or settings): all combinations of values of some fields.
 
     >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))[:2]
     ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0']
@@ -97,7 +95,7 @@ _NOT_IN_NAMES = r"[^\w=,.+-]"
 
 
 def check(study: Study) -> None:
-    """Refuses a study that makes no sense, before any run."""
+    """Raises ConfigError for a study that makes no sense."""
 
     def require(ok: bool, message: str) -> None:
         if not ok:
@@ -174,7 +172,7 @@ def check(study: Study) -> None:
 
 
 def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
-    """(dotted name, text) of every field that a point sets, as the command line takes them."""
+    """(dotted name, text) of every field that a point sets, as on a command line."""
     values: dict[str, Any] = {
         **study.settings[point.setting],
         **study.models[point.model],
@@ -193,7 +191,7 @@ def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
 
 
 def rung(ladder: Sequence[float], index: int) -> float:
-    """Value number ``index`` of a ladder, which goes on at both ends by its factor."""
+    """Value number ``index`` of a ladder, which is extended at both ends by its factor."""
     if 0 <= index < len(ladder):
         return float(ladder[index])
     factor = (ladder[-1] / ladder[0]) ** (1 / (len(ladder) - 1))
@@ -202,7 +200,7 @@ def rung(ladder: Sequence[float], index: int) -> float:
 
 
 def cells(study: Study) -> Iterator[tuple[str, str, int]]:
-    """(setting, model, steps), the smallest budgets first."""
+    """(setting, model, steps) of each cell, the smallest budgets first."""
     for steps in study.budgets:
         for setting in study.settings:
             for model in study.models:
@@ -212,11 +210,12 @@ def cells(study: Study) -> Iterator[tuple[str, str, int]]:
 def tune(
     study: Study, losses: Losses, setting: str, model: str, steps: int
 ) -> tuple[float | None, list[Point]]:
-    """The best value of a cell, or the runs that it takes to find it.
+    """The best value of a cell, or the runs that are needed next to find it.
 
     Returns:
-      (value, []) once the best value has a worse one on either side (None where nothing is
-      tuned), else (None, points that are due); both empty where the budget below comes first.
+      (value, []) once the best value has a worse one on either side, with None for a study that
+      tunes no field. Else (None, points that are due), none where the next smaller budget has to be
+      tuned first. Raises OffLadder.
     """
     if study.tuned is None:
         return None, []
@@ -237,7 +236,7 @@ def tune(
             return None, due
         best = min(indices, key=lambda i: (losses[points[i]], i))
         if not math.isfinite(losses[points[best]]):
-            best = min(indices)  # all diverged: lower values may not
+            best = min(indices)  # all diverged: a lower value may not
         beyond = {best - 1, best + 1} - indices
         if not beyond:
             return rung(ladder, best), []
@@ -268,7 +267,7 @@ def _tuned_cells(
 
 
 def given_up(study: Study, losses: Losses) -> list[str]:
-    """Why cells have no best value, a line each."""
+    """A line for each cell whose best value cannot be found."""
     lines = []
     for cell in cells(study):
         try:
@@ -279,7 +278,7 @@ def given_up(study: Study, losses: Losses) -> list[str]:
 
 
 def due(study: Study, losses: Losses) -> list[Point]:
-    """The runs that can start now, in the order in which they should, smallest budgets first."""
+    """The runs that can start now, in the order to start them: smallest budgets first."""
     out: list[Point] = []
     for cell, value, points in _tuned_cells(study, losses):
         seeds = [] if points else [Point(*cell, value, seed) for seed in study.seeds]
@@ -288,7 +287,7 @@ def due(study: Study, losses: Losses) -> list[Point]:
 
 
 def forecast(study: Study, losses: Losses) -> list[Point]:
-    """All runs still to come, if the best values of cells not yet tuned lie mid-ladder."""
+    """All runs still to come, on the guess that best values lie in the middle of the ladder."""
     guessed = dict(losses)
     out: list[Point] = []
     while points := due(study, guessed):
@@ -304,7 +303,7 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
 
 
 def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
-    """The finished runs of all seeds with the best value, for each cell that is complete."""
+    """The finished runs of all seeds with the best value, by cell; complete cells alone."""
     out = {}
     for cell, value, points in _tuned_cells(study, losses):
         runs = [Point(*cell, value, seed) for seed in study.seeds]
@@ -314,7 +313,7 @@ def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Poin
 
 
 def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None, float | None]:
-    """Losses of the first seed with the next smaller and the next larger value of the ladder."""
+    """Losses of the first seed at the next smaller and the next larger value of the ladder."""
     if point.value is None:
         return None, None
     ladder = study.ladders[point.model]

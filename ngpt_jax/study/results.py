@@ -1,16 +1,12 @@
-"""The table of a study's finished runs, a CSV file that several programs may add to."""
+"""The table of a study's finished runs: a CSV file to which several programs may add."""
 
-from __future__ import annotations
-
-import contextlib
 import csv
-import fcntl
 import json
 import math
 import shlex
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +15,12 @@ from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.experiment import call_in_file, load_config
 from ngpt_jax.config.presets import PRESETS, preset_value
-from ngpt_jax.files import digest_of, reason
+from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
 
-Row = dict[str, Any]
+Result = dict[str, Any]  # one run: a line of the table
 
-# Of each column: its type.
+# Each column with its type.
 COLUMNS: dict[str, type] = {
     "setting": str, "model": str, "steps": int, "value": float, "seed": int,
     "status": str,  # done or diverged
@@ -34,23 +30,24 @@ COLUMNS: dict[str, type] = {
     "seconds": float,  # of training, without evaluation and compilation
     "tokens_per_second": float,  # median over the run's intervals
     "cpu": str, "cores": int, "devices": str, "python": str, "jax": str, "jaxlib": str,
-    "commit": str,  # of the code, + where it was changed
+    "commit": str,  # of the code, with + where it was changed since
     "data": str, "held_out": str,  # fingerprints of the training and the held-out tokens
     "config": str,  # digest of what decides about the loss
     "command": str,
 }  # fmt: skip
+LOCK = ".lock"  # of a study's folder, in which several programs may write
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
 
 def load_study(spec: str) -> Study:
-    """What get_study(variants) of FILE[:variant,...] returns, checked."""
+    """The study that get_study(variants) of FILE[:variant,...] returns; raises ConfigError."""
     study = call_in_file("experiment", spec, "get_study")
     check(study)
     return study
 
 
 def default_folder(experiment: str) -> Path:
-    """Where the results of FILE[:variant,...] lie: beside it, FILE-variant."""
+    """The folder of the results of FILE[:variant,...]: FILE-variant, beside the file."""
     path, _, variants = experiment.partition(":")
     return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
 
@@ -80,8 +77,8 @@ def digest(config: Config) -> str:
     return digest_of(lines)[:12]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a table, none where there is no file; raises ConfigError."""
+def read(path: Path) -> list[Result]:
+    """The rows of a table, none where the file does not exist; raises ConfigError."""
     if not path.exists():
         return []
     try:
@@ -106,12 +103,12 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
 
 
-def point_of(row: Row) -> Point:
+def point_of(row: Result) -> Point:
     return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
 
 
-def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
-    """Held-out losses of the runs of a study, inf where one diverged; other rows are left out."""
+def losses_of(study: Study, rows: Sequence[Result]) -> Losses:
+    """Held-out losses of a study's runs, inf for those that diverged; other rows are left out."""
     out = {}
     for row in rows:
         point = point_of(row)
@@ -120,8 +117,8 @@ def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
     return out
 
 
-def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a study asks for now, or could."""
+def in_study(study: Study, rows: Sequence[Result]) -> list[Result]:
+    """The rows whose points belong to a study, whatever the value of the tuned field."""
     return [
         row for row in rows
         if row["setting"] in study.settings and row["model"] in study.models
@@ -130,8 +127,8 @@ def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Refuses rows that were made with other settings than the study has now, or of other text."""
+def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path) -> None:
+    """Raises ConfigError for rows of other settings than the study has now, or of other text."""
     rows = in_study(study, rows)
     stale = [r for r in rows if r["config"] != digest(config_of(experiment, study, point_of(r)))]
     if stale:
@@ -150,8 +147,8 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -
                 )
 
 
-def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
-    """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
+def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
+    """Largest less smallest loss over the seeds of a point's cell; None for a single seed."""
     losses = losses_of(study, rows)
     cell = [
         x for p, x in losses.items()
@@ -161,16 +158,9 @@ def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "a", encoding="utf-8") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def add(path: Path, study: Study, row: Row) -> None:
-    """Adds a row, in the place that the study's order gives it, for any row of its point."""
-    with locked(path.parent):
+def add(path: Path, study: Study, row: Result) -> None:
+    """Adds a row in the study's order; it replaces an older row of the same point."""
+    with lock(path.parent / LOCK):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
         names = list(study.settings), list(study.models)
 
@@ -185,7 +175,7 @@ def add(path: Path, study: Study, row: Row) -> None:
 
 
 class Origin(NamedTuple):
-    """What a run was started from; noted at its start, as files may change under it."""
+    """What a run was started from; noted at its start, as files may change during the run."""
 
     digest: str
     commit: str | None
@@ -197,7 +187,7 @@ def origin_of(experiment: str, study: Study, point: Point) -> Origin:
 
 
 def _commit(experiment: str) -> str | None:
-    """Of the checkout that this code lies in, + where it or the experiment was changed since."""
+    """The commit of this code, with + where it or the experiment was changed since."""
     package = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -213,9 +203,12 @@ def _commit(experiment: str) -> str | None:
 
 def row_of(
     experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
-) -> Row:
-    """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
-    from ngpt_jax.model.transformer import num_params
+) -> Result:
+    """The row of a finished run, from its folder.
+
+    A run whose held-out loss is not finite counts as diverged.
+    """
+    from ngpt_jax.model.params import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
 
     text = (workdir / "config.json").read_text(encoding="utf-8")

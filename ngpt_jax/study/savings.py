@@ -1,7 +1,5 @@
 """Speed-up at equal loss: how much less a model needs to reach what the baseline reached."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,21 +8,23 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Cell(NamedTuple):
-    """Runs of one budget: what each cost (steps, tokens, FLOPs or seconds) and their losses."""
+class Runs(NamedTuple):
+    """The runs of one budget: what each cost (steps, FLOPs or seconds), and their losses."""
 
     cost: float
     losses: Sequence[float]  # one a seed
 
 
-Curve = Sequence[Cell]  # of one model, costs ascending
+Curve = Sequence[Runs]  # of one model, costs ascending
 
 
 class SpeedUp(NamedTuple):
-    """``value`` times less; ``bound`` is "" or, where the curve ends before, ">" or "<".
+    """How many times less a model needs.
 
-    ``low`` and ``high`` are the interval's ends, within what the curve covers; None where there is
-    one seed.
+    Attributes:
+      value: the factor.
+      bound: ">" or "<" where the curve does not reach so far, else "".
+      low, high: the ends of the interval, within what the curve covers; None for a single seed.
     """
 
     value: float
@@ -34,7 +34,7 @@ class SpeedUp(NamedTuple):
 
 
 def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tuple[float, str]:
-    """What it costs to reach a loss, on straight lines between points in (log cost, loss).
+    """The cost at which a loss is reached, on straight lines between points in (log cost, loss).
 
     Args:
       costs: ascending.
@@ -42,8 +42,8 @@ def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tup
       loss: the one to reach.
 
     Returns:
-      (cost, "") for the smallest such cost; (the first cost, ">") where the first point lies below
-      the loss already, so that less would do; (the last cost, "<") where no point reaches it.
+      (cost, "") for the smallest such cost; (the first cost, ">") where the first point is already
+      below the loss, so that less would do; (the last cost, "<") where no point reaches it.
     """
     if losses[0] <= loss:
         return costs[0], "" if losses[0] == loss else ">"
@@ -55,13 +55,20 @@ def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tup
 
 
 def speed_up(
-    baseline: Cell, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    baseline: Runs, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
 ) -> SpeedUp:
-    """The baseline's cost in a cell over what the model needs for the same mean loss.
+    """The baseline's cost for its mean loss over what a model needs for the same loss.
 
-    The interval is a bootstrap over seeds: in each resample every cell of both models draws as many
-    of its own losses as it has, with replacement; the percentiles of the resampled speed-ups. With
-    three seeds it is rough, and where a resample leaves the curve it stops at its end.
+    The interval is a bootstrap over seeds. In each resample, every budget of both models draws as
+    many of its own losses as it has, with replacement; the interval's ends are percentiles of the
+    speed-ups. It is rough with three seeds. A resample that leaves the curve counts with its end.
+
+    Args:
+      baseline: its runs of one budget.
+      curve: the model's runs, a budget each.
+      resamples: how many.
+      level: the probability that the interval covers.
+      seed: of the resampling.
     """
     costs = [cell.cost for cell in curve]
 
@@ -74,8 +81,8 @@ def speed_up(
         return SpeedUp(value, bound, None, None)
     rng = np.random.default_rng(seed)
 
-    def draw(cell: Cell) -> np.ndarray:
-        x = np.asarray(cell.losses, np.float64)
+    def draw(runs: Runs) -> np.ndarray:
+        x = np.asarray(runs.losses, np.float64)
         return x[rng.integers(0, len(x), (resamples, len(x)))].mean(axis=1)
 
     targets, drawn = draw(baseline), np.stack([draw(cell) for cell in curve], axis=1)

@@ -1,7 +1,5 @@
 """What a run would be: parameter table, counts and memory, from shapes alone."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -10,13 +8,13 @@ import numpy as np
 
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.corpus import check_corpus
-from ngpt_jax.model.transformer import axis_sizes, num_params
+from ngpt_jax.data.tokenizers.load import with_tokenizer
+from ngpt_jax.model.params import axis_sizes, num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.parallel.rules import axis_size
 from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout
-from ngpt_jax.training.setup import with_tokenizer
 from ngpt_jax.training.throughput import train_flops_per_token
 
 
@@ -46,7 +44,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
             raise
         problem = e
     mesh = make_mesh(config)
-    check_eval_batch(config, mesh)
+    check_eval_batch(config.eval.batch_size, mesh)
     config, kernel = layout.for_mesh(config, mesh)
     tx, _ = make_optimizer(config)
     state = layout.abstract_state(config, tx, mesh)

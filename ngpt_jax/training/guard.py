@@ -1,7 +1,5 @@
 """Which steps to skip: a loss or gradient that is not finite, or a loss far above its usual."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -3,11 +3,9 @@
 Training and the ahead-of-time tool get their program from the same function here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.attention import choose_kernel
-from ngpt_jax.model.transformer import axis_sizes, is_axes, param_axes, unit_axes
-from ngpt_jax.optim.groups import param_groups
+from ngpt_jax.model.params import axis_sizes, param_list, param_tree
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
@@ -38,29 +35,21 @@ def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
     return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
 
 
-def named_params(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Axis names of every parameter by its path, "layers/query_kernel" say."""
-    flat = jax.tree_util.tree_flatten_with_path(param_axes(config), is_leaf=is_axes)[0]
-    return {"/".join(key.key for key in cast(Any, path)): axes for path, axes in flat}
-
-
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """A tree like the parameters of how each lies on the mesh; checked (ConfigError)."""
-    sizes = axis_sizes(config)
-    named = named_params(config)
-    specs = {n: rules.param_spec(axes, sizes, mesh, name=n) for n, axes in named.items()}
-    elements = {n: math.prod(sizes[a] for a in axes) for n, axes in named.items()}
+    own, sizes = param_list(config), axis_sizes(config)
+    specs = {p.path: rules.param_spec(p.axes, sizes, mesh, name=p.path) for p in own}
+    elements = {p.path: math.prod(p.shape(config)) for p in own}
     rules.check_sharded_enough(specs, elements, mesh)
-    tree = jax.tree.structure(param_axes(config), is_leaf=is_axes)
-    return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs.values()])
+    return jax.tree.map(lambda p: NamedSharding(mesh, specs[p.path]), param_tree(config))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a model's parameters; checked (ConfigError)."""
-    sizes, dtype = axis_sizes(config), jnp.dtype(config.param_dtype)
+    dtype = jnp.dtype(config.param_dtype)
     return jax.tree.map(
-        lambda axes, s: jax.ShapeDtypeStruct(tuple(sizes[a] for a in axes), dtype, sharding=s),
-        param_axes(config), param_shardings(config, mesh), is_leaf=is_axes,
+        lambda p, s: jax.ShapeDtypeStruct(p.shape(config), dtype, sharding=s),
+        param_tree(config), param_shardings(config, mesh),
     )  # fmt: skip
 
 
@@ -110,20 +99,16 @@ def describe_mesh(mesh: Mesh) -> str:
 
 def parameter_table(config: Config, mesh: Mesh) -> str:
     """Name, shape, axes, axis of unit norm, group, spec and bytes a device of every parameter."""
-    sizes, model = axis_sizes(config.model), config.model
-    placed = param_shardings(model, mesh)
-    tree = cast(Any, jax.tree.structure(placed))
-    units, groups = (tree.flatten_up_to(t) for t in (unit_axes(model), param_groups(model)))
+    model = config.model
+    placed = jax.tree.leaves(param_shardings(model, mesh))
     rows = [("name", "shape", "axes", "unit norm along", "group", "cut over", "bytes a device")]
-    named = named_params(model).items()
-    for (name, axes), unit, group, sharding in zip(
-        named, units, groups, tree.flatten_up_to(placed)
-    ):
-        shape = tuple(sizes[a] for a in axes)
-        along = "-" if unit is None else f"{axes[unit]} (axis {unit})"
+    for p, sharding in zip(jax.tree.leaves(param_tree(model)), placed, strict=True):
+        unit = p.unit_axis if model.weights == "sphere" else None
+        along = "-" if unit is None else f"embed (axis {unit})"
+        shape = p.shape(model)
         count = math.prod(sharding.shard_shape(shape)) * np.dtype(model.param_dtype).itemsize
         rows.append(
-            (name, " x ".join(map(str, shape)), ", ".join(axes), along, group,
+            (p.path, " x ".join(map(str, shape)), ", ".join(p.axes), along, p.group,
              spec_text(sharding.spec), format_bytes(count))
         )  # fmt: skip
     return format_table(rows)

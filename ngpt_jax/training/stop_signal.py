@@ -1,7 +1,5 @@
 """SIGTERM and Ctrl-C as a question that the loop asks, the same answer on all processes."""
 
-from __future__ import annotations
-
 import os
 import signal
 from typing import Any

@@ -1,7 +1,5 @@
 """FLOPs of the model and figures of the chips, for MFU and for estimates."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,7 +1,5 @@
 """A run's folder: whose it is, what of its config may change, and that all processes see it."""
 
-from __future__ import annotations
-
 import datetime
 import importlib.metadata
 import json
@@ -131,13 +129,17 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
     return file
 
 
-def write_versions(workdir: epath.Path, **facts: str) -> None:
-    """Says what the newest start runs with; ``facts`` are further lines."""
+def write_start(workdir: epath.Path, config: Config, facts: dict[str, str]) -> None:
+    """Writes what the newest start runs with, and last the config: it makes the folder this run's.
+
+    Args:
+      workdir: the folder.
+      config: resolved.
+      facts: to stand beside the versions: fingerprints of text and tokenizer.
+
+    Raises OSError.
+    """
     write_atomically(workdir / "versions.json", json.dumps(versions() | facts, indent=2) + "\n")
-
-
-def write_config(workdir: epath.Path, config: Config) -> None:
-    """Makes the folder that of this run."""
     write_atomically(workdir / "config.json", config_lib.to_json(config))
 
 

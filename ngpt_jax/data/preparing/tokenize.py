@@ -1,7 +1,5 @@
 """Documents to token ids: in portions, in order, in this process or in several."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import itertools

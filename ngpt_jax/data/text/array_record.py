@@ -1,7 +1,5 @@
 """Text in array_record files, a document a record."""
 
-from __future__ import annotations
-
 import functools
 
 from etils import epath

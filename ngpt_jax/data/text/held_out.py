@@ -1,7 +1,5 @@
 """Which documents are held out where a source has no held-out sets."""
 
-from __future__ import annotations
-
 import collections
 import hashlib
 import math

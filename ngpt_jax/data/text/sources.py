@@ -4,8 +4,6 @@ A new source is a line in the table of :mod:`ngpt_jax.config.sources` (which fie
 module here with a function that opens it, and a line in ``OPENERS``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from ngpt_jax.config import SourceConfig

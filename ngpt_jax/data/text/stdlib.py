@@ -3,8 +3,6 @@
 The same build of Python gives the same text everywhere.
 """
 
-from __future__ import annotations
-
 import collections
 import functools
 import os

@@ -1,7 +1,5 @@
 """Text files: a .txt is one document, .jsonl has a document a line, .parquet a document a row."""
 
-from __future__ import annotations
-
 import functools
 import json
 import zlib

@@ -1,7 +1,5 @@
 """Text of TensorFlow Datasets."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

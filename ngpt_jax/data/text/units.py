@@ -1,7 +1,5 @@
 """What a source of text is: units of documents to train on, and held-out ones."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """What every tokenizer is, and what is common to those that come from files."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import os

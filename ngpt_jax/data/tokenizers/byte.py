@@ -1,7 +1,5 @@
 """The tokenizer without a file: UTF-8 bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Tokenizers of the ``tokenizers`` library, from its JSON files."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,11 +1,10 @@
 """The tokenizer that a config names."""
 
-from __future__ import annotations
-
+import dataclasses
 import os
 from pathlib import Path
 
-from ngpt_jax.config import ConfigError, DataConfig
+from ngpt_jax.config import Config, ConfigError, DataConfig
 from ngpt_jax.data.tokenizers.base import KINDS, Tokenizer, TokenizerFile
 from ngpt_jax.data.tokenizers.byte import ByteTokenizer
 
@@ -48,3 +47,16 @@ def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
 
             return load_tiktoken(file)
     raise file.error(f"{file.path!r} has none of the known suffixes; give {KINDS}.")
+
+
+def with_tokenizer(config: Config) -> tuple[Config, Tokenizer]:
+    """The config with ``model.vocab_size`` filled in, and its tokenizer; raises ConfigError."""
+    tokenizer = load_tokenizer(config.data)
+    vocab_size = config.model.vocab_size or tokenizer.vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"The tokenizer's ids go up to {tokenizer.vocab_size - 1}, but model.vocab_size ="
+            f" {vocab_size}; set it to at least {tokenizer.vocab_size}, or to None."
+        )
+    model = dataclasses.replace(config.model, vocab_size=vocab_size)
+    return dataclasses.replace(config, model=model), tokenizer

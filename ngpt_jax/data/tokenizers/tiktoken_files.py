@@ -1,7 +1,5 @@
 """tiktoken from local files: .tiktoken ranks, or GPT-2's encoder.json and vocab.bpe."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 import json

@@ -1,20 +1,18 @@
-"""One HTML page of a study: no network, no scripts, pictures inside."""
-
-from __future__ import annotations
+"""The HTML page of a study: no network, no scripts, the pictures inside."""
 
 import base64
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ngpt_jax.files import write_atomically
 from ngpt_jax.study import savings
 from ngpt_jax.study.plan import Study
+from ngpt_jax.study.results import Result, default_folder, point_of
+from ngpt_jax.study.summary import CellRow, SpeedUpRow, machines_of
 from ngpt_jax.terminal import format_duration
-
-Row = Mapping[str, Any]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -73,97 +71,79 @@ def picture(path: Path, caption: str) -> str:
     )
 
 
-def _number(x: Any, form: str) -> str:
-    return "-" if x is None else format(x, form)
-
-
 def _loss(x: float | None) -> str:
     return "-" if x is None else "diverged" if x == math.inf else f"{x:.4f}"
 
 
-def _loss_table(study: Study, cells: Sequence[Row]) -> str:
+def _format(spec: str) -> Callable[[Any], str]:
+    return lambda x: "-" if x is None else format(x, spec)
+
+
+def _loss_table(study: Study, cells: Sequence[CellRow]) -> str:
     tuned = (study.tuned or "").rsplit(".", 1)[-1]
-    names = {"steps": "steps"}
-    if tuned:
-        names |= {"value": tuned}
-    names |= {"loss": "loss"}
-    if len(study.seeds) > 1:
-        names |= {"loss_min": "least", "loss_max": "largest"}
-    if tuned:
-        names |= {
-            "loss_first_seed": "first seed",
-            "loss_at_value_below": f"at {tuned} below",
-            "loss_at_value_above": "above",
-        }
-    names |= {
-        "bits_per_byte": "bits a byte",
-        "tokens_per_parameter": "tokens a parameter",
-        "seconds": "seconds",
-        "tokens_per_second": "tokens/s",
-    }
-    if any(c["diverged"] for c in cells):
-        names |= {"diverged": "diverged"}
-    forms = {
-        "steps": ",", "tokens_per_parameter": ".1f", "value": "g", "bits_per_byte": ".4f",
-        "seconds": ".0f", "tokens_per_second": ",.0f", "diverged": "",
-    }  # fmt: skip
-
-    def show(cell: Row, name: str) -> str:
-        return _number(cell[name], forms[name]) if name in forms else _loss(cell[name])
-
-    rows = [[c["setting"], c["model"], *(show(c, name) for name in names)] for c in cells]
-    return table(["setting", "model", *names.values()], rows)
-
-
-def _speedup_table(study: Study, speedups: Sequence[Row]) -> str:
-    by = {(s["setting"], s["model"], s["steps"], s["cost"]): s for s in speedups}
-    keys = list(dict.fromkeys((s["setting"], s["model"], s["steps"]) for s in speedups))
-    columns = ["setting", "model", f"steps of {study.baseline}", "in steps", "in FLOPs", "in time"]
-
-    def show(key: tuple, cost: str) -> str:
-        s = by.get((*key, cost))
-        if s is None:
-            return "-"
-        text = savings.show(savings.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
-        return text.replace(" to ", "\u00a0to\u00a0")  # an interval stays on one line
-
-    rows = [
-        [k[0], k[1], f"{k[2]:,}", *(show(k, c) for c in ("steps", "flops", "seconds"))]
-        for k in keys
+    several, diverged = len(study.seeds) > 1, any(c["diverged"] for c in cells)
+    # Column of a cell, its name here, how it is written, whether it is shown.
+    columns: list[tuple[str, str, Callable[[Any], str], bool]] = [
+        ("setting", "setting", str, True),
+        ("model", "model", str, True),
+        ("steps", "steps", _format(","), True),
+        ("value", tuned, _format("g"), bool(tuned)),
+        ("loss", "loss", _loss, True),
+        ("loss_min", "least", _loss, several),
+        ("loss_max", "largest", _loss, several),
+        ("loss_first_seed", "first seed", _loss, bool(tuned)),
+        ("loss_at_value_below", f"at {tuned} below", _loss, bool(tuned)),
+        ("loss_at_value_above", "above", _loss, bool(tuned)),
+        ("bits_per_byte", "bits a byte", _format(".4f"), True),
+        ("tokens_per_parameter", "tokens a parameter", _format(".1f"), True),
+        ("seconds", "seconds", _format(".0f"), True),
+        ("tokens_per_second", "tokens/s", _format(",.0f"), True),
+        ("diverged", "diverged", str, diverged),
     ]
-    return table(columns, rows)
+    columns = [c for c in columns if c[-1]]
+    rows = [[write(cell[column]) for column, _, write, _ in columns] for cell in cells]
+    return table([name for _, name, _, _ in columns], rows)
+
+
+def _speedup_table(study: Study, speedups: Sequence[SpeedUpRow]) -> str:
+    costs = {"steps": "in steps", "flops": "in FLOPs", "seconds": "in time"}
+    lines: dict[tuple, dict[str, str]] = {}
+    for s in speedups:
+        text = savings.show(savings.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
+        line = lines.setdefault((s["setting"], s["model"], f"{s['steps']:,}"), {})
+        line[s["cost"]] = text.replace(" to ", "\u00a0to\u00a0")  # an interval stays on one line
+    rows = [[*key, *(line.get(cost, "-") for cost in costs)] for key, line in lines.items()]
+    return table(["setting", "model", f"steps of {study.baseline}", *costs.values()], rows)
 
 
 def write(
     page: Path,
     experiment: str,
     study: Study,
-    rows: Sequence[Row],
-    cells: Sequence[Row],
-    speedups: Sequence[Row],
-    pictures: Mapping[str, str],
+    rows: Sequence[Result],
+    cells: Sequence[CellRow],
+    speedups: Sequence[SpeedUpRow],
+    captions: Mapping[str, str],
     lost: Sequence[str],
 ) -> None:
     """Writes the page.
 
     Args:
-      page: its path; pictures lie beside it.
+      page: its path; the pictures lie beside it.
       experiment, study: the study.
-      rows: of all runs.
-      cells, speedups: from report.cells_of and report.speedups_of.
-      pictures: caption by file name, in order.
-      lost: what was not found, a line each.
+      rows: the results of all runs.
+      cells, speedups: from summary.cells_of and summary.speedups_of.
+      captions: of the pictures by file name, in order.
+      lost: a line for each cell whose best value was not found.
     """
-    from ngpt_jax.study.report import facts_of
-    from ngpt_jax.study.results import default_folder
-
-    # Runs may be made in one checkout for the results of another: the name of the folder decides.
+    # The results of one checkout may be made in another one: the folder's name decides.
     usual = page.parent.name == default_folder(experiment).name
     elsewhere = "" if usual else f" --out={page.parent}"
     title = study.title or f"Comparison: {experiment}"
     wanted = len(study.settings) * len(study.models) * len(study.budgets)
     seconds = sum(r["seconds"] or 0 for r in rows)
     diverged = sum(r["status"] == "diverged" for r in rows)
+    example = point_of(rows[0]).name if rows else "NAME"
     parts = [f"<h1>{html.escape(title)}</h1>"]
     parts += [f"<p>{html.escape(text)}</p>" for text in study.notes.strip().split("\n\n") if text]
     seeds = "1 seed" if len(study.seeds) == 1 else f"{len(study.seeds)} seeds"
@@ -189,7 +169,7 @@ def write(
             + "</p>",
             _speedup_table(study, speedups),
         ]
-    parts += [picture(page.parent / name, caption) for name, caption in pictures.items()]
+    parts += [picture(page.parent / name, caption) for name, caption in captions.items()]
     parts += ["<h2>Losses</h2>", _loss_table(study, cells)]
     if study.tuned is not None:
         parts.append(
@@ -202,14 +182,14 @@ def write(
             table(["model", "runs"], list(study.trials.items()), text=1),
         ]
     parts += ["<h2>Made with</h2>", "<ul>"]
-    parts += [f"<li>{html.escape(text)}</li>" for text in facts_of(rows)]
+    parts += [f"<li>{html.escape(text)}</li>" for text in machines_of(rows)]
     parts += [
         "</ul>",
         "<p>Every run, with the command that makes it: <code>results.csv</code>. Again:"
         f" <code>python -m ngpt_jax.tools.compare --experiment={html.escape(experiment)}"
         f"{html.escape(elsewhere)}</code>;"
         " one run once more, with its loss compared: <code>--check=NAME</code>, e.g."
-        f" <code>{html.escape(_example(rows))}</code>.</p>",
+        f" <code>{html.escape(example)}</code>.</p>",
     ]
     write_atomically(
         page,
@@ -219,9 +199,3 @@ def write(
         + "\n".join(parts)
         + "\n</main></body></html>\n",
     )
-
-
-def _example(rows: Sequence[Row]) -> str:
-    from ngpt_jax.study.results import point_of
-
-    return point_of(dict(rows[0])).name if rows else "NAME"
