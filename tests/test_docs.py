@@ -46,6 +46,7 @@ TINY = (
     " --workdir=runs/short{n} --config.model.layers=1 --config.model.width=16"
     " --config.model.context=64 --config.train.steps=2 --config.train.batch_size=2"
     " --config.eval.batches=1 --config.eval.batch_size=64 --config.sample.tokens=8"
+    " --config.data.held_out=0.002"
 )
 
 
@@ -76,15 +77,16 @@ HOW = {
     ),
     "python -m ngpt_jax.tools.benchmark": (
         " --steps=3 --warmup=1 --config.model.layers=1 --config.model.width=64"
-        " --config.model.context=64"
+        " --config.model.context=64 --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.benchmark --config": (
         " --config=experiments/124m.py:debug --steps=3 --warmup=1 --config.model.layers=1"
+        " --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.benchmark_data": " --paths=book.txt --workers=2 --rounds=1",
     "python -m ngpt_jax.tools.benchmark_decode": (
         " --prompt=16 --tokens=64 --rounds=1 --config.model.layers=1 --config.model.width=48"
-        " --config.model.heads=4"
+        " --config.model.heads=4 --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.compare": " --dry_run",
     "python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py --report_only": "",
