@@ -66,13 +66,6 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
         raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
 
-def _load_file(spec: str) -> ml_collections.ConfigDict:
-    values = call_in_file("config", spec, "get_config")
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise ConfigError(f"--config={spec}: get_config returns no config (is a return missing?).")
-    return values
-
-
 def _first_line(error: Exception) -> str:
     """The message of an error in one line; that of ml_collections about a wrong name is a page."""
     text = str(error.args[0] if error.args else "")
@@ -112,7 +105,11 @@ def load_config(
       overrides: (dotted name, text) pairs; of two for one field the last one counts. For a field
         of several strings, each pair adds one, and an empty text removes all.
     """
-    values = _load_file(source) if isinstance(source, str) else source
+    values = call_in_file("config", source, "get_config") if isinstance(source, str) else source
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config={source}: get_config returns no config (is a return missing?)."
+        )
     tuples: dict[str, Any] = {}
     for name, text in overrides:
         field = field_named(name)

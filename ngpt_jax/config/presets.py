@@ -16,6 +16,8 @@ def _alpha_form(config: Config) -> str:
     return "none" if config.model.residual == "add" else "vector"
 
 
+_SCALE_FORMS = ("model.s_qk.form", "model.s_u.form", "model.s_v.form", "model.s_z.form")
+
 # Choices that follow from others, whatever the kind.
 _FOLLOW: Mapping[str, Any] = {
     "model.alpha_a.form": _alpha_form,
@@ -36,10 +38,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "model.softmax_scale": "sqrt",
         "model.weights": "sphere",
         "model.init_std": lambda c: c.model.width**-0.5,
-        "model.s_qk.form": "vector",
-        "model.s_u.form": "vector",
-        "model.s_v.form": "vector",
-        "model.s_z.form": "vector",
+        **dict.fromkeys(_SCALE_FORMS, "vector"),
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0.0,
         **_FOLLOW,
@@ -54,10 +53,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "model.softmax_scale": "rsqrt",
         "model.weights": "free",
         "model.init_std": 0.02,
-        "model.s_qk.form": "none",
-        "model.s_u.form": "none",
-        "model.s_v.form": "none",
-        "model.s_z.form": "none",
+        **dict.fromkeys(_SCALE_FORMS, "none"),
         "optimizer.warmup_steps": lambda c: min(2000, c.train.steps // 10),
         "optimizer.weight_decay": 0.1,
         **_FOLLOW,

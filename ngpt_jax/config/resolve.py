@@ -19,7 +19,6 @@ from ngpt_jax.config.fields import (
     SCALES,
     Config,
     DataConfig,
-    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     SourceConfig,
@@ -53,7 +52,11 @@ def resolve(config: Config) -> Config:
     _check_each(config)
     _check("model.kind", config.model.kind, one_of(*PRESETS))
     _check_data(config.data)
-    _check_mesh(config.mesh)
+    mesh = config.mesh
+    _require(
+        [mesh.data, mesh.fsdp, mesh.tensor, mesh.context].count(-1) <= 1,
+        "Only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context can be -1 (the rest).",
+    )
     steps = _steps(config.train, config.model.context)
     config = fill_in(
         dataclasses.replace(
@@ -66,7 +69,11 @@ def resolve(config: Config) -> Config:
             ),
         )
     )
-    _check_schedule(config.optimizer, steps)
+    o = config.optimizer
+    _require(
+        o.schedule == "constant" or (o.warmup_steps or 0) < steps,
+        f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
+    )
     _check_choices(config.model, config.optimizer)
     return config
 
@@ -94,14 +101,7 @@ def _check_each(section: Any, prefix: str = "") -> None:
             _check(f.name, f.value, f.allowed)
 
 
-# --------------------------------------------------------------------------- model, length, devices
-
-
-def _check_mesh(mesh: MeshConfig) -> None:
-    _require(
-        [mesh.data, mesh.fsdp, mesh.tensor, mesh.context].count(-1) <= 1,
-        "Only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context can be -1 (the rest).",
-    )
+# ---------------------------------------------------------------------------------- length, model
 
 
 def _steps(t: TrainConfig, context: int) -> int:
@@ -133,13 +133,6 @@ def _with_warmup(o: OptimizerConfig, steps: int) -> OptimizerConfig:
         f" ({warmup} steps) disagree; set one of them to None.",
     )
     return dataclasses.replace(o, warmup_steps=warmup)
-
-
-def _check_schedule(o: OptimizerConfig, steps: int) -> None:
-    _require(
-        o.schedule == "constant" or (o.warmup_steps or 0) < steps,
-        f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
-    )
 
 
 def _with_sizes(m: ModelConfig) -> ModelConfig:
@@ -181,10 +174,8 @@ def _check_choices(m: ModelConfig, o: OptimizerConfig) -> None:
         m.residual != "slerp" or m.branch_norm == "unit",
         "model.residual = slerp needs model.branch_norm = unit: it turns h towards a unit vector.",
     )
-    for name, wanted in (
-        ("optimizer.project", o.project),
-        ("model.normalize_on_read", m.normalize_on_read),
-    ):
+    wants = {"optimizer.project": o.project, "model.normalize_on_read": m.normalize_on_read}
+    for name, wanted in wants.items():
         _require(
             m.weights == "sphere" or not wanted,
             f"{name} needs model.weights = sphere, not {m.weights}; leave it out.",
@@ -253,7 +244,5 @@ def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
         f" {prefix}paths, or both.",
     )
     for item in s.eval_paths:
-        _require(
-            "=" in item,
-            f"{prefix}eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt",
-        )
+        message = f"{prefix}eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt"
+        _require("=" in item, message)

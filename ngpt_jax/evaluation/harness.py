@@ -169,15 +169,13 @@ def task_config(task: Task, cache: str) -> dict[str, Any]:
     }  # fmt: skip
     acc = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
     if task.kind == "completion":
-        perplexity = {
-            "metric": "perplexity",
-            "aggregation": "perplexity",
-            "higher_is_better": False,
-        }
         return config | {
             "output_type": "loglikelihood", "doc_to_text": "context",
             "doc_to_target": lambda doc: doc["continuations"][0],
-            "metric_list": [acc, perplexity],
+            "metric_list": [
+                acc,
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            ],
         }  # fmt: skip
     config |= {"output_type": "multiple_choice", "target_delimiter": task.delimiter}
     cut = len(task.delimiter)
