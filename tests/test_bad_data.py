@@ -25,7 +25,8 @@ from data_helpers import (
 from test_prepare import contents, load, run
 from test_sources import TinySet
 
-from ngpt_jax.config import DataConfig, MixtureConfig, default_config, from_config_dict
+from ngpt_jax.config import DataConfig, default_config, from_config_dict
+from ngpt_jax.config.fields import MixtureConfig
 from ngpt_jax.data.preparing import folder as folder_lib
 from ngpt_jax.data.preparing.folder import Stopped
 from ngpt_jax.data.tokenizers.base import ByteTokenizer

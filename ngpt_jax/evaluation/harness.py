@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ngpt_jax.config import ConfigError, did_you_mean
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
 from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.evaluation.tasks import Task

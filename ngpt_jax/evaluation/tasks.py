@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ngpt_jax.config import ConfigError, did_you_mean
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
 from ngpt_jax.data.list_files import parse_path
 from ngpt_jax.data.open_files import check_key, read_jsonl
 

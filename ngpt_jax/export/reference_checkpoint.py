@@ -19,7 +19,8 @@ import numpy as np
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
-from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
+from ngpt_jax.config import Config, ConfigError, ModelConfig, experiment
+from ngpt_jax.config.fields import Scale
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.export.folders import Imported, new_output

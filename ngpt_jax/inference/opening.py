@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
-from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
+from ngpt_jax.config import CheckpointConfig, Config, ConfigError, experiment
+from ngpt_jax.config.fields import MeshConfig
 from ngpt_jax.files import reason
 from ngpt_jax.training import workdir as workdir_lib
 

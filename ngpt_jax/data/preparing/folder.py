@@ -107,12 +107,8 @@ def source_key(
 ) -> str:
     """Fingerprint of everything that the prepared tokens depend on."""
     units = [("train", source.train), *source.held_out.items()]
-    return digest_of(
-        [
-            f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}",
-            *(f"{name} {unit.stamp}" for name, some in units for unit in some),
-        ]
-    )
+    how = f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}"
+    return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
 
 
 def _groups(source: TextSource, held_out: float) -> list[Group]:
