@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy

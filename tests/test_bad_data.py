@@ -25,10 +25,11 @@ from data_helpers import (
 from test_prepare import contents, load, run
 from test_sources import TinySet
 
-from ngpt_jax.config import DataConfig, MixtureConfig, default_config, from_config_dict
-from ngpt_jax.data.preparing import shard_writer
+from ngpt_jax.config import DataConfig, default_config, from_config_dict
+from ngpt_jax.config.fields import MixtureConfig
+from ngpt_jax.data.preparing import folder as folder_lib
 from ngpt_jax.data.preparing.folder import Stopped
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 TEXTS = ["".join(RNG.choice(list("abc \n"), 200)) + "." for _ in range(60)]
@@ -57,14 +58,14 @@ def test_another_text_key_is_another_text(tmp_path):
 
 def test_a_kill_between_the_first_shard_and_its_record(tmp_path, monkeypatch):
     write(tmp_path / "in/a.jsonl", json_lines(*TEXTS))
-    config, real = text_config(tmp_path / "in"), shard_writer.ShardWriter.commit
+    config, real = text_config(tmp_path / "in"), folder_lib.ShardWriter.commit
 
     def killed(self, numbers):
         real(self, numbers)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.ShardWriter, "commit", killed)
+        patch.setattr(folder_lib.ShardWriter, "commit", killed)
         with pytest.raises(SystemExit):
             run(config, tmp_path / "cut")
     assert (tmp_path / "cut/train-00000.bin").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, convert
 from ngpt_jax.config.command import split_overrides
 from ngpt_jax.config.experiment import describe, load_config
 from ngpt_jax.config.resolve import resolve
@@ -102,7 +102,7 @@ def test_describe_lists_every_field_with_type_and_meaning():
     line = next(row for row in text.splitlines() if "optimizer.learning_rate" in row)
     assert "learning_rate = 0.01 " in line
     assert "# float > 0: peak (default: 0.001)" in line
-    assert len(text.splitlines()) == len(list(config_lib.fields(config_lib.Config())))
+    assert len(text.splitlines()) == len(list(convert.fields(config_lib.Config())))
     assert all("# " in line and line.split("# ")[1].strip() for line in text.splitlines())
     for shown in (
         "# 'add', 'lerp', 'slerp' or None: how a block's output f moves",

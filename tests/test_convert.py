@@ -21,12 +21,12 @@ from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 import ngpt_jax
 from ngpt_jax.checkpoint.restoring import restore_params
 from ngpt_jax.config.fields import SCALES
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
-from ngpt_jax.inference import opening
+from ngpt_jax.inference import loading, opening
 from ngpt_jax.model.params import num_params, param_tree, real_vocab
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.training import layout
@@ -65,7 +65,7 @@ def make_run(tiny, name="ngpt", **fields):
     """Random weights over bytes; there are more ids than bytes, and rows of padding besides."""
     config = tiny(**{"model.vocab_size": 260, **(MODELS | SLERP)[name], **fields})
     tokenizer = load_tokenizer(config.data)
-    return opening.OpenedRun(config, tokenizer, random_params(config.model), None, 7)
+    return loading.LoadedModel(config, tokenizer, random_params(config.model), None, 7)
 
 
 def logits(config, params, tokens):
@@ -156,7 +156,7 @@ def test_folded_folder(tiny, tmp_path, name):
     right = logits(run.config.model, run.params, x)
     assert worst(logits(model.config.model, model.params, x), right) < 1e-5
     assert model.generate("ab", 4, temperature=0).ids
-    again = opening.open_run("workdir", str(tmp_path / "run"), None, [])
+    again = loading.open_model("workdir", str(tmp_path / "run"), None, [])
     huggingface.write_folder(again, str(tmp_path / "again"), fold=True)
     assert same(huggingface.read_folder(str(tmp_path / "again")).params, params, config.model)
 

@@ -23,7 +23,7 @@ from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.training import evaluator, loop, saver, workdir
 from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter

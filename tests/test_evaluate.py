@@ -18,7 +18,7 @@ from etils import epath
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.evaluation import scorers, tasks
 from ngpt_jax.evaluation.report import examples, table_lines
 from ngpt_jax.evaluation.scorers import Likelihood, Scored

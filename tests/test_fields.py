@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import Config, ConfigError, DataConfig, MixtureConfig, facts
+from ngpt_jax.config import Config, ConfigError, DataConfig, convert, facts
 from ngpt_jax.config.experiment import load_config
+from ngpt_jax.config.fields import MixtureConfig
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.study import plan, results
 from ngpt_jax.training import workdir
 
 ROOT = Path(__file__).parents[1]
 EVERY = Config(data=DataConfig(mixture={"web": MixtureConfig()}))
-FIELDS = {f.name: f for f in config_lib.fields(EVERY)}
+FIELDS = {f.name: f for f in convert.fields(EVERY)}
 
 
 def test_a_field_without_its_facts_is_an_error_at_import():
@@ -127,10 +128,10 @@ def test_a_study_does_not_set_what_its_points_set():
 
 
 def test_a_field_by_its_name():
-    assert config_lib.field_named("data.mixture.web.weight") == FIELDS["data.mixture.web.weight"]
-    assert config_lib.field_named("model.s_z.init").value == 1.0
+    assert convert.field_named("data.mixture.web.weight") == FIELDS["data.mixture.web.weight"]
+    assert convert.field_named("model.s_z.init").value == 1.0
     for name in ("model", "model.s_z", "data.mixture.web", "data.mixture.web.tokenizer", "steps"):
-        assert config_lib.field_named(name) is None
+        assert convert.field_named(name) is None
 
 
 PUBLISHED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))

@@ -14,7 +14,7 @@ from test_golden import load as load_golden
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.decoding import folding
 from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
 from ngpt_jax.decoding.prefill import read_prompts

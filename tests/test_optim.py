@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from ngpt_jax.config import OptimizerConfig
+from ngpt_jax.config.fields import OptimizerConfig
 from ngpt_jax.model.params import param_tree, unit_axes
 from ngpt_jax.optim.recipes import (
     clip_by_global_norm,

@@ -187,7 +187,7 @@ def test_array_record_of_token_ids(tmp_path, dtype):
     config = {"source": "array_record", "token_dtype": dtype, "cache": tmp_path / "c"}
     found = load(paths=(str(file),), eval_paths=(), held_out=0.1, **config)
     whole = np.concatenate(documents)
-    stream = found.train[""]._stream
+    stream = found.train[""].stream
     assert len(stream) + len(found.held_out[0].stream) == len(whole)
     for start, stop in itertools.combinations((0, 1, 2, 50, 51, 54, 55, 300, len(stream)), 2):
         assert stream.read(start, stop).tolist() == whole[start:stop].tolist()

@@ -22,7 +22,7 @@ from ngpt_jax.data import corpus, manifest
 from ngpt_jax.data.preparing import tokenize
 from ngpt_jax.data.preparing.folder import Stopped, prepare_folder
 from ngpt_jax.data.text.sources import open_source
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 
 
@@ -155,7 +155,7 @@ def test_a_killed_preparation_goes_on(config, tmp_path, texts):
     code = """
 import sys, time; sys.path.insert(0, "tests")
 from ngpt_jax.data.preparing import tokenize
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 tokenize._CHARACTERS_AT_ONCE = 1000
 real = ByteTokenizer.encode_batch
 ByteTokenizer.encode_batch = lambda self, batch: (time.sleep(0.01), real(self, batch))[1]

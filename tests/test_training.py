@@ -21,7 +21,7 @@ from test_packing import stream_of
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet, load_corpus
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.model.params import num_params
 from ngpt_jax.model.transformer import Transformer, init_params

@@ -8,14 +8,7 @@ from typing import Any
 
 import ml_collections
 
-from ngpt_jax.config.convert import (
-    did_you_mean,
-    field_named,
-    fields,
-    is_optional,
-    plain_type,
-    type_name,
-)
+from ngpt_jax.config import convert
 from ngpt_jax.config.fields import Config
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.config.resolve import from_config_dict
@@ -38,7 +31,7 @@ def apply_variants(
         if name not in known:
             raise ConfigError(
                 f"Unknown variant {name!r}; known are {', '.join(known)}."
-                f"{did_you_mean(name, known)}"
+                f"{convert.did_you_mean(name, known)}"
             )
         known[name](config)
     return config
@@ -66,27 +59,20 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
         raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
 
-def _load_file(spec: str) -> ml_collections.ConfigDict:
-    values = call_in_file("config", spec, "get_config")
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise ConfigError(f"--config={spec}: get_config returns no config (is a return missing?).")
-    return values
-
-
 def _first_line(error: Exception) -> str:
     """The message of an error in one line; that of ml_collections about a wrong name is a page."""
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)
     if unknown:
-        names = [part for f in fields(Config()) for part in f.name.split(".")]
+        names = [part for f in convert.fields(Config()) for part in f.name.split(".")]
         name = unknown[1] or unknown[2]
-        return f"unknown field {name}.{did_you_mean(name, names)} See --help_config."
+        return f"unknown field {name}.{convert.did_you_mean(name, names)} See --help_config."
     return text.splitlines()[0] if text else repr(error)
 
 
 def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
-    plain = plain_type(type_)
-    if is_optional(type_) and text == "None":
+    plain = convert.plain_type(type_)
+    if convert.is_optional(type_) and text == "None":
         return None
     if plain is tuple:
         return (*old, text) if text else old
@@ -98,7 +84,7 @@ def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
         return plain(text)
     except (ValueError, KeyError):
         raise ConfigError(
-            f"--config.{name} wants a value of type {type_name(type_)}, got {text!r}."
+            f"--config.{name} wants a value of type {convert.type_name(type_)}, got {text!r}."
         ) from None
 
 
@@ -112,12 +98,16 @@ def load_config(
       overrides: (dotted name, text) pairs; of two for one field the last one counts. For a field
         of several strings, each pair adds one, and an empty text removes all.
     """
-    values = _load_file(source) if isinstance(source, str) else source
+    values = call_in_file("config", source, "get_config") if isinstance(source, str) else source
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config={source}: get_config returns no config (is a return missing?)."
+        )
     tuples: dict[str, Any] = {}
     for name, text in overrides:
-        field = field_named(name)
+        field = convert.field_named(name)
         if field is None:
-            meant = did_you_mean(name, [f.name for f in fields(Config())])
+            meant = convert.did_you_mean(name, [f.name for f in convert.fields(Config())])
             raise ConfigError(f"Unknown field --config.{name}.{meant} See --help_config.")
         value = _parse_value(text, field.type, name, tuples.get(name, ()))
         if isinstance(value, tuple):
@@ -134,13 +124,14 @@ def load_config(
 
 def describe(config: Config) -> str:
     """Every field of a config with its value, allowed values, meaning and default, one per line."""
-    defaults = {f.name: f.value for f in fields(Config())}
-    left = {f"config.{f.name} = {f.value!r}": f for f in fields(config)}
+    defaults = {f.name: f.value for f in convert.fields(Config())}
+    left = {f"config.{f.name} = {f.value!r}": f for f in convert.fields(config)}
     width = min(60, max(map(len, left)))
     lines = []
     for text, f in left.items():
         meaning = f.help + ("; None: the kind's" if f.name in PRESETS[config.model.kind] else "")
         changed = f.value != defaults.get(f.name, f.value)
         default = f" (default: {defaults[f.name]!r})" if changed else ""
-        lines.append(f"{text:{width}}  # {type_name(f.type, f.allowed)}: {meaning}{default}")
+        kind = convert.type_name(f.type, f.allowed)
+        lines.append(f"{text:{width}}  # {kind}: {meaning}{default}")
     return "\n".join(lines)

@@ -69,13 +69,9 @@ def field(
       always_in_digest: the digest of a study's row has the field also at the value that the kind's
         preset gives, because published tables were made so.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": meaning, "allowed": allowed, "effect": effect, "set_by_study": set_by_study,
-            "always_in_digest": always_in_digest,
-        },
-    )  # fmt: skip
+    facts: dict[str, Any] = {"help": meaning, "allowed": allowed, "effect": effect}
+    facts |= {"set_by_study": set_by_study, "always_in_digest": always_in_digest}
+    return dataclasses.field(default=default, metadata=facts)
 
 
 def section(factory: Callable[[], Any], meaning: str) -> Any:

@@ -15,16 +15,7 @@ import ml_collections
 
 from ngpt_jax.config.convert import build, did_you_mean, fields
 from ngpt_jax.config.facts import Allowed, one_of
-from ngpt_jax.config.fields import (
-    SCALES,
-    Config,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from ngpt_jax.config.fields import SCALES, Config, DataConfig, ModelConfig, SourceConfig
 from ngpt_jax.config.presets import PRESETS, fill_in
 from ngpt_jax.config.sources import SOURCES
 from ngpt_jax.errors import ConfigError
@@ -53,21 +44,24 @@ def resolve(config: Config) -> Config:
     _check_each(config)
     _check("model.kind", config.model.kind, one_of(*PRESETS))
     _check_data(config.data)
-    _check_mesh(config.mesh)
-    steps = _steps(config.train, config.model.context)
-    config = fill_in(
-        dataclasses.replace(
-            config,
-            train=dataclasses.replace(config.train, steps=steps),
-            optimizer=_with_warmup(config.optimizer, steps),
-            model=_with_sizes(config.model),
-            eval=dataclasses.replace(
-                config.eval, batch_size=config.eval.batch_size or config.train.batch_size
-            ),
-        )
+    mesh = config.mesh
+    _require(
+        [mesh.data, mesh.fsdp, mesh.tensor, mesh.context].count(-1) <= 1,
+        "Only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context can be -1 (the rest).",
     )
-    _check_schedule(config.optimizer, steps)
-    _check_choices(config.model, config.optimizer)
+    steps = _steps(config)
+    train = dataclasses.replace(config.train, steps=steps)
+    optimizer = dataclasses.replace(config.optimizer, warmup_steps=_warmup_steps(config, steps))
+    eval_size = config.eval.batch_size or train.batch_size
+    evaluation = dataclasses.replace(config.eval, batch_size=eval_size)
+    config = dataclasses.replace(config, train=train, optimizer=optimizer, eval=evaluation)
+    config = fill_in(dataclasses.replace(config, model=_with_sizes(config.model)))
+    o = config.optimizer
+    _require(
+        o.schedule == "constant" or (o.warmup_steps or 0) < steps,
+        f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
+    )
+    _check_choices(config)
     return config
 
 
@@ -94,18 +88,12 @@ def _check_each(section: Any, prefix: str = "") -> None:
             _check(f.name, f.value, f.allowed)
 
 
-# --------------------------------------------------------------------------- model, length, devices
+# ---------------------------------------------------------------------------------- length, model
 
 
-def _check_mesh(mesh: MeshConfig) -> None:
-    _require(
-        [mesh.data, mesh.fsdp, mesh.tensor, mesh.context].count(-1) <= 1,
-        "Only one of mesh.data, mesh.fsdp, mesh.tensor, mesh.context can be -1 (the rest).",
-    )
-
-
-def _steps(t: TrainConfig, context: int) -> int:
+def _steps(config: Config) -> int:
     """The length of the run."""
+    t = config.train
     _require(
         t.batch_size % t.accumulate == 0,
         f"train.batch_size = {t.batch_size} is not divisible by train.accumulate = {t.accumulate}.",
@@ -114,7 +102,7 @@ def _steps(t: TrainConfig, context: int) -> int:
         if t.steps is None:
             raise ConfigError("Give the length of the run: train.steps or train.tokens.")
         return t.steps
-    steps = -(-t.tokens // (t.batch_size * context))
+    steps = -(-t.tokens // (t.batch_size * config.model.context))
     _require(
         t.steps in (None, steps),
         f"train.steps = {t.steps} and train.tokens = {t.tokens} ({steps} steps) disagree;"
@@ -123,23 +111,18 @@ def _steps(t: TrainConfig, context: int) -> int:
     return steps
 
 
-def _with_warmup(o: OptimizerConfig, steps: int) -> OptimizerConfig:
+def _warmup_steps(config: Config, steps: int) -> int | None:
+    """None where the kind's preset gives them."""
+    o = config.optimizer
     if o.warmup_share is None:
-        return o
+        return o.warmup_steps
     warmup = round(o.warmup_share * steps)
     _require(
         o.warmup_steps in (None, warmup),
         f"optimizer.warmup_steps = {o.warmup_steps} and warmup_share = {o.warmup_share}"
         f" ({warmup} steps) disagree; set one of them to None.",
     )
-    return dataclasses.replace(o, warmup_steps=warmup)
-
-
-def _check_schedule(o: OptimizerConfig, steps: int) -> None:
-    _require(
-        o.schedule == "constant" or (o.warmup_steps or 0) < steps,
-        f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
-    )
+    return warmup
 
 
 def _with_sizes(m: ModelConfig) -> ModelConfig:
@@ -168,8 +151,9 @@ def _with_sizes(m: ModelConfig) -> ModelConfig:
     )
 
 
-def _check_choices(m: ModelConfig, o: OptimizerConfig) -> None:
+def _check_choices(config: Config) -> None:
     """Refuses choices that do not go together; those of the kind's preset are filled in."""
+    m = config.model
     for name in ("alpha_a", "alpha_m"):
         form = getattr(m, name).form
         _require(
@@ -181,10 +165,8 @@ def _check_choices(m: ModelConfig, o: OptimizerConfig) -> None:
         m.residual != "slerp" or m.branch_norm == "unit",
         "model.residual = slerp needs model.branch_norm = unit: it turns h towards a unit vector.",
     )
-    for name, wanted in (
-        ("optimizer.project", o.project),
-        ("model.normalize_on_read", m.normalize_on_read),
-    ):
+    project, on_read = config.optimizer.project, m.normalize_on_read
+    for name, wanted in (("optimizer.project", project), ("model.normalize_on_read", on_read)):
         _require(
             m.weights == "sphere" or not wanted,
             f"{name} needs model.weights = sphere, not {m.weights}; leave it out.",
@@ -253,7 +235,5 @@ def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:
         f" {prefix}paths, or both.",
     )
     for item in s.eval_paths:
-        _require(
-            "=" in item,
-            f"{prefix}eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt",
-        )
+        message = f"{prefix}eval_paths must be name=path, got {item!r}, e.g. val=held_out.txt"
+        _require("=" in item, message)

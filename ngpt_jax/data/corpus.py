@@ -3,10 +3,9 @@
 Text is first prepared into token ids in the cache folder. Everything is checked and fingerprinted.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -23,8 +22,7 @@ from ngpt_jax.files import digest_of, is_remote
 from ngpt_jax.terminal import Terminal
 
 
-@dataclass(frozen=True, eq=False)
-class Corpus:
+class Corpus(NamedTuple):
     """What a run trains on and is evaluated on.
 
     Attributes:
@@ -73,10 +71,8 @@ def load_corpus(
             prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
             opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
         train[name] = _pack(opened, config, context, tokenizer.eod, cache)
-        held_out += [
-            dataclasses.replace(held, name=f"{name}/{held.name}" if name else held.name)
-            for held in opened.held_out
-        ]
+        start = f"{name}/" if name else ""
+        held_out += [held._replace(name=start + held.name) for held in opened.held_out]
         tokens += len(opened.train)
         prints.append(f"{name} {opened.fingerprint}")
     if not held_out:

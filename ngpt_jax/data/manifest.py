@@ -64,6 +64,10 @@ class Manifest:
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
 
+    def shards(self) -> list[ShardFacts]:
+        """Those of all sets."""
+        return [shard for facts in self.sets.values() for shard in facts.shards]
+
     def fingerprint(self, name: str) -> str:
         """Fingerprint of a set's tokens in their order."""
         shards = self.sets[name].shards
@@ -119,39 +123,36 @@ def parse_sets(values: Mapping[str, Any], format: str, dtype: str) -> dict[str, 
     return sets
 
 
-def check_manifest(
-    manifest: Manifest, folder: epath.Path, tokenizer: Tokenizer, field: str
-) -> None:
-    """Refuses another tokenizer, and shards that are missing or have another size."""
-    made_with = manifest.tokenizer
-    where = f"{field}: {str(folder)!r} (tokenizer {made_with['name']!r})"
-    check_tokenizer(tokenizer, made_with["fingerprint"], where, "prepared")
+def open_manifest(folder: epath.Path, tokenizer: Tokenizer, field: str) -> Manifest:
+    """As :func:`read_manifest`; refuses another tokenizer, and what :func:`check_shards` does."""
+    manifest = read_manifest(folder, field)
+    where = f"{field}: {str(folder)!r} (tokenizer {manifest.tokenizer['name']!r})"
+    check_tokenizer(tokenizer, manifest.tokenizer["fingerprint"], where, "prepared")
     check_shards(manifest, folder, field)
+    return manifest
 
 
 def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
     """Refuses shards that are missing or have another size."""
-    for facts in manifest.sets.values():
-        for shard in facts.shards:
-            file = folder / shard.file
-            if not file.is_file():
-                raise ConfigError(f"{field}: {str(file)!r} is missing; prepare the folder anew.")
-            if (size := file.stat().length) != shard.bytes:
-                raise ConfigError(
-                    f"{field}: {str(file)!r} has {size:,} bytes, not {shard.bytes:,}; it is"
-                    " damaged, prepare the folder anew."
-                )
+    for shard in manifest.shards():
+        file = folder / shard.file
+        if not file.is_file():
+            raise ConfigError(f"{field}: {str(file)!r} is missing; prepare the folder anew.")
+        if (size := file.stat().length) != shard.bytes:
+            raise ConfigError(
+                f"{field}: {str(file)!r} has {size:,} bytes, not {shard.bytes:,}; it is damaged,"
+                " prepare the folder anew."
+            )
 
 
 def verify(manifest: Manifest, folder: epath.Path, field: str) -> None:
     """Reads every shard; refuses one that is missing, or whose size or sha256 differs."""
     check_shards(manifest, folder, field)
-    for facts in manifest.sets.values():
-        for shard in facts.shards:
-            if sha256_of(folder / shard.file) != shard.sha256:
-                raise ConfigError(
-                    f"{field}: {str(folder / shard.file)!r} was altered; prepare the folder anew."
-                )
+    for shard in manifest.shards():
+        if sha256_of(folder / shard.file) != shard.sha256:
+            raise ConfigError(
+                f"{field}: {str(folder / shard.file)!r} was altered; prepare the folder anew."
+            )
 
 
 def sha256_of(file: epath.Path) -> str:

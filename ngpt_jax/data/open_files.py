@@ -4,7 +4,9 @@ import contextlib
 import functools
 import gzip
 import io
-from collections.abc import Callable, Iterator, Sequence
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any, TextIO, cast
 
 from etils import epath
@@ -55,21 +57,68 @@ class _Zstandard(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def open_text(path: epath.Path) -> Iterator[tuple[TextIO, Callable[[], int]]]:
+def open_text(path: epath.Path, field: str) -> Iterator[tuple[TextIO, Callable[[], int]]]:
     """Opens a text file, decompressed as its suffix says (.gz, .zst).
 
     Yields:
       The text (UTF-8, with or without a byte order mark; line ends become ``\\n``), and a function
       that returns how many bytes of the file itself have been read.
+
+    Raises ConfigError, which names ``field`` and the file, also for what is read inside.
     """
-    with open_binary(path) as raw:
-        stream: Any = raw
-        if path.name.lower().endswith(".gz"):
-            # With this buffer, lines are read without a call of Python code for each.
-            stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 2**18)
-        elif path.name.lower().endswith(".zst"):
-            stream = io.BufferedReader(_Zstandard(raw), 2**17)
-        yield io.TextIOWrapper(stream, encoding="utf-8-sig"), raw.tell
+    from zstandard import ZstdError
+
+    try:
+        with open_binary(path) as raw:
+            stream: Any = raw
+            if path.name.lower().endswith(".gz"):
+                # With this buffer, lines are read without a call of Python code for each.
+                stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 2**18)
+            elif path.name.lower().endswith(".zst"):
+                stream = io.BufferedReader(_Zstandard(raw), 2**17)
+            yield io.TextIOWrapper(stream, encoding="utf-8-sig"), raw.tell
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{field}: {str(path)!r} is not UTF-8; convert it to UTF-8.") from e
+    except (OSError, EOFError, zlib.error, ZstdError) as e:
+        raise ConfigError(
+            f"{field}: cannot read {str(path)!r}: {reason(e)}; mend or drop it."
+        ) from e
+
+
+def read_jsonl(
+    path: epath.Path, field: str, like: str
+) -> Iterator[tuple[str, dict[str, Any], int]]:
+    """The objects of a .jsonl file, one a line; blank lines are left out.
+
+    Args:
+      path: the file, perhaps packed.
+      field: that names the file, for messages.
+      like: what an object should be like, for messages.
+
+    Yields:
+      (file and line, for messages; the object; bytes of the file read so far).
+
+    Raises ConfigError.
+    """
+    with open_text(path, field) as (lines, position):
+        for number, line in enumerate(lines, start=1):
+            if line.isspace():
+                continue
+            where = f"{field}: {str(path)!r}, line {number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise ConfigError(f"{where} is not JSON ({e}); mend or drop it.") from e
+            if not isinstance(record, dict):
+                raise ConfigError(f"{where} is not a JSON object {like}; mend it.")
+            yield where, record, position()
+
+
+def check_key(record: Mapping[str, Any], name: str, where: str, mend: str) -> None:
+    """Refuses a record of :func:`read_jsonl` without this key; ``mend`` is for the message."""
+    if name not in record:
+        there = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
+        raise ConfigError(f"{where} has no {name!r} but {there}; {mend}.")
 
 
 def read_range(path: str, start: int, stop: int) -> bytes:

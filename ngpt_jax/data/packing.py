@@ -4,6 +4,7 @@ Each token is predicted from the tokens before it; the first of a document follo
 end-of-document token of the document before. A sequence has ``context`` inputs and targets.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,13 +15,14 @@ from ngpt_jax.data.shards import TokenStream
 Batch = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True, eq=False)
 class Concatenated:
     """Sequences cut from the stream, one every ``context`` tokens.
 
     In an epoch each token is a target once, except the first token and a tail that is too short for
     a sequence.
 
-    Args:
+    Attributes:
       stream: of documents, ``eod`` after each.
       context: tokens of a sequence.
       eod: id of the end-of-document token.
@@ -28,21 +30,22 @@ class Concatenated:
         within the document.
     """
 
-    def __init__(self, stream: TokenStream, context: int, eod: int, mask_documents: bool = False):
-        self._stream, self._context, self._eod = stream, context, eod
-        self._mask_documents = mask_documents
+    stream: TokenStream
+    context: int
+    eod: int
+    mask_documents: bool = False
 
     def __len__(self) -> int:
-        return (len(self._stream) - 1) // self._context
+        return (len(self.stream) - 1) // self.context
 
     def __getitem__(self, index: int) -> Batch:
         """{"inputs", "targets"} and, with a mask, "segment_ids", "positions": (context,) int32."""
-        start = index * self._context
-        tokens = self._stream.read(start, start + self._context + 1)
+        start = index * self.context
+        tokens = self.stream.read(start, start + self.context + 1)
         sequence = {"inputs": tokens[:-1], "targets": tokens[1:]}
-        if self._mask_documents:
+        if self.mask_documents:
             # As an input, an eod belongs to the next document, whose first token it predicts.
-            sequence |= by_document(tokens[:-1] == self._eod)
+            sequence |= by_document(tokens[:-1] == self.eod)
         return sequence
 
 
@@ -136,55 +139,46 @@ def _assign(lengths: np.ndarray, context: int) -> np.ndarray:
     opened = placed = 0
     for length, count in zip(*np.unique(-lengths, return_counts=True)):
         length, left = -int(length), int(count)
-        for space in sorted(r for r in room if r >= length):
+        for space in (*sorted(r for r in room if r >= length), context):
+            each = space // length
+            needed = -(-left // each)
+            if space == context:
+                sequences = np.arange(opened, opened + needed)
+                opened += needed
+            else:
+                sequences = np.concatenate(room.pop(space))
+            if len(sequences) > needed:
+                sequences, room[space] = sequences[:needed], [sequences[needed:]]
+            take = min(left, each * len(sequences))
+            out[placed : placed + take] = np.repeat(sequences, each)[:take]
+            left, placed = left - take, placed + take
+            partly = take % each  # pieces in the last sequence, if it is not full
+            full = sequences[:-1] if partly else sequences
+            for some, pieces in ((full, each), (sequences[len(full) :], partly)):
+                if len(some) and space > pieces * length:
+                    room.setdefault(space - pieces * length, []).append(some)
             if not left:
                 break
-            sequences, each = np.concatenate(room.pop(space)), space // length
-            needed = -(-left // each)
-            if len(sequences) > needed:
-                room[space] = [sequences[needed:]]
-            left, placed = _fill(out, placed, sequences[:needed], each, left, length, space, room)
-        if left:
-            each = context // length
-            sequences = np.arange(opened, opened + -(-left // each))
-            opened += len(sequences)
-            left, placed = _fill(out, placed, sequences, each, left, length, context, room)
     return out
 
 
-def _fill(out, placed, sequences, each, left, length, space, room):
-    """Puts up to ``each`` pieces into each sequence; returns how many are left and placed."""
-    take = min(left, each * len(sequences))
-    out[placed : placed + take] = np.repeat(sequences, each)[:take]
-    partly = take % each
-    full = sequences[:-1] if partly else sequences
-    for some, filled in ((full, each), (sequences[len(full) :], partly)):
-        if len(some) and space - filled * length:
-            room.setdefault(space - filled * length, []).append(some)
-    return left - take, placed + take
-
-
+@dataclass(frozen=True, eq=False)
 class BestFit:
     """Sequences of whole documents, grouped by :func:`best_fit`; the rest of each is padding.
 
-    Args:
+    Attributes:
       stream, context, eod, mask_documents: as for :class:`Concatenated`.
       index: of this stream and context.
     """
 
-    def __init__(
-        self,
-        stream: TokenStream,
-        context: int,
-        eod: int,
-        index: BestFitIndex,
-        mask_documents: bool = False,
-    ):
-        self._stream, self._context, self._eod = stream, context, eod
-        self._index, self._mask_documents = index, mask_documents
+    stream: TokenStream
+    context: int
+    eod: int
+    index: BestFitIndex
+    mask_documents: bool = False
 
     def __len__(self) -> int:
-        return len(self._index.offsets) - 1
+        return len(self.index.offsets) - 1
 
     def __getitem__(self, index: int) -> Batch:
         """A sequence, (context,) each.
@@ -192,21 +186,21 @@ class BestFit:
         {"inputs", "targets": int32, "weights": float32 (0 for padding)} and, with a mask,
         "segment_ids" (0 for padding), "positions": int32.
         """
-        shape, at = self._context, 0
-        inputs, targets = np.full(shape, self._eod, np.int32), np.full(shape, self._eod, np.int32)
+        shape, at = self.context, 0
+        inputs, targets = np.full(shape, self.eod, np.int32), np.full(shape, self.eod, np.int32)
         segments, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
         weights = np.zeros(shape, np.float32)
-        pieces = range(self._index.offsets[index], self._index.offsets[index + 1])
+        pieces = range(self.index.offsets[index], self.index.offsets[index + 1])
         for number, piece in enumerate(pieces, start=1):
-            start, length = int(self._index.starts[piece]), int(self._index.lengths[piece])
-            tokens = self._stream.read(max(start - 1, 0), start + length)
+            start, length = int(self.index.starts[piece]), int(self.index.lengths[piece])
+            tokens = self.stream.read(max(start - 1, 0), start + length)
             inputs[at + length - len(tokens) + 1 : at + length] = tokens[:-1]
             targets[at : at + length] = tokens[len(tokens) - length :]
             segments[at : at + length], weights[at : at + length] = number, 1
             positions[at : at + length] = np.arange(length)
             at += length
         sequence = {"inputs": inputs, "targets": targets, "weights": weights}
-        if self._mask_documents:
+        if self.mask_documents:
             sequence |= {"segment_ids": segments, "positions": positions}
         return sequence
 

@@ -10,7 +10,7 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from etils import epath
@@ -18,14 +18,11 @@ from etils import epath
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.list_files import stamp
 from ngpt_jax.data.open_files import RecordFile, read_range
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import digest_of, is_remote, reason
 
 # llm.c's header is 256 int32: magic, version, number of tokens, zeros.
 _HEADER_BYTES = 1024
-_HEADERS: dict[tuple[int, int], np.dtype] = {
-    (20240520, 1): np.dtype("<u2"),
-    (20240801, 7): np.dtype("<u4"),
-}
+_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 _SAMPLE_BYTES = 2**20
 _TOKENS_AT_ONCE = 2**22
 
@@ -33,22 +30,6 @@ _TOKENS_AT_ONCE = 2**22
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smaller of uint16 and uint32 that holds ids below ``vocab_size``."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-class Shard(Protocol):
-    """Tokens of one file."""
-
-    @property
-    def name(self) -> str:
-        """Path of the file."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop): (stop - start,), uint16 or uint32."""
-
-    def fingerprint(self) -> str:
-        """Hex SHA-256 that copies of a file share."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +46,7 @@ class BinShard:
         return self.tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): (stop - start,), uint16 or uint32."""
         size = self.dtype.itemsize
         first, last = self.offset + start * size, self.offset + stop * size
         try:
@@ -80,7 +62,10 @@ class BinShard:
         return np.frombuffer(data, self.dtype)
 
     def fingerprint(self) -> str:
-        """Of the size, the first and the last MiB: hashing the whole file may take hours."""
+        """Hex SHA-256 that copies of a file share.
+
+        It is of the size, the first and the last MiB: hashing the whole file may take hours.
+        """
         return _fingerprint(self, self.dtype)
 
 
@@ -107,7 +92,7 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
     if magic in (known for known, _ in _HEADERS):
         if (magic, version) not in _HEADERS:
             raise ConfigError(f"{field}: {name!r} has llm.c's header in version {version}.")
-        kind, offset = _HEADERS[magic, version], _HEADER_BYTES
+        kind, offset = np.dtype(_HEADERS[magic, version]).newbyteorder("<"), _HEADER_BYTES
         if dtype not in (None, kind.name):
             raise ConfigError(f"{field}: {name!r} holds {kind.name}, not data.token_dtype={dtype}.")
         tokens = max(size - offset, 0) // kind.itemsize
@@ -163,6 +148,7 @@ class ArrayRecordShard:
         return int(self._ends[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """As of :class:`BinShard`."""
         if start >= stop:
             return np.zeros(0, self._dtype)
         first = int(np.searchsorted(self._ends, start, "right"))
@@ -188,6 +174,9 @@ def record_lengths(records: RecordFile, dtype: np.dtype) -> np.ndarray:
             f" {dtype.name}; set token_dtype (None: the records are text)."
         )
     return sizes // dtype.itemsize
+
+
+Shard = BinShard | ArrayRecordShard
 
 
 class TokenStream:
@@ -239,6 +228,5 @@ class TokenStream:
 
     def fingerprint(self) -> str:
         """Hex SHA-256 that streams of copies of the files share."""
-        lines = [shard.fingerprint() for shard in self.shards]
-        text = "\n".join([f"{self._start} {self._stop}", *lines])
-        return hashlib.sha256(text.encode()).hexdigest()
+        shards = [shard.fingerprint() for shard in self.shards]
+        return digest_of([f"{self._start} {self._stop}", *shards])

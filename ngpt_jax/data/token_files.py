@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +11,12 @@ from etils import epath
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data import manifest as manifest_lib
+from ngpt_jax.data import shards
 from ngpt_jax.data.cached_arrays import cached_arrays
 from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real_path, stamp
 from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
-from ngpt_jax.data.shards import (
-    ArrayRecordShard,
-    BinShard,
-    Shard,
-    TokenStream,
-    open_bin,
-    record_lengths,
-)
+from ngpt_jax.data.shards import Shard, TokenStream
 from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
 from ngpt_jax.files import digest_of, is_remote
 
@@ -31,8 +24,7 @@ _CUT_SEARCH = 2**24  # tokens before a cut in which the end of a document is loo
 _HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|test|held_?out|eval)([^a-z]|$)"
 
 
-@dataclass(frozen=True, eq=False)
-class EvalSet:
+class EvalSet(NamedTuple):
     """Held-out tokens.
 
     Attributes:
@@ -73,18 +65,17 @@ def check_tokens(
     """
     field = f"{prefix}paths"
     if (folder := _prepared_folder(source, prefix)) is not None:
-        manifest = manifest_lib.read_manifest(folder, field)
+        manifest = manifest_lib.open_manifest(folder, tokenizer, field)
         if source.source != manifest.format:
             raise ConfigError(
                 f"{prefix}source={source.source}, but {str(folder)!r} holds {manifest.format}; set"
                 f" {prefix}source={manifest.format}."
             )
-        manifest_lib.check_manifest(manifest, folder, tokenizer, field)
         return set(), set()
     files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
         for file in files:
-            open_bin(file, field, source.token_dtype)
+            shards.open_bin(file, field, source.token_dtype)
     eval_names = {real_path(file) for held in eval_files.values() for file in held}
     return {real_path(file) for file in files}, eval_names
 
@@ -109,7 +100,7 @@ def open_tokens(
 
     def open_shard(file: epath.Path, field: str) -> Shard:
         if source.source == "bin":
-            return open_bin(file, field, source.token_dtype)
+            return shards.open_bin(file, field, source.token_dtype)
         return _open_records(file, field, np.dtype(source.token_dtype), cache)
 
     def stream_of(some: Sequence[epath.Path], field: str) -> TokenStream:
@@ -135,8 +126,7 @@ def open_prepared(
     folder: epath.Path, field: str, tokenizer: Tokenizer, cache: Path
 ) -> SourceTokens:
     """Opens a prepared folder, as :func:`open_tokens`; ``field`` names it in messages."""
-    manifest = manifest_lib.read_manifest(folder, field)
-    manifest_lib.check_manifest(manifest, folder, tokenizer, field)
+    manifest = manifest_lib.open_manifest(folder, tokenizer, field)
     if not is_remote(folder):
         _verify_once(manifest, folder, field, cache)
     dtype = np.dtype(manifest.dtype).newbyteorder("<")
@@ -144,7 +134,7 @@ def open_prepared(
     def open_shard(facts: ShardFacts) -> Shard:
         file = folder / facts.file
         if manifest.format == "bin":
-            return BinShard(str(file), dtype, 0, facts.tokens, stamp(file))
+            return shards.BinShard(str(file), dtype, 0, facts.tokens, stamp(file))
         return _open_records(file, field, dtype, cache)
 
     streams = {
@@ -183,8 +173,7 @@ def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
 
 def _verify_once(manifest: Manifest, folder: epath.Path, field: str, cache: Path) -> None:
     """Compares the sha256 of every shard, unless the same files were compared before."""
-    shards = [shard for facts in manifest.sets.values() for shard in facts.shards]
-    stamps = [f"{stamp(folder / shard.file)} {shard.sha256}" for shard in shards]
+    stamps = [f"{stamp(folder / shard.file)} {shard.sha256}" for shard in manifest.shards()]
 
     def verify() -> list[np.ndarray]:
         manifest_lib.verify(manifest, folder, field)
@@ -208,11 +197,11 @@ def _refuse_held_out_files(files: Sequence[epath.Path], prefix: str) -> None:
             )
 
 
-def _open_records(file: epath.Path, field: str, dtype: np.dtype, cache: Path) -> ArrayRecordShard:
+def _open_records(file: epath.Path, field: str, dtype: np.dtype, cache: Path) -> Shard:
     records, dtype = RecordFile(file, field), dtype.newbyteorder("<")
     key = digest_of(["lengths", records.stamp, dtype.str])
-    (lengths,) = cached_arrays(cache, key, lambda: [record_lengths(records, dtype)])
-    return ArrayRecordShard(records, dtype, lengths)
+    (lengths,) = cached_arrays(cache, key, lambda: [shards.record_lengths(records, dtype)])
+    return shards.ArrayRecordShard(records, dtype, lengths)
 
 
 def _cut(stream: TokenStream, share: float, eod: int, field: str) -> int:

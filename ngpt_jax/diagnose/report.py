@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from ngpt_jax import plots
+from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError, command
 from ngpt_jax.config.presets import title
 from ngpt_jax.diagnose import figures, tables
 from ngpt_jax.diagnose.run_state import read_state
 from ngpt_jax.files import writing
-from ngpt_jax.inference import opening
+from ngpt_jax.inference.opening import read_config
 
 
 def diagnose(
@@ -34,11 +35,7 @@ def diagnose(
     """
     plots.require_matplotlib()
     found = [
-        (
-            path,
-            opening.read_config(flag, path, overrides),
-            opening.find_checkpoint(flag, path, step),
-        )
+        (path, read_config(flag, path, overrides), find_checkpoint(flag, path, step))
         for flag, path in folders.items()
     ]
     chosen = _chosen_layers(layers, min(config.model.layers for _, config, _ in found))

@@ -17,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ngpt_jax.config import ConfigError, did_you_mean
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
 from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.evaluation.tasks import Task
@@ -169,15 +170,13 @@ def task_config(task: Task, cache: str) -> dict[str, Any]:
     }  # fmt: skip
     acc = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
     if task.kind == "completion":
-        perplexity = {
-            "metric": "perplexity",
-            "aggregation": "perplexity",
-            "higher_is_better": False,
-        }
         return config | {
             "output_type": "loglikelihood", "doc_to_text": "context",
             "doc_to_target": lambda doc: doc["continuations"][0],
-            "metric_list": [acc, perplexity],
+            "metric_list": [
+                acc,
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            ],
         }  # fmt: skip
     config |= {"output_type": "multiple_choice", "target_delimiter": task.delimiter}
     cut = len(task.delimiter)

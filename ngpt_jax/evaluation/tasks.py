@@ -10,18 +10,17 @@ A file NAME.jsonl or NAME.jsonl.gz holds an example a line. All are of one of th
 "label" is the index of the right continuation or context.
 """
 
-import json
+import itertools
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from ngpt_jax.config import ConfigError, did_you_mean
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
 from ngpt_jax.data.list_files import parse_path
-from ngpt_jax.data.open_files import open_text
-from ngpt_jax.files import reason
+from ngpt_jax.data.open_files import check_key, read_jsonl
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -120,18 +119,13 @@ def unknown_task(name: str, folder: str | None) -> ConfigError:
             f"--tasks={name}: there is no such file; give --tasks_dir, the folder of"
             f" {name}.jsonl, or the path of a .jsonl file."
         )
-    known = tasks_in(folder)
+    names = (p.name for p in _folder(folder).iterdir() if not p.name.startswith("."))
+    known = sorted({_stem(name) for name in names if name.endswith(SUFFIXES)})
     there = f"there are {', '.join(known)}" if known else f"there is no {SUFFIXES[0]} file at all"
     return ConfigError(
         f"--tasks={name}: --tasks_dir={folder} holds no {name}.jsonl or {name}.jsonl.gz;"
         f" {there}.{did_you_mean(name, known)}"
     )
-
-
-def tasks_in(folder: str) -> list[str]:
-    """Names of the tasks in a folder, sorted; raises ConfigError."""
-    names = (p.name for p in _folder(folder).iterdir() if not p.name.startswith("."))
-    return sorted({_stem(name) for name in names if name.endswith(SUFFIXES)})
 
 
 def _stem(name: str) -> str:
@@ -149,26 +143,16 @@ def read_task(path: epath.Path, limit: int | None = None) -> Task:
     """
     examples: list[Example] = []
     kind = ""
-    try:
-        with open_text(path) as (lines, _):
-            for number, line in enumerate(lines, start=1):
-                if len(examples) == limit:
-                    break
-                if not line.strip():
-                    continue
-                where = f"--tasks: {str(path)!r}, line {number}"
-                found, example = _parse(line, where)
-                kind = kind or found
-                if found != kind:
-                    raise ConfigError(
-                        f"{where} is of the kind {found!r}, those above are {kind!r}; a file holds"
-                        " one kind: one continuation each, or several, or contexts."
-                    )
-                examples.append(example)
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"--tasks: {str(path)!r} is not UTF-8; convert it to UTF-8.") from e
-    except (OSError, EOFError, zlib.error) as e:
-        raise ConfigError(f"--tasks: cannot read {str(path)!r}: {reason(e)}; mend it.") from e
+    records = read_jsonl(path, "--tasks", "with id, context and so on")
+    for where, record, _ in itertools.islice(records, limit):
+        found, example = _parse(record, where)
+        kind = kind or found
+        if found != kind:
+            raise ConfigError(
+                f"{where} is of the kind {found!r}, those above are {kind!r}; a file holds one"
+                " kind: one continuation each, or several, or contexts."
+            )
+        examples.append(example)
     if not examples:
         raise ConfigError(f"--tasks: {str(path)!r} holds no examples; give another file.")
     return Task(_stem(path.name), path, kind, examples, _delimiter(examples))
@@ -179,20 +163,12 @@ def _delimiter(examples: Sequence[Example]) -> str:
     return " " if all(text.startswith(" ") and len(text) > 1 for text in texts) else ""
 
 
-def _parse(line: str, where: str) -> tuple[str, Example]:
+def _parse(record: Mapping[str, Any], where: str) -> tuple[str, Example]:
     """Kind and example of a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where} is not JSON ({e}); mend it.") from e
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} is not a JSON object with id, context and so on; mend it.")
     several = "contexts" in record
     names = ("contexts", "continuation") if several else ("context", "continuations")
     for name in ("id", *names, "label"):
-        if name not in record:
-            there = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
-            raise ConfigError(f"{where} has no {name!r} but {there}; see the format in --help.")
+        check_key(record, name, where, "see the format in --help")
     if isinstance(record["id"], bool) or not isinstance(record["id"], int | str):
         raise ConfigError(f"{where}: 'id' must be a number or a text, got {record['id']!r}.")
     if re.search("[\ud800-\udfff]", str(record["id"])):

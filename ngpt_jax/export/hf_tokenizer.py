@@ -15,8 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tokenizers.base import Tokenizer
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer

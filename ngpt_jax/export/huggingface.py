@@ -44,7 +44,7 @@ from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
-from ngpt_jax.inference.opening import OpenedRun
+from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.training.workdir import versions
@@ -190,7 +190,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def write_folder(
-    run: OpenedRun, path: str, dtype: str = "float32", fold: bool = False
+    run: LoadedModel, path: str, dtype: str = "float32", fold: bool = False
 ) -> list[str]:
     """Writes ``--to_hf``.
 

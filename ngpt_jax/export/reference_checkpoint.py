@@ -19,14 +19,15 @@ import numpy as np
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
-from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.config import Config, ConfigError, ModelConfig, experiment
+from ngpt_jax.config.fields import Scale
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors, choices
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
-from ngpt_jax.inference.opening import OpenedRun
+from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.params import Param, param_tree
 from ngpt_jax.parallel.backend import enable_x64_if_used
 
@@ -232,7 +233,7 @@ def _no_place(where: str, what: str) -> ConfigError:
     return ConfigError(f"{where}: the authors' layout has no place for {what}.")
 
 
-def write(run: OpenedRun, path: str) -> list[str]:
+def write(run: LoadedModel, path: str) -> list[str]:
     """Writes ``--to_reference``: {"model": state dict, "model_args": its shape}, in float32.
 
     The authors' code has constants for init and scale of each learned scale (init 0.05 or 1, scale

@@ -9,12 +9,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ngpt_jax.checkpoint.folder import find_checkpoint
+from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.inference import opening, scoring
 from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.parallel.backend import enable_x64_if_used
+from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 
 Ids = Sequence[int] | np.ndarray
@@ -292,6 +297,25 @@ def load(
 def open_model(
     flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
 ) -> LoadedModel:
-    """As :func:`load`, for a command; ``flag`` is the one that names the path in messages."""
-    run = opening.open_run(flag, path, step, overrides)
-    return LoadedModel(run.config, run.tokenizer, run.params, run.mesh, run.step)
+    """As :func:`load`, for a command.
+
+    Args:
+      flag: that named the folder.
+      path: the folder.
+      step: of the checkpoint; None: the newest.
+      overrides: (dotted name, text). One device is used where none of mesh.* is among them.
+
+    Raises ConfigError.
+    """
+    config = opening.read_config(flag, path, overrides)
+    checkpoint = find_checkpoint(flag, path, step)
+    config, tokenizer = with_tokenizer(config)
+    enable_x64_if_used(config.model)
+    several = any(name.startswith("mesh.") for name, _ in overrides)
+    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
+    like = {"params": layout.abstract_params(config.model, mesh)}
+    where = f"{checkpoint} is not of the model in {path}/config.json"
+    mend = "put the config.json of its run there"
+    state, progress = restore(checkpoint, like, where, mend, only="params/")
+    check_tokenizer(tokenizer, progress["tokenizer"], f"--{flag}={path}")
+    return LoadedModel(config, tokenizer, state["params"], mesh, int(checkpoint.name))

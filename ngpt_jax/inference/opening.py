@@ -6,19 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
-from ngpt_jax.checkpoint.folder import find_checkpoint
-from ngpt_jax.checkpoint.restoring import restore
-from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
-from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
-from ngpt_jax.data.tokenizers.load import with_tokenizer
+from ngpt_jax.config import CheckpointConfig, Config, ConfigError, experiment
+from ngpt_jax.config.fields import MeshConfig
 from ngpt_jax.files import reason
-from ngpt_jax.parallel.backend import enable_x64_if_used
-from ngpt_jax.parallel.mesh import device_mesh
-from ngpt_jax.training import layout
 from ngpt_jax.training import workdir as workdir_lib
 
 
@@ -51,44 +44,6 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
     model = dataclasses.replace(config.model, attention="auto")
     config = dataclasses.replace(config, model=model, mesh=MeshConfig())
     return experiment.load_config(config_lib.to_config_dict(config), overrides)
-
-
-class OpenedRun(NamedTuple):
-    """A checkpoint's weights; ``config`` is resolved, with the vocabulary filled in."""
-
-    config: Config
-    tokenizer: Tokenizer
-    params: Any
-    mesh: Mesh
-    step: int
-
-
-def open_run(
-    flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
-) -> OpenedRun:
-    """The weights of a run's folder, or of one that :func:`write_weights` made.
-
-    Args:
-      flag: that named the folder.
-      path: the folder.
-      step: of the checkpoint; None: the newest.
-      overrides: (dotted name, text): where the tokenizer lies here, say. One device is used where
-        none of mesh.* is among them.
-
-    Raises ConfigError.
-    """
-    config = read_config(flag, path, overrides)
-    checkpoint = find_checkpoint(flag, path, step)
-    config, tokenizer = with_tokenizer(config)
-    enable_x64_if_used(config.model)
-    several = any(name.startswith("mesh.") for name, _ in overrides)
-    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
-    like = {"params": layout.abstract_params(config.model, mesh)}
-    where = f"{checkpoint} is not of the model in {path}/config.json"
-    mend = "put the config.json of its run there"
-    state, progress = restore(checkpoint, like, where, mend, only="params/")
-    check_tokenizer(tokenizer, progress["tokenizer"], f"--{flag}={path}")
-    return OpenedRun(config, tokenizer, state["params"], mesh, int(checkpoint.name))
 
 
 class _Weights(NamedTuple):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import optax
 
-from ngpt_jax.config import OptimizerConfig
+from ngpt_jax.config.fields import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

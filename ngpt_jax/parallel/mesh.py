@@ -9,7 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ngpt_jax.config import Config, ConfigError, MeshConfig
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.fields import MeshConfig
 from ngpt_jax.parallel.rules import MESH_AXES, activation_spec, axis_size
 
 

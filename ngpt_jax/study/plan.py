@@ -15,7 +15,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ngpt_jax.config import ConfigError, field_named
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import field_named
 
 # Fields of the config by dotted name.
 Overrides = Mapping[str, Any]

@@ -88,7 +88,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     source, path, target, out = _direction()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; nothing needs more
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
-    from ngpt_jax.inference import opening
+    from ngpt_jax.inference import loading, opening
     from ngpt_jax.model.params import num_params
 
     folders.check_new(target, out, remote=target == "out")
@@ -96,7 +96,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
         reference_checkpoint.require_torch(flag)
     notes = []
     if source == "workdir":
-        run = opening.open_run("workdir", path, _STEP.value, overrides)
+        run = loading.open_model("workdir", path, _STEP.value, overrides)
         config, path = run.config, f"{path}, step {run.step}"
         if target == "to_hf":
             notes = huggingface.write_folder(run, out, _DTYPE.value or "float32", _FOLDED.value)

@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import manifest as manifest_lib
-from ngpt_jax.data.manifest import Manifest, SetFacts
-from ngpt_jax.data.preparing.shard_writer import TEMPORARY, ShardWriter
+from ngpt_jax.data.manifest import Manifest, SetFacts, ShardFacts
 from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, tokenized
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
@@ -29,6 +32,7 @@ from ngpt_jax.terminal import Terminal, format_duration
 
 SHARD_TOKENS = 100_000_000
 _PROGRESS = "progress.json"
+_TEMPORARY = ".segment"  # start of the names of temporary folders
 
 
 class Stopped(Exception):
@@ -72,7 +76,7 @@ def prepare_folder(
         _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
         with _lock(out, terminal, stopped):
-            for left in out.glob(f"{TEMPORARY}*"):
+            for left in out.glob(f"{_TEMPORARY}*"):
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
             if (out / manifest_lib.NAME).exists():
@@ -103,12 +107,8 @@ def source_key(
 ) -> str:
     """Fingerprint of everything that the prepared tokens depend on."""
     units = [("train", source.train), *source.held_out.items()]
-    return digest_of(
-        [
-            f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}",
-            *(f"{name} {unit.stamp}" for name, some in units for unit in some),
-        ]
-    )
+    how = f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}"
+    return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
 
 
 def _groups(source: TextSource, held_out: float) -> list[Group]:
@@ -128,7 +128,7 @@ def _refuse_occupied(out: epath.Path) -> None:
     except FileNotFoundError:  # a new folder, also one of a bucket
         return
     if names - {".lock"} and not names & {manifest_lib.NAME, _PROGRESS}:
-        if all(name.startswith((".lock", TEMPORARY, f".{_PROGRESS}")) for name in names):
+        if all(name.startswith((".lock", _TEMPORARY, f".{_PROGRESS}")) for name in names):
             return  # a run was killed before it wrote progress.json
         raise ConfigError(f"{str(out)!r} is not empty; choose another --out, or delete it.")
 
@@ -191,6 +191,104 @@ def _write_shards(
             if stopped():
                 raise Stopped
         return _with_shards(done, writer)
+
+
+# ---------------------------------------------------------------------------------------- shards
+
+
+class ShardWriter:
+    """One new shard of each set; they get their final names together, when all are whole.
+
+    Args:
+      out: folder of the shards.
+      format: bin or array_record.
+
+    Raises OSError.
+    """
+
+    def __init__(self, out: epath.Path, format: str):
+        self._out, self._format = out, format
+        self._folder = tempfile.mkdtemp(
+            prefix=_TEMPORARY, dir=None if is_remote(self._out) else str(self._out)
+        )
+        self._files: dict[str, Any] = {}
+        self._facts: dict[str, list[int]] = {}  # documents, bytes of text, tokens
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(Exception):  # only after a failure, which is told already
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tokens(self, name: str) -> int:
+        """Tokens of a set so far."""
+        return self._facts.get(name, [0, 0, 0])[2]
+
+    def add(self, some: Iterable[Tokens]) -> None:
+        for tokens in some:
+            if tokens.name not in self._files:
+                self._files[tokens.name] = _open_writer(self._path(tokens.name), self._format)
+                self._facts[tokens.name] = [0, 0, 0]
+            file = self._files[tokens.name]
+            with _writing():
+                if self._format == "bin":
+                    file.write(tokens.ids.tobytes())
+                else:
+                    for start, end in itertools.pairwise([0, *tokens.ends]):
+                        file.write(tokens.ids[start:end].tobytes())
+            more = (len(tokens.ends), tokens.bytes, len(tokens.ids))
+            self._facts[tokens.name] = [a + b for a, b in zip(self._facts[tokens.name], more)]
+
+    def _path(self, name: str) -> epath.Path:
+        return epath.Path(self._folder) / name
+
+    def commit(self, numbers: Mapping[str, int]) -> dict[str, SetFacts]:
+        """Moves the shards into the folder under their names.
+
+        Args:
+          numbers: how many shards each set has in the folder already.
+
+        Returns:
+          What was written of each set.
+        """
+        new = {}
+        for name, file in self._files.items():
+            with _writing():
+                file.close()
+            documents, num_bytes, tokens = self._facts[name]
+            path = self._path(name)
+            shard = f"{name}-{numbers.get(name, 0):05}.{self._format}"
+            facts = ShardFacts(shard, tokens, path.stat().length, manifest_lib.sha256_of(path))
+            if is_remote(self._out):
+                path.copy(self._out / shard, overwrite=True)
+            else:
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(path, self._out / shard)
+            new[name] = SetFacts(documents, num_bytes, (facts,))
+        self._files = {}
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return new
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Makes an OSError of the RuntimeError that array_record raises for a full disk."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(reason(e)) from e
+
+
+def _open_writer(path: epath.Path, format: str) -> Any:
+    if format == "bin":
+        return open(path, "wb")
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return ArrayRecordWriter(str(path), "group_size:1")
 
 
 # ------------------------------------------------------------------------ what is finished

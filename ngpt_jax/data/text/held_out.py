@@ -4,7 +4,7 @@ import collections
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ngpt_jax.config import ConfigError
 
@@ -33,8 +33,7 @@ def hold_out(sizes: Mapping[str, int], share: float) -> set[str]:
     return held
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Assigns a document to train or held_out by its text alone.
 
     The order of documents and files does not matter. Copies of a document stay together. A larger

@@ -7,9 +7,8 @@ module here with a function that opens it, and a line in ``OPENERS``.
 from collections.abc import Callable
 
 from ngpt_jax.config import SourceConfig
-from ngpt_jax.data.text.array_record import open_array_record
 from ngpt_jax.data.text.stdlib import open_stdlib
-from ngpt_jax.data.text.text_files import open_text_files
+from ngpt_jax.data.text.text_files import open_array_record, open_text_files
 from ngpt_jax.data.text.tfds import open_tfds
 from ngpt_jax.data.text.units import TextSource
 

@@ -1,16 +1,17 @@
-"""Text files: a .txt is one document, .jsonl has a document a line, .parquet a document a row."""
+"""Files of text: a .txt is one document.
+
+.jsonl has a document a line, .parquet one a row, array_record one a record.
+"""
 
 import functools
-import json
-import zlib
 from collections.abc import Iterator
 
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import real_path, stamp
-from ngpt_jax.data.open_files import open_binary, open_text
-from ngpt_jax.data.text.units import TextSource, Unit, source_of_files
+from ngpt_jax.data.open_files import RecordFile, check_key, open_binary, open_text, read_jsonl
+from ngpt_jax.data.text.units import TextSource, Unit, decode_records, source_of_files
 from ngpt_jax.files import reason
 
 _PACKED = ("", ".gz", ".zst")
@@ -26,6 +27,18 @@ def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSo
         return Unit(stamps, file.stat().length, read, real_path(file))
 
     return source_of_files(config, prefix, SUFFIXES, unit)
+
+
+def open_array_record(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+    """As :func:`ngpt_jax.data.text.sources.open_source`."""
+    mend = f"set {prefix}token_dtype if it holds token ids"
+
+    def unit(file: epath.Path, field: str) -> Unit:
+        records, where = RecordFile(file, field), f"{field}: {str(file)!r}"
+        read = functools.partial(decode_records, records, where, mend)
+        return Unit(records.stamp, len(records), read, real_path(file))
+
+    return source_of_files(config, prefix, ("",), unit)
 
 
 def read_documents(
@@ -47,52 +60,30 @@ def read_documents(
     name = file.name.lower()
     if name.endswith(".parquet"):
         texts = _parquet_texts(file, field, text_key, key_field)
+    elif name.split(".txt")[-1] in _PACKED:
+        texts = _whole_text(file, field)
     else:
-        whole = name.split(".txt")[-1] in _PACKED
-        texts = _packed_texts(file, field, text_key, key_field, whole)
+        texts = _jsonl_texts(file, field, text_key, key_field)
     for text, position in texts:
         if text and not text.isspace():
             yield text, position
 
 
-def _packed_texts(
-    file: epath.Path, field: str, text_key: str, key_field: str, whole: bool
+def _whole_text(file: epath.Path, field: str) -> Iterator[tuple[str, int]]:
+    with open_text(file, field) as (stream, position):
+        yield stream.read(), position()
+
+
+def _jsonl_texts(
+    file: epath.Path, field: str, text_key: str, key_field: str
 ) -> Iterator[tuple[str, int]]:
-    from zstandard import ZstdError
-
-    name = f"{field}: {str(file)!r}"
-    try:
-        with open_text(file) as (lines, position):
-            if whole:
-                yield lines.read(), position()
-                return
-            for number, line in enumerate(lines, start=1):
-                if not line.isspace():
-                    text = _json_text(line, f"{name}, line {number}", text_key, key_field)
-                    yield text, position()
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{name} is not UTF-8; convert it to UTF-8.") from e
-    except (OSError, EOFError, zlib.error, ZstdError) as e:
-        raise ConfigError(
-            f"{field}: cannot read {str(file)!r}: {reason(e)}; mend or drop it."
-        ) from e
-
-
-def _json_text(line: str, where: str, text_key: str, key_field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where} is not JSON ({e}); mend or drop it.") from e
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it.")
-    if text_key not in record:
-        keys = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
-        raise ConfigError(f"{where} has no {text_key!r} but {keys}; set {key_field}.")
-    text = record[text_key]
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise ConfigError(f"{where} has {text_key!r} of type {kind}, not str; set {key_field}.")
-    return text
+    for where, record, position in read_jsonl(file, field, f"such as {{{text_key!r}: ...}}"):
+        check_key(record, text_key, where, f"set {key_field}")
+        text = record[text_key]
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise ConfigError(f"{where} has {text_key!r} of type {kind}, not str; set {key_field}.")
+        yield text, position
 
 
 def _parquet_texts(

@@ -55,11 +55,8 @@ def _unit(builder: Any, split: str, text_key: str, prefix: str, name: str) -> Un
             ) from e
 
     mend = f"set {prefix}text_key, or prepare the set anew"
-    return Unit(
-        stamp="\n".join([text_key, *files]),
-        size=info.num_examples,
-        read=lambda: decode_records(records(), where, mend),
-    )
+    stamps = "\n".join([text_key, *files])
+    return Unit(stamps, info.num_examples, lambda: decode_records(records(), where, mend))
 
 
 def _builder(config: SourceConfig, prefix: str, download: bool) -> Any:

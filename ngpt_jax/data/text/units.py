@@ -52,15 +52,10 @@ def source_of_files(
       suffixes: allowed ends of a file's name.
       unit: makes a unit from a file and the name of the field that gave it.
     """
-    files, held_out = find_train_and_eval_files(config, prefix, suffixes)
-    return TextSource(
-        train=[unit(file, f"{prefix}paths") for file in files],
-        held_out={
-            name: [unit(file, f"{prefix}eval_paths") for file in held]
-            for name, held in held_out.items()
-        },
-        field=f"{prefix}paths",
-    )
+    files, eval_files = find_train_and_eval_files(config, prefix, suffixes)
+    field, eval_field = f"{prefix}paths", f"{prefix}eval_paths"
+    held_out = {name: [unit(f, eval_field) for f in some] for name, some in eval_files.items()}
+    return TextSource([unit(file, field) for file in files], held_out, field)
 
 
 def decode_records(records: Iterable[Any], where: str, mend: str) -> Iterator[tuple[str, int]]:

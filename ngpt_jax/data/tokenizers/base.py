@@ -1,4 +1,4 @@
-"""What every tokenizer is, and what is common to those that come from files."""
+"""What every tokenizer is, the one without a file, and what is common to those from files."""
 
 import hashlib
 import itertools
@@ -59,6 +59,22 @@ class Tokenizer:
     def decode_document(self, ids: list[int]) -> str:
         """Text of ids below ``vocab_size``, none of which is ``eod``."""
         raise NotImplementedError
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are ids 0 to 255, ``eod`` is 256, which no text can spell.
+
+    ``decode(encode(text)) == text``; bytes that are not UTF-8 decode to U+FFFD.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("byte", 257, 256, fingerprint_of("byte", 256))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [np.frombuffer(utf8(text), np.uint8).astype(np.int32) for text in texts]
+
+    def decode_document(self, ids: list[int]) -> str:
+        return bytes(ids).decode("utf-8", "replace")
 
 
 def check_tokenizer(tokenizer: Tokenizer, saved: str, where: str, verb: str = "trained") -> None:

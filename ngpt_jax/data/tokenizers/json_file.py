@@ -59,10 +59,6 @@ def load_json(file: TokenizerFile) -> JsonTokenizer:
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if eod in added:  # some files do not mark it as special
         tokenizer.add_special_tokens([eod])
-    return JsonTokenizer(
-        tokenizer=tokenizer,
-        name=file.stem,
-        vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        eod=eod_id,
-        fingerprint=fingerprint_of("json", eod_id, content),
-    )
+    vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    fingerprint = fingerprint_of("json", eod_id, content)
+    return JsonTokenizer(file.stem, vocab_size, eod_id, fingerprint, tokenizer)

@@ -5,8 +5,7 @@ import os
 from pathlib import Path
 
 from ngpt_jax.config import Config, ConfigError, DataConfig
-from ngpt_jax.data.tokenizers.base import KINDS, Tokenizer, TokenizerFile
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import KINDS, ByteTokenizer, Tokenizer, TokenizerFile
 
 
 def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:

@@ -55,10 +55,6 @@ def load_sentencepiece(file: TokenizerFile) -> SentencePieceTokenizer:
     eod = processor.eos_id()
     if file.end_of_document is not None or eod < 0:
         _, eod = file.find_end_of_document(control_symbol, "control symbol")
-    return SentencePieceTokenizer(
-        processor=processor,
-        name=file.stem,
-        vocab_size=processor.get_piece_size(),
-        eod=eod,
-        fingerprint=fingerprint_of("sentencepiece", eod, content),
-    )
+    vocab_size = processor.get_piece_size()
+    fingerprint = fingerprint_of("sentencepiece", eod, content)
+    return SentencePieceTokenizer(file.stem, vocab_size, eod, fingerprint, processor)

@@ -12,13 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tiktoken import Encoding
 
-from ngpt_jax.data.tokenizers.base import (
-    KINDS,
-    Tokenizer,
-    TokenizerFile,
-    fingerprint_of,
-    utf8,
-)
+from ngpt_jax.data.tokenizers.base import KINDS, Tokenizer, TokenizerFile, fingerprint_of, utf8
 
 
 @dataclass(frozen=True)
@@ -64,15 +58,9 @@ def _tokenizer(
     encoding = Encoding(
         file.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
     )
-    used = {*ranks.values(), *special_tokens.values()}
-    return TiktokenTokenizer(
-        encoding=encoding,
-        name=file.stem,
-        vocab_size=encoding.n_vocab,
-        eod=eod,
-        fingerprint=fingerprint_of("tiktoken", eod, pattern.encode(), *contents),
-        unused=frozenset(range(encoding.n_vocab)) - used,
-    )
+    unused = frozenset(range(encoding.n_vocab)) - {*ranks.values(), *special_tokens.values()}
+    fingerprint = fingerprint_of("tiktoken", eod, pattern.encode(), *contents)
+    return TiktokenTokenizer(file.stem, encoding.n_vocab, eod, fingerprint, encoding, unused)
 
 
 class TiktokenFormat(NamedTuple):
@@ -96,19 +84,15 @@ _O200K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CL100K_SPECIAL_TOKENS = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_FORMATS = {
     "gpt2": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
     "r50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
     "p50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50280),
     "cl100k_base": TiktokenFormat(
         _CL100K_PATTERN,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
+        {name: 100257 + i for i, name in enumerate(_CL100K_SPECIAL_TOKENS)}
+        | {"<|endofprompt|>": 100276},
         100256,
     ),
     "o200k_base": TiktokenFormat(
