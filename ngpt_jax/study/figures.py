@@ -11,12 +11,7 @@ from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 from ngpt_jax.study.summary import CellRow, SpeedUpRow, curve_of
 
-COSTS = {
-    "steps": "steps",
-    "tokens": "tokens",
-    "flops": "FLOPs",
-    "seconds": "seconds of training",
-}
+COSTS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
 def _color(study: Study, model: str) -> str:

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ngpt_jax.config import ConfigError, field_named
 
@@ -55,8 +55,7 @@ class Study:
     notes: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One run: a cell, a value of the tuned field (None where nothing is tuned) and a seed."""
 
     setting: str
@@ -71,6 +70,7 @@ class Point:
         return f"{self.setting}-{self.model}-{self.steps}{value}-seed{self.seed}"
 
 
+Cell = tuple[str, str, int]  # setting, model, steps
 Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one diverged
 
 
@@ -199,12 +199,10 @@ def rung(ladder: Sequence[float], index: int) -> float:
     return float(f"{end * factor**steps:.3g}")
 
 
-def cells(study: Study) -> Iterator[tuple[str, str, int]]:
-    """(setting, model, steps) of each cell, the smallest budgets first."""
-    for steps in study.budgets:
-        for setting in study.settings:
-            for model in study.models:
-                yield setting, model, steps
+def cells(study: Study) -> list[Cell]:
+    """All cells, the smallest budgets first."""
+    places = itertools.product(study.budgets, study.settings, study.models)
+    return [(setting, model, steps) for steps, setting, model in places]
 
 
 def tune(
@@ -253,9 +251,7 @@ def _index(ladder: Sequence[float], value: float) -> int:
     return next(i for i in reach if rung(ladder, i) == value)
 
 
-def _tuned_cells(
-    study: Study, losses: Losses
-) -> Iterator[tuple[tuple[str, str, int], float | None, list[Point]]]:
+def _tuned_cells(study: Study, losses: Losses) -> Iterator[tuple[Cell, float | None, list[Point]]]:
     """(cell, best value, points due to find it) of the cells that have one or the other."""
     for cell in cells(study):
         try:
@@ -297,12 +293,12 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
             if p.value is not None:
                 ladder = study.ladders[p.model]
                 away = abs(_index(ladder, p.value) - (len(ladder) - 1) / 2)
-                cell = [x for q, x in losses.items() if dataclasses.replace(q, value=p.value) == p]
+                cell = [x for q, x in losses.items() if q._replace(value=p.value) == p]
                 guessed[p] = away + max(filter(math.isfinite, cell), default=0.0)
     return out
 
 
-def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
+def chosen(study: Study, losses: Losses) -> dict[Cell, list[Point]]:
     """The finished runs of all seeds with the best value, by cell; complete cells alone."""
     out = {}
     for cell, value, points in _tuned_cells(study, losses):
@@ -319,7 +315,7 @@ def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None
     ladder = study.ladders[point.model]
     index = _index(ladder, point.value)
     below, above = (
-        losses.get(dataclasses.replace(point, value=rung(ladder, i), seed=study.seeds[0]))
+        losses.get(point._replace(value=rung(ladder, i), seed=study.seeds[0]))
         for i in (index - 1, index + 1)
     )
     return below, above
