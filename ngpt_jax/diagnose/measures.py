@@ -73,14 +73,13 @@ def condition_numbers(run: RunState) -> list[Row]:
         heads = inspect.head_matrices(model, matrix)
         found = inspect.condition_numbers(inspect.singular_values(heads))
         again: Any = [None] * len(found)
-        free = model.weights == "free"
-        if free:
+        middle: Any = None
+        if model.weights == "free":
             again = inspect.condition_numbers(inspect.singular_values(inspect.unit(heads)))
+            middle = np.median(again)
         head = {"run": run.label, "matrix": matrix.name, **_place(run, matrix.layer)}
-        middle = None if model.weights != "free" else np.median(again)
-        rows.append(
-            head | {"head": "median", "condition": np.median(found), "renormalized": middle}
-        )
+        summary = {"head": "median", "condition": np.median(found), "renormalized": middle}
+        rows.append(head | summary)
         if matrix.name in inspect.HEAD_KERNELS:
             for i, (x, y) in enumerate(zip(found, again)):
                 rows.append(head | {"head": i, "condition": x, "renormalized": y})

@@ -305,9 +305,8 @@ class NGPTModel(NGPTPreTrainedModel):
         if mask is None or mask.dim() == 2:
             mask = _visible(mask, past, length, h.device)
         tables = _rope_tables(position_ids, c, h.dtype)
-        states: tuple[Tensor, ...] | None = None
-        if c.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            states = ()
+        keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: tuple[Tensor, ...] | None = () if keep else None
         for layer in self.layers:
             states = None if states is None else (*states, h)
             h = layer(h, tables, mask, cache, slots)

@@ -92,8 +92,7 @@ def param_spec(
 
 def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -> str:
     if axis == "vocab":
-        wanted = axis_size(mesh, *cut)
-        return f"set model.vocab_multiple to a multiple of {wanted}"
+        return f"set model.vocab_multiple to a multiple of {axis_size(mesh, *cut)}"
     left = size
     for m in cut:
         n = axis_size(mesh, m)

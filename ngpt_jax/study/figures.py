@@ -82,10 +82,8 @@ def speedups(study: Study, rows: Sequence[SpeedUpRow], path: Path) -> None:
                     place = (s["steps"], s["speed_up"])
                     axis.annotate(s["bound"], place, xytext=(4, 4), textcoords="offset points")
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axis.set(
-            title=setting, xscale="log", xlabel=f"steps of {study.baseline}",
-            ylabel=f"steps of {study.baseline} / steps needed",
-        )  # fmt: skip
+        baseline = f"steps of {study.baseline}"
+        axis.set(title=setting, xscale="log", xlabel=baseline, ylabel=f"{baseline} / steps needed")
         _log_axis(axis.xaxis, [s["steps"] for s in rows])
         axis.legend()
     plots.save(fig, path)

@@ -109,10 +109,8 @@ def check(study: Study) -> None:
         arms = getattr(study, what)
         require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
         for name in arms:
-            require(
-                isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
-                f"{name!r}: a name is made of letters, digits and _ = , . + -",
-            )
+            good = isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name)
+            require(good, f"{name!r}: a name is made of letters, digits and _ = , . + -")
     overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
     overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
     require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
@@ -127,26 +125,20 @@ def check(study: Study) -> None:
         for field, value in fields.items():
             known = field_named(str(field))
             require(known is not None, f"{what}: unknown field {field!r}.")
-            own = (known is not None and known.set_by_study) or (
-                field == study.tuned and not what.startswith("settings")
-            )
+            own = field == study.tuned and not what.startswith("settings")
+            own = own or (known is not None and known.set_by_study)
             require(not own, f"{what}: {field} is set by the study itself.")
             require(value != () and value != [], f"{what}: {field} is empty.")
     names = [f"{s}-{m}" for s in study.settings for m in study.models]
     require(len(set(names)) == len(names), "names of settings and models run into each other.")
     for what in ("budgets", "seeds"):
         values = getattr(study, what)
-        require(
-            isinstance(values, tuple | list | range)
-            and all(isinstance(x, int) and x >= 0 for x in values)
-            and len(values) > 0
-            and list(values) == sorted(set(values)),
-            f"{what} must be whole numbers, ascending.",
-        )
-    require(
-        study.baseline is None or study.baseline in study.models,
-        f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.",
-    )
+        good = isinstance(values, tuple | list | range) and len(values) > 0
+        good = good and all(isinstance(x, int) and x >= 0 for x in values)
+        good = good and list(values) == sorted(set(values))
+        require(good, f"{what} must be whole numbers, ascending.")
+    good = study.baseline is None or study.baseline in study.models
+    require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     if study.tuned is None:
@@ -161,14 +153,11 @@ def check(study: Study) -> None:
         ladder = study.ladders.get(model, ())
         positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
         factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
-        require(
-            len(ladder) >= 3 and bool(factors) and min(factors) > 1,
-            f"ladders[{model!r}] must hold three or more positive values, ascending.",
-        )
-        require(
-            max(factors) < 1.2 * min(factors),
-            f"ladders[{model!r}] must have a constant factor between values.",
-        )
+        name = f"ladders[{model!r}]"
+        good = len(ladder) >= 3 and bool(factors) and min(factors) > 1
+        require(good, f"{name} must hold three or more positive values, ascending.")
+        good = max(factors) < 1.2 * min(factors)
+        require(good, f"{name} must have a constant factor between values.")
 
 
 def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:

@@ -120,9 +120,7 @@ def start(c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]
         sys.executable, "-m", "ngpt_jax.main",
         *results.command_of(c.experiment, c.study, point), f"--workdir={c.runs / point.name}",
     ]  # fmt: skip
-    environment = dict(os.environ)
-    if c.study.cores is not None:
-        environment["JAX_PLATFORMS"] = "cpu"
+    environment = os.environ | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
     with pinned(cores), open(c.log_of(point), "a", encoding="utf-8") as log:
         # In a session of its own: Ctrl-C reaches it only through this program, once.
         process = subprocess.Popen(

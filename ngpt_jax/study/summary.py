@@ -66,10 +66,8 @@ def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
 
 def curve_of(cells: Sequence[CellRow], setting: str, model: str) -> list[CellRow]:
     """The cells of one setting and model in which no seed diverged, budgets ascending."""
-    return [
-        c for c in cells
-        if (c["setting"], c["model"]) == (setting, model) and c["loss"] < math.inf
-    ]  # fmt: skip
+    mine = (c for c in cells if (c["setting"], c["model"]) == (setting, model))
+    return [c for c in mine if c["loss"] < math.inf]
 
 
 class Runs(NamedTuple):
