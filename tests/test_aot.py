@@ -10,7 +10,6 @@ import jax
 import pytest
 
 from ngpt_jax.aot import report as report_lib
-from ngpt_jax.aot import search as search_lib
 from ngpt_jax.aot.topologies import topology_devices
 from ngpt_jax.config import ConfigError
 from ngpt_jax.parallel.mesh import make_mesh
@@ -155,7 +154,7 @@ def test_flags_that_do_not_fit_together_are_refused(flags, message):
 
 def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
     device = SimpleNamespace(device_kind="TPU v5e", platform="tpu")
-    limit = search_lib.USABLE * 16 * report_lib.GIB
+    limit = report_lib.USABLE * 16 * report_lib.GIB
 
     def report_of(config, devices):
         windows = config.train.batch_size
@@ -165,5 +164,5 @@ def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
             "n": windows,
         }
 
-    monkeypatch.setattr(search_lib, "report_of", report_of)
-    assert search_lib.search(tiny(), [device])["n"] == 20
+    monkeypatch.setattr(report_lib, "report_of", report_of)
+    assert report_lib.search(tiny(), [device])["n"] == 20

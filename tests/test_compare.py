@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.study import figures, plan, report, results, runner, savings, summary
+from ngpt_jax.study import figures, plan, report, results, runner, summary
 from ngpt_jax.study.plan import Point, Study
-from ngpt_jax.study.savings import Runs, cost_at, speed_up
+from ngpt_jax.study.summary import Runs, cost_at, speed_up
 from ngpt_jax.terminal import Terminal
 
 REPO = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
     plan.check(study)
     assert dict(plan.overrides_of(study, point))["optimizer.warmup_share"] == "0.0"
     assert "optimizer.b2" not in dict(plan.overrides_of(study, point))
-    elsewhere = dataclasses.replace(point, setting="short")
+    elsewhere = point._replace(setting="short")
     assert plan.overrides_of(study, elsewhere) == plan.overrides_of(PLAN, elsewhere)
 
 
@@ -225,7 +225,7 @@ def test_the_interval_is_that_of_resampled_seeds():
     steady = speed_up(Runs(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     moved = speed_up(base, [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     assert steady.low == steady.high and moved.low < moved.value < moved.high
-    assert savings.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
+    assert summary.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
 
 
 # ------------------------------------------------------------------------- table and runner

@@ -19,8 +19,7 @@ from ngpt_jax.config import ConfigError, experiment
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data import pipeline
 from ngpt_jax.diagnose import figures as drawing
-from ngpt_jax.diagnose import measures
-from ngpt_jax.diagnose import tables as measured
+from ngpt_jax.diagnose import measures, report
 from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
 from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect as d
@@ -186,7 +185,7 @@ def test_norms_and_singular_values_of_queries_and_keys(tiny):
     config = tiny(**{"model.kind": "gpt", "model.layers": 3})
     params = wobbly(config)
     run = opened(config, params)
-    assert measured.middle_layers(run) == [1, 2]
+    assert report.middle_layers(run) == [1, 2]
     rows = measures.query_and_key(run, [2])
     assert {r["layer"] for r in rows} == {2}
     for name in ("query_kernel", "key_kernel"):
@@ -503,16 +502,16 @@ def test_the_command_from_end_to_end(figures):
 
 def test_without_the_text_parameters_are_still_measured(runs):
     run = open_run(runs["gpt"], 4, [("data.paths", "gone.txt")])
-    tables, note = measured.measure(run, None, 1)
+    tables, note = report.measure(run, None, 1)
     assert {"embeddings", "condition", "query_key"} <= set(tables)
     assert not {"angles", "entropy", "rotation", "gradient"} & set(tables)
     assert note.startswith("run: angles, entropy, rotation and gradient are left out: data.paths")
     assert "gone.txt" in note and "\n" not in note
-    shown = measured.show([run], [measured.headlines(tables)])
+    shown = report.show([run], [report.headlines(tables)])
     assert "condition number: query" in shown and "rotation" not in shown
     other = run._replace(config=open_run(runs["gpt"], 4).config, progress={
         **run.progress, "data": "of another text"})  # fmt: skip
-    assert "not the one that the run was trained on" in measured.measure(other, None, 1)[1]
+    assert "not the one that the run was trained on" in report.measure(other, None, 1)[1]
 
 
 def test_bad_input_is_told_in_a_line(runs, tmp_path):

@@ -1,4 +1,7 @@
-"""The training step compiled for given devices, and what it needs: memory, traffic, time."""
+"""The training step compiled for given devices, and what it needs: memory, traffic, time.
+
+And the largest batch whose step still fits into the memory of a chip.
+"""
 
 import dataclasses
 import math
@@ -14,19 +17,12 @@ from ngpt_jax.aot import hlo
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.params import num_params
-from ngpt_jax.parallel.mesh import make_mesh
+from ngpt_jax.parallel.mesh import make_mesh, mesh_shape
 from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout, throughput
 
 GIB = 2**30
-
-
-class DoesNotFit(Exception):
-    """The compiler needs more memory than a chip has: ``peak`` bytes, None where it is not told."""
-
-    def __init__(self, peak: float | None):
-        super().__init__()
-        self.peak = peak
+USABLE = 0.97  # of a chip's memory; the rest is the runtime's
 
 
 class CompiledStep(NamedTuple):
@@ -36,7 +32,7 @@ class CompiledStep(NamedTuple):
 
 
 def compile_step(config: Config, mesh: Mesh, lowered_to: str | None = None) -> CompiledStep:
-    """Compiles the training step for a mesh; raises DoesNotFit.
+    """Compiles the training step for a mesh.
 
     Args:
       config: resolved, with its vocabulary and kernel decided (layout.for_mesh).
@@ -47,14 +43,7 @@ def compile_step(config: Config, mesh: Mesh, lowered_to: str | None = None) -> C
     lowered = layout.lower_train_step(config, mesh)
     if lowered_to:
         write_atomically(Path(lowered_to), lowered.as_text())
-    try:
-        return CompiledStep(lowered, lowered.compile(), time.perf_counter() - start)
-    except Exception as e:  # XlaRuntimeError has no public home
-        if "RESOURCE_EXHAUSTED" not in str(e) and "Ran out of memory" not in str(e):
-            raise
-        used = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", str(e))
-        scale = {"M": 2**20, "G": 2**30}
-        raise DoesNotFit(float(used[1]) * scale[used[2]] if used else None) from e
+    return CompiledStep(lowered, lowered.compile(), time.perf_counter() - start)
 
 
 def report_of(config: Config, devices: list[Any], lowered_to: str | None = None) -> dict[str, Any]:
@@ -77,10 +66,14 @@ def report_of(config: Config, devices: list[Any], lowered_to: str | None = None)
         )
     try:
         step = compile_step(config, mesh, lowered_to)
-    except DoesNotFit as e:
+    except Exception as e:  # XlaRuntimeError has no public home
+        if "RESOURCE_EXHAUSTED" not in str(e) and "Ran out of memory" not in str(e):
+            raise
+        used = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", str(e))
+        peak = float(used[1]) * {"M": 2**20, "G": GIB}[used[2]] if used else None
         chip = throughput.chip_of(devices[0])
         limit = chip.memory * GIB if chip is not None else None
-        return run_facts(config, mesh) | {"fits": False, "peak_bytes": e.peak, "chip_bytes": limit}
+        return run_facts(config, mesh) | {"fits": False, "peak_bytes": peak, "chip_bytes": limit}
     return analyze(config, mesh, step)
 
 
@@ -113,14 +106,13 @@ def analyze(config: Config, mesh: Mesh, step: CompiledStep) -> dict[str, Any]:
         program = hlo.analyze(step.compiled.as_text())
     except jax.errors.JaxRuntimeError as e:
         unreadable = str(e).splitlines()[0]
+    kernels = program.kernels if program else hlo.kernels_of_lowered(step.lowered.as_text())
     memory = step.compiled.memory_analysis()
     tokens = config.train.batch_size * config.model.context / mesh.size
     model_flops = tokens * throughput.train_flops_per_token(config.model)
     flops = model_flops + tokens * throughput.recomputed_flops_per_token(config.model)
     report = run_facts(config, mesh) | {
-        "attention_kernels": (
-            program.kernels if program else hlo.kernels_of_lowered(step.lowered.as_text())
-        ),
+        "attention_kernels": kernels,
         "custom_calls": program and program.custom_calls,
         "compile_seconds": step.seconds,
         "fits": True,
@@ -156,6 +148,66 @@ def analyze(config: Config, mesh: Mesh, step: CompiledStep) -> dict[str, Any]:
         "mfu_bound": model_flops / (limits[bound_by] * chip.flops),
         "tokens_per_second_bound": tokens * mesh.size / limits[bound_by],
     }
+
+
+def with_sequences(config: Config, devices: int, count: int) -> Config:
+    """The config with a microbatch of ``count`` sequences for each mesh.data * mesh.fsdp group."""
+    data, fsdp, *_ = mesh_shape(config.mesh, devices)
+    batch_size = count * data * fsdp * config.train.accumulate
+    train = dataclasses.replace(config.train, batch_size=batch_size)
+    return dataclasses.replace(config, train=train)
+
+
+def search(config: Config, devices: list[Any]) -> dict[str, Any]:
+    """The report of the largest number of sequences that fits; prints what it tries.
+
+    Peak memory is nearly a straight line in the number of sequences. The first try comes from an
+    estimate of that line, each later one from the line through the two largest sizes measured. The
+    search ends where one more sequence was seen, or calculated, not to fit.
+    """
+    chip = throughput.chip_of(devices[0])
+    if chip is None:
+        raise ConfigError(
+            f"--search: the memory of {devices[0].device_kind} is not known; give --windows."
+        )
+    limit = USABLE * chip.memory * GIB
+    state, of_a_sequence = _estimate(config, len(devices))
+    fitting, failing = 0, math.inf
+    best: dict[str, Any] | None = None
+    peaks = {0: state}
+    count = max(1, int((limit - state) / of_a_sequence))
+    while True:
+        report = report_of(with_sequences(config, len(devices), count), devices)
+        peak = report["peak_bytes"]
+        needed = "" if peak is None else f"{peak / GIB:.2f} GiB of {chip.memory:g}, "
+        fits = report["fits"] and (peak is None or peak <= limit)
+        print(f"{count} sequences: {needed}{'fits' if fits else 'no'}", flush=True)
+        if fits:
+            fitting, best = count, report
+        else:
+            failing = count
+        if peak is None:  # the compiler did not say by how much: halve what is left
+            count = (fitting + int(failing)) // 2
+        else:
+            peaks[count] = peak
+            (a, low), (b, high) = sorted(peaks.items())[-2:]
+            guess = int(b + (limit - high) * (b - a) / (high - low)) if high > low else 0
+            count = int(min(max(guess, fitting), failing - 1))
+        if count <= fitting:
+            return best or report
+
+
+def _estimate(config: Config, devices: int) -> tuple[float, float]:
+    """Bytes of a chip that do not depend on the batch, and bytes of a sequence; roughly."""
+    m = config.model
+    assert m.mlp_width is not None
+    _, fsdp, tensor, context = mesh_shape(config.mesh, devices)
+    # Master weights and moments in float32, weights and gradients in bfloat16; the block being
+    # computed keeps 5 activations of the MLP's width and some 14 of the model's, the others one.
+    state = 16 * num_params(m) / (fsdp * tensor) + 0.1 * GIB
+    token = 2 * (5 * m.mlp_width / tensor + 14 * m.width)
+    kept = {"full": 1, "attention": 2, "dots": 6 + 2 * m.mlp_width / m.width, "none": 30}[m.remat]
+    return state, m.context / context * (token + 2 * kept * m.layers * m.width)
 
 
 def show(report: dict[str, Any]) -> str:

@@ -86,13 +86,11 @@ def measure(
         "prefill": zip(gpt.prefills, ngpt.prefills),
         "decode": zip(gpt.tokens[small], ngpt.tokens[small]),
     }
+    models = {kind: _figures(t, batch_size, prompt, tokens // CHUNK) for kind, t in timed.items()}
+    share = {what: statistics.median(g / n for g, n in both) for what, both in pairs.items()}
     return {
-        "models": {
-            kind: _figures(t, batch_size, prompt, tokens // CHUNK) for kind, t in timed.items()
-        },
-        "ngpt_share_of_gpt": {
-            what: statistics.median(g / n for g, n in both) for what, both in pairs.items()
-        },
+        "models": models,
+        "ngpt_share_of_gpt": share,
         "slots": [small, large],
         "batch_size": batch_size,
         "prompt": prompt,

@@ -72,17 +72,17 @@ def condition_numbers(run: RunState) -> list[Row]:
             continue
         heads = inspect.head_matrices(model, matrix)
         found = inspect.condition_numbers(inspect.singular_values(heads))
-        again: np.ndarray | None = None
+        again: Any = [None] * len(found)
+        middle: Any = None
         if model.weights == "free":
             again = inspect.condition_numbers(inspect.singular_values(inspect.unit(heads)))
+            middle = np.median(again)
         head = {"run": run.label, "matrix": matrix.name, **_place(run, matrix.layer)}
-        summary = {"head": "median", "condition": np.median(found)}
-        rows.append(head | summary | {"renormalized": None if again is None else np.median(again)})
+        summary = {"head": "median", "condition": np.median(found), "renormalized": middle}
+        rows.append(head | summary)
         if matrix.name in inspect.HEAD_KERNELS:
-            rows += [
-                head | {"head": i, "condition": x, "renormalized": None if again is None else y}
-                for i, (x, y) in enumerate(zip(found, found if again is None else again))
-            ]
+            for i, (x, y) in enumerate(zip(found, again)):
+                rows.append(head | {"head": i, "condition": x, "renormalized": y})
     return rows
 
 
@@ -204,8 +204,7 @@ def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
     step was ok if loss and gradients were finite.
     """
 
-    def keep(updates, state, params=None, **extra):
-        del state, params, extra
+    def keep(updates, *_, **__):
         return updates, updates
 
     first = optax.GradientTransformationExtraArgs(optax.init_empty_state, keep)

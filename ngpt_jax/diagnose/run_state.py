@@ -21,6 +21,8 @@ from ngpt_jax.training import layout
 from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState
 
+Batch = dict[str, np.ndarray]
+
 
 class RunState(NamedTuple):
     """A run as it was at a checkpoint.
@@ -63,16 +65,13 @@ def load_text(run: RunState) -> Corpus:
     return corpus
 
 
-def held_out_sequences(
-    run: RunState, corpus: Corpus, count: int
-) -> Iterator[dict[str, np.ndarray]]:
+def held_out_sequences(run: RunState, corpus: Corpus, count: int) -> Iterator[Batch]:
     """The first sequences of the first held-out set, as batches of one."""
-    return pipeline.eval_batches(
-        corpus.held_out[0], run.config.model.context, 1, count, run.config.data.mask_documents
-    )
+    context, mask = run.config.model.context, run.config.data.mask_documents
+    return pipeline.eval_batches(corpus.held_out[0], context, 1, count, mask)
 
 
-def next_batch(run: RunState, corpus: Corpus) -> dict[str, np.ndarray]:
+def next_batch(run: RunState, corpus: Corpus) -> Batch:
     """The training batch that the run would read next."""
     batches = pipeline.train_batches(
         make_dataset(run.config, corpus), run.config.train.batch_size, run.progress["position"],

@@ -8,28 +8,19 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-# A config.json without choices was written before they were fields of the config. It is of one of
-# these two models, and only the first of them has learned scales.
-_SCALES = ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
-_NGPT = {
-    "residual": "lerp",
-    "pre_norm": "none",
-    "branch_norm": "unit",
-    "final_norm": "none",
-    "qk_form": "unit_after_rope",
-    "softmax_scale": "sqrt",
-    "weights": "sphere",
-    **{f"{name}.form": "vector" for name in _SCALES},
-}
-_GPT = {
-    "residual": "add",
-    "pre_norm": "rms",
-    "branch_norm": "none",
-    "final_norm": "rms",
-    "qk_form": "rms_before_rope",
-    "softmax_scale": "rsqrt",
-    "weights": "free",
-    **{f"{name}.form": "none" for name in _SCALES},
+# A config.json without choices was written before they were fields of the config. It is of nGPT or
+# of the GPT baseline, and only nGPT has learned scales. Choice: (nGPT's, GPT's).
+_OLD_CHOICES = {
+    "residual": ("lerp", "add"),
+    "pre_norm": ("none", "rms"),
+    "branch_norm": ("unit", "none"),
+    "final_norm": ("none", "rms"),
+    "qk_form": ("unit_after_rope", "rms_before_rope"),
+    "softmax_scale": ("sqrt", "rsqrt"),
+    "weights": ("sphere", "free"),
+    **{
+        f"{n}.form": ("vector", "none") for n in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+    },
 }
 
 
@@ -63,7 +54,8 @@ class NGPTConfig(PretrainedConfig):
         use_cache: bool = True,
         **fields: Any,
     ):
-        self.choices = choices or {**(_NGPT if scale_factors else _GPT), "qk_norm": qk_norm}
+        old = {name: a if scale_factors else b for name, (a, b) in _OLD_CHOICES.items()}
+        self.choices = choices or {**old, "qk_norm": qk_norm}
         self.scale_factors = scale_factors or {}
         self.use_cache = use_cache
         super().__init__(**{"tie_word_embeddings": False, **fields})

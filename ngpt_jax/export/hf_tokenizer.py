@@ -14,8 +14,14 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+<<<<<<< HEAD
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
+=======
+from ngpt_jax.config import DataConfig, command
+from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.data.tokenizers.byte import ByteTokenizer
+>>>>>>> slim2
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
@@ -52,10 +58,8 @@ def write(
     if isinstance(tokenizer, ByteTokenizer):
         built = _of_bytes()
     elif isinstance(tokenizer, JsonTokenizer):
-        eos, built = (
-            str(tokenizer.tokenizer.id_to_token(tokenizer.eod)),
-            _plain(tokenizer.tokenizer),
-        )
+        eos = str(tokenizer.tokenizer.id_to_token(tokenizer.eod))
+        built = _plain(tokenizer.tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         eos = tokenizer.processor.id_to_piece(tokenizer.eod)
         shutil.copyfile(Path(data.tokenizer).expanduser(), folder / "tokenizer.model")
@@ -84,8 +88,7 @@ def write(
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
-        text = json.dumps(values, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        command.write_json(str(folder / "tokenizer_config.json"), values)
     file = _copy_original(folder, data.tokenizer)
     return {"fingerprint": tokenizer.fingerprint, "file": file}, notes
 

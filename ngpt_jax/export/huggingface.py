@@ -34,7 +34,7 @@ import safetensors
 import safetensors.numpy
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import ConfigError, ModelConfig, experiment
+from ngpt_jax.config import ConfigError, ModelConfig, command, experiment
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.data.tokenizers.base import check_tokenizer
@@ -126,7 +126,7 @@ def to_torch(config: ModelConfig, params: Any, dtype: str) -> dict[str, np.ndarr
 def from_torch(where: str, config: ModelConfig, theirs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of :func:`to_torch`; raises ConfigError for other names or shapes.
 
-    Rows of padding are made anew, see :func:`pad_vocab`; those of s_z have its starting value.
+    Rows of padding are made anew, see :func:`pad_vocab`.
     """
     check_tensors(where, {name: t.shape for name, t in _tensors(config)}, theirs)
     dtype = jnp.dtype(config.param_dtype)
@@ -137,8 +137,7 @@ def from_torch(where: str, config: ModelConfig, theirs: Mapping[str, np.ndarray]
         if t.layer is not None:
             params["layers"].setdefault(ours, []).append(w)
         else:
-            fill = config.s_z.scale if ours == "s_z" else 0
-            params[ours] = pad_vocab(w, config, fill or 0) if "vocab" in t.param.axes else w
+            params[ours] = pad_vocab(ours, w, t.param.axes, config)
     params["layers"] = {ours: np.stack(ws) for ours, ws in params["layers"].items()}
     return params
 
@@ -243,8 +242,8 @@ def write_folder(
                 "config": dataclasses.asdict(config),
             },
         }
-        _write_json(folder / "config.json", values)
-        _write_json(folder / "generation_config.json", {**ids, "pad_token_id": eod})
+        command.write_json(str(folder / "config.json"), values)
+        command.write_json(str(folder / "generation_config.json"), ids | {"pad_token_id": eod})
         for name in ("configuration_ngpt.py", "modeling_ngpt.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
         try:
@@ -254,10 +253,6 @@ def write_folder(
         except safetensors.SafetensorError as e:  # a full disk, too
             raise ConfigError(f"--to_hf={path} cannot be written: {reason(e)}.") from e
     return notes
-
-
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Imported:

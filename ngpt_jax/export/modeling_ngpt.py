@@ -17,28 +17,30 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_ngpt import NGPTConfig
 
+Tables = tuple[Tensor, Tensor]  # cosines and sines of RoPE
+
 # What the installed version of transformers calls the KV cache.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def _wide(x: Tensor) -> Tensor:
     """x in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def _normalize(x: Tensor, dim: int = -1) -> Tensor:
     """Norm(x) = x / ||x|| (section 2.1), computed in at least float32; zero stays zero."""
     return F.normalize(_wide(x), dim=dim).to(x.dtype)
 
 
-def _scaled(x: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
     """x * scale, computed in at least float32; x where there is no scale."""
     return x if scale is None else (_wide(x) * scale).to(x.dtype)
 
@@ -50,10 +52,10 @@ class NGPTLinear(nn.Linear):
         super().__init__(size, out, bias=False)
         self.unit_dim = embed_dim if config.normalize_on_read else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix())
 
-    def matrix(self) -> torch.Tensor:
+    def matrix(self) -> Tensor:
         return self.weight if self.unit_dim is None else _normalize(self.weight, self.unit_dim)
 
 
@@ -65,7 +67,7 @@ class NGPTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x32 = _wide(x)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight).to(x.dtype)
@@ -78,24 +80,24 @@ def _scale(config: NGPTConfig, name: str, *size: int) -> nn.Parameter | None:
     return nn.Parameter(torch.ones(size)) if there else None
 
 
-def _effective(module: nn.Module, name: str, factor: float = 1.0) -> torch.Tensor | None:
+def _effective(module: nn.Module, name: str, factor: float = 1.0) -> Tensor | None:
     """A learned scale times ``factor``, in at least float32; None: there is no such scale."""
     stored = getattr(module, name)
     return None if stored is None else _wide(stored) * module.config.scale_factors[name] * factor
 
 
-def _add(h: torch.Tensor, f: torch.Tensor, alpha: None) -> torch.Tensor:
+def _add(h: Tensor, f: Tensor, alpha: None) -> Tensor:
     """h + f (equations 4 and 5)."""
     return h + f
 
 
-def _lerp(h: torch.Tensor, f: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _lerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
     """Norm(h + |alpha| (f - h)) (equations 10 and 11)."""
     h = _wide(h)
     return _normalize(h + alpha.abs() * (f - h))
 
 
-def _slerp(h: torch.Tensor, f: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def _slerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
     """Norm(sin((1 - a) t) h + sin(a t) f), a = |alpha|, t the angle between the unit vectors h, f.
 
     This is equation 6 where alpha is one number: its divisor sin(t) has no effect on the norm.
@@ -104,22 +106,22 @@ def _slerp(h: torch.Tensor, f: torch.Tensor, alpha: torch.Tensor) -> torch.Tenso
     h, f, alpha = _wide(h), _wide(f), alpha.abs()
     angle = 2 * torch.atan2((h - f).norm(dim=-1, keepdim=True), (h + f).norm(dim=-1, keepdim=True))
 
-    def weight(share: torch.Tensor) -> torch.Tensor:
+    def weight(share: Tensor) -> Tensor:
         return share * torch.sinc(share * angle / math.pi)
 
     return _normalize(weight(1 - alpha) * h + weight(alpha) * f)
 
 
-def _unit(f: torch.Tensor) -> torch.Tensor:
+def _unit(f: Tensor) -> Tensor:
     return _normalize(_wide(f))
 
 
-def _unchanged(x: torch.Tensor) -> torch.Tensor:
+def _unchanged(x: Tensor) -> Tensor:
     return x
 
 
 # What the choices of a config mean.
-_RESIDUALS: dict[str, Callable[..., torch.Tensor]] = {"add": _add, "lerp": _lerp, "slerp": _slerp}
+_RESIDUALS: dict[str, Callable[..., Tensor]] = {"add": _add, "lerp": _lerp, "slerp": _slerp}
 _NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "rms": NGPTRMSNorm}
 _BRANCH_NORMS = {"none": _unchanged, "unit": _unit}
 _QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
@@ -130,20 +132,17 @@ _QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
 _SOFTMAX_SCALES = {"sqrt": math.sqrt, "rsqrt": lambda head_dim: 1 / math.sqrt(head_dim)}
 
 
-def _rope_tables(
-    positions: torch.Tensor, config: NGPTConfig, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _rope_tables(positions: Tensor, config: NGPTConfig, dtype: torch.dtype) -> Tables:
     """Cosines and sines of t * base^(-2j/head_dim), each (B, 1, T, head_dim/2)."""
     size = config.head_dim
-    frequencies = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
+    powers = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
     dtype = torch.promote_types(dtype, torch.float32)
-    angles = positions[:, None, :, None].to(dtype) * torch.tensor(
-        frequencies, dtype=dtype, device=positions.device
-    )
+    frequencies = torch.tensor(powers, dtype=dtype, device=positions.device)
+    angles = positions[:, None, :, None].to(dtype) * frequencies
     return angles.cos(), angles.sin()
 
 
-def _rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: Tensor, tables: Tables) -> Tensor:
     """RoPE on x (B, heads, T, head_dim): channel j turns with channel j + head_dim/2."""
     cos, sin = tables
     a, b = _wide(x).chunk(2, dim=-1)
@@ -172,13 +171,8 @@ class NGPTAttention(nn.Module):
             self.folded_qk_scale = nn.Parameter(torch.ones(c.num_attention_heads, c.head_dim))
 
     def forward(
-        self,
-        h: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: Cache | None,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
+        self, h: Tensor, tables: Tables, mask: Tensor | None, cache: Cache | None, slots: Tensor
+    ) -> Tensor:
         c = self.config
         q, k, v = (  # (B, heads, T, head_dim)
             f(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
@@ -215,7 +209,7 @@ class NGPTMLP(nn.Module):
         self.s_u = _scale(c, "s_u", c.intermediate_size)
         self.s_v = _scale(c, "s_v", c.intermediate_size)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:  # equations 20, 21
+    def forward(self, h: Tensor) -> Tensor:  # equations 20, 21
         s_u, s_v = _effective(self, "s_u"), _effective(self, "s_v", math.sqrt(h.shape[-1]))
         u, v = _scaled(self.up_proj(h), s_u), _scaled(self.gate_proj(h), s_v)
         return self.down_proj(u * F.silu(v))
@@ -240,14 +234,14 @@ class NGPTBlock(nn.Module):
         self.branch_norm = _BRANCH_NORMS[c.choices["branch_norm"]]
         self.residual = _RESIDUALS[c.choices["residual"]]
 
-    def forward(self, h: torch.Tensor, *how: Any) -> torch.Tensor:
+    def forward(self, h: Tensor, *how: Any) -> Tensor:
         f = self.self_attn(self.attention_norm(h), *how)
         if self.config.choices["residual"] != "add":  # the others start from a unit vector
             h = _normalize(h)
         h = self._step(h, f, "alpha_a")
         return self._step(h, self.mlp(self.mlp_norm(h)), "alpha_m")
 
-    def _step(self, h: torch.Tensor, f: torch.Tensor, name: str) -> torch.Tensor:
+    def _step(self, h: Tensor, f: Tensor, name: str) -> Tensor:
         return self.residual(h, self.branch_norm(f), _effective(self, name)).to(h.dtype)
 
 
@@ -279,12 +273,12 @@ class NGPTModel(NGPTPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -311,9 +305,8 @@ class NGPTModel(NGPTPreTrainedModel):
         if mask is None or mask.dim() == 2:
             mask = _visible(mask, past, length, h.device)
         tables = _rope_tables(position_ids, c, h.dtype)
-        states: tuple[torch.Tensor, ...] | None = None
-        if c.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            states = ()
+        keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: tuple[Tensor, ...] | None = () if keep else None
         for layer in self.layers:
             states = None if states is None else (*states, h)
             h = layer(h, tables, mask, cache, slots)
@@ -323,9 +316,7 @@ class NGPTModel(NGPTPreTrainedModel):
         return out.to_tuple() if return_dict is False else out
 
 
-def _visible(
-    mask: torch.Tensor | None, past: int, length: int, device: torch.device
-) -> torch.Tensor | None:
+def _visible(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
     """Which positions each of the ``length`` new ones attends to; None: all before it and itself.
 
     Args:
@@ -359,17 +350,17 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """As other models of transformers; ``labels`` are ``input_ids``, -100 where left out."""

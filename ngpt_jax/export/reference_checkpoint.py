@@ -7,7 +7,6 @@ has a place for the paper's nGPT and GPT, and for no other choices of the config
 """
 
 import dataclasses
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,19 +84,17 @@ def _load(where: str, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a file that is no checkpoint is told below
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
+    except OSError as e:
+        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+    except Exception as e:  # a damaged file raises many kinds
         if "Unsupported global" in str(e):  # a file that is no pickle: "Unsupported operand"
             raise ConfigError(
                 f"{where} holds other objects than tensors, numbers and texts, which are not"
                 " loaded, as they may run any code; save the state dict alone."
             ) from e
         raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except Exception as e:  # a damaged file raises many kinds
-        raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
-    state = content.get("model", content) if isinstance(content, Mapping) else None
-    arguments = content.get("model_args") if isinstance(content, Mapping) else None
+    content = content if isinstance(content, Mapping) else {}
+    state, arguments = content.get("model", content), content.get("model_args")
     tensors = {
         str(name).removeprefix("_orig_mod."): w
         for name, w in (state.items() if isinstance(state, Mapping) else ())

@@ -5,7 +5,7 @@ fused in one matrix. We have kernels with an axis for the heads, stacked over la
 halves, padded tables. The stored numbers of the scales are the same.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,9 +40,9 @@ def _halves(theirs: str, ours: tuple[str, str]) -> _Entry:
     )
 
 
-def _heads(theirs: str, ours: str, heads: int, head_dim: int, rotated: bool) -> _Entry:
-    """(heads * head_dim, embed) <-> (embed, heads, head_dim), channels in our RoPE layout."""
-    order = interleaved_to_half(head_dim) if rotated else np.arange(head_dim)
+def _heads(theirs: str, ours: str, heads: int, order: Array) -> _Entry:
+    """(heads * head_dim, embed) <-> (embed, heads, head_dim); our channels are theirs[order]."""
+    head_dim = len(order)
     return _Entry(
         theirs,
         (ours,),
@@ -55,11 +55,11 @@ def _layer_entries(c: ModelConfig) -> list[_Entry]:
     """Of the parameters that the blocks of this model have."""
     assert c.kv_heads is not None and c.head_dim is not None
     heads, kv_heads, head_dim = c.heads, c.kv_heads, c.head_dim
-    order = interleaved_to_half(head_dim)
+    order, same = interleaved_to_half(head_dim), np.arange(head_dim)
     entries = [
-        _heads("query.weight", "query_kernel", heads, head_dim, rotated=True),
-        _heads("key.weight", "key_kernel", kv_heads, head_dim, rotated=True),
-        _heads("value.weight", "value_kernel", kv_heads, head_dim, rotated=False),
+        _heads("query.weight", "query_kernel", heads, order),
+        _heads("key.weight", "key_kernel", kv_heads, order),
+        _heads("value.weight", "value_kernel", kv_heads, same),
         _Entry(
             "att_c_proj.weight",
             ("out_kernel",),
@@ -99,11 +99,15 @@ def _top_entries(c: ModelConfig) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(theirs, ours, there[ours].axes) for theirs, ours in _TOP.items() if ours in there]
 
 
-def pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:
-    """A table with rows of padding: the first basis vector in tables on the sphere, else ``fill``.
+def pad_vocab(name: str, w: Array, axes: Sequence[str], c: ModelConfig) -> Array:
+    """Our parameter ``name`` with rows of padding, where it has an axis of the vocabulary.
 
-    Logits of padding are masked out.
+    Rows of tables on the sphere are the first basis vector, those of s_z its starting value, others
+    0. Logits of padding are masked out.
     """
+    if "vocab" not in axes:
+        return w
+    fill = (c.s_z.scale or 0) if name == "s_z" else 0
     extra = np.full((padded_vocab_size(c) - w.shape[0], *w.shape[1:]), fill, w.dtype)
     if w.ndim == 2 and c.weights == "sphere":
         extra[:, 0] = 1
@@ -119,9 +123,7 @@ def from_reference(theirs: Mapping[str, Array], config: ModelConfig) -> dict[str
     """
     params: dict[str, Any] = {"layers": {}}
     for name, ours, axes in _top_entries(config):
-        w = np.asarray(theirs[name])
-        fill = config.s_z.scale if ours == "s_z" else 0
-        params[ours] = pad_vocab(w, config, fill or 0) if "vocab" in axes else w
+        params[ours] = pad_vocab(ours, np.asarray(theirs[name]), axes, config)
     for entry in _layer_entries(config):
         per_layer = [
             entry.read(np.asarray(theirs[f"transformer.h.{i}.{entry.theirs}"]))

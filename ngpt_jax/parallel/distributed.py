@@ -56,12 +56,9 @@ def initialize(
 
     def give_up() -> None:
         # jax itself would abort with a stack trace, which nobody can catch.
-        print(
-            f"error: {where}some of the other processes did not answer within {timeout} s;"
-            f" {_ADVICE}, and see that the port is open.",
-            file=sys.stderr,
-            flush=True,
-        )
+        silent = f"{where}some of the other processes did not answer within {timeout} s"
+        mend = f"{_ADVICE}, and see that the port is open."
+        print(f"error: {silent}; {mend}", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(timeout, give_up)

@@ -9,7 +9,6 @@ one device, and the projection onto the sphere needs no communication.
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -45,11 +44,6 @@ ACTIVATIONS: Rules = {
 UNSHARDED_SHARE = 0.02
 
 
-def _entry(names: Sequence[str]) -> Any:
-    """An entry of a PartitionSpec: None, a name, or a tuple of names."""
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
-
-
 def current_mesh() -> AbstractMesh | None:
     """The mesh set with ``jax.set_mesh``; None where there is none, or only one device."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -73,7 +67,7 @@ def param_spec(
     Raises:
       ConfigError: a mesh axis would cut two axes of the parameter, or does not divide one.
     """
-    entries: list[Any] = []
+    entries: list[list[str]] = []
     used: dict[str, str] = {}
     for axis in axes:
         cut = [m for m in rules[axis] if axis_size(mesh, m) > 1]
@@ -92,14 +86,13 @@ def param_spec(
                 f"{product} = {axis_size(mesh, *cut)} does not divide {axis} = {sizes[axis]} of"
                 f" {name}; {_mend(axis, sizes[axis], cut, mesh)}."
             )
-        entries.append(_entry(cut))
-    return PartitionSpec(*entries)
+        entries.append(cut)
+    return PartitionSpec(*map(tuple, entries))
 
 
 def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -> str:
     if axis == "vocab":
-        wanted = axis_size(mesh, *cut)
-        return f"set model.vocab_multiple to a multiple of {wanted}"
+        return f"set model.vocab_multiple to a multiple of {axis_size(mesh, *cut)}"
     left = size
     for m in cut:
         n = axis_size(mesh, m)
@@ -134,15 +127,15 @@ def activation_spec(
 
     (Training batches are checked at the start; a sample's batch of one is not cut.)
     """
-    entries: list[Any] = []
+    entries: list[list[str]] = []
     for axis, size in zip(axes, shape, strict=True):
         cut: list[str] = []
         for m in ACTIVATIONS[axis] if axis is not None else ():
             n = axis_size(mesh, m)
             if n > 1 and size % (axis_size(mesh, *cut) * n) == 0:
                 cut.append(m)
-        entries.append(_entry(cut))
-    return PartitionSpec(*entries)
+        entries.append(cut)
+    return PartitionSpec(*map(tuple, entries))
 
 
 def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:

@@ -11,12 +11,7 @@ from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 from ngpt_jax.study.summary import CellRow, SpeedUpRow, curve_of
 
-COSTS = {
-    "steps": "steps",
-    "tokens": "tokens",
-    "flops": "FLOPs",
-    "seconds": "seconds of training",
-}
+COSTS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
 def _color(study: Study, model: str) -> str:
@@ -87,10 +82,8 @@ def speedups(study: Study, rows: Sequence[SpeedUpRow], path: Path) -> None:
                     place = (s["steps"], s["speed_up"])
                     axis.annotate(s["bound"], place, xytext=(4, 4), textcoords="offset points")
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axis.set(
-            title=setting, xscale="log", xlabel=f"steps of {study.baseline}",
-            ylabel=f"steps of {study.baseline} / steps needed",
-        )  # fmt: skip
+        baseline = f"steps of {study.baseline}"
+        axis.set(title=setting, xscale="log", xlabel=baseline, ylabel=f"{baseline} / steps needed")
         _log_axis(axis.xaxis, [s["steps"] for s in rows])
         axis.legend()
     plots.save(fig, path)

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.convert import field_named
@@ -56,8 +56,7 @@ class Study:
     notes: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One run: a cell, a value of the tuned field (None where nothing is tuned) and a seed."""
 
     setting: str
@@ -72,6 +71,7 @@ class Point:
         return f"{self.setting}-{self.model}-{self.steps}{value}-seed{self.seed}"
 
 
+Cell = tuple[str, str, int]  # setting, model, steps
 Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one diverged
 
 
@@ -110,10 +110,8 @@ def check(study: Study) -> None:
         arms = getattr(study, what)
         require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
         for name in arms:
-            require(
-                isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
-                f"{name!r}: a name is made of letters, digits and _ = , . + -",
-            )
+            good = isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name)
+            require(good, f"{name!r}: a name is made of letters, digits and _ = , . + -")
     overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
     overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
     require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
@@ -128,26 +126,20 @@ def check(study: Study) -> None:
         for field, value in fields.items():
             known = field_named(str(field))
             require(known is not None, f"{what}: unknown field {field!r}.")
-            own = (known is not None and known.set_by_study) or (
-                field == study.tuned and not what.startswith("settings")
-            )
+            own = field == study.tuned and not what.startswith("settings")
+            own = own or (known is not None and known.set_by_study)
             require(not own, f"{what}: {field} is set by the study itself.")
             require(value != () and value != [], f"{what}: {field} is empty.")
     names = [f"{s}-{m}" for s in study.settings for m in study.models]
     require(len(set(names)) == len(names), "names of settings and models run into each other.")
     for what in ("budgets", "seeds"):
         values = getattr(study, what)
-        require(
-            isinstance(values, tuple | list | range)
-            and all(isinstance(x, int) and x >= 0 for x in values)
-            and len(values) > 0
-            and list(values) == sorted(set(values)),
-            f"{what} must be whole numbers, ascending.",
-        )
-    require(
-        study.baseline is None or study.baseline in study.models,
-        f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.",
-    )
+        good = isinstance(values, tuple | list | range) and len(values) > 0
+        good = good and all(isinstance(x, int) and x >= 0 for x in values)
+        good = good and list(values) == sorted(set(values))
+        require(good, f"{what} must be whole numbers, ascending.")
+    good = study.baseline is None or study.baseline in study.models
+    require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     if study.tuned is None:
@@ -162,14 +154,11 @@ def check(study: Study) -> None:
         ladder = study.ladders.get(model, ())
         positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
         factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
-        require(
-            len(ladder) >= 3 and bool(factors) and min(factors) > 1,
-            f"ladders[{model!r}] must hold three or more positive values, ascending.",
-        )
-        require(
-            max(factors) < 1.2 * min(factors),
-            f"ladders[{model!r}] must have a constant factor between values.",
-        )
+        name = f"ladders[{model!r}]"
+        good = len(ladder) >= 3 and bool(factors) and min(factors) > 1
+        require(good, f"{name} must hold three or more positive values, ascending.")
+        good = max(factors) < 1.2 * min(factors)
+        require(good, f"{name} must have a constant factor between values.")
 
 
 def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
@@ -200,12 +189,10 @@ def rung(ladder: Sequence[float], index: int) -> float:
     return float(f"{end * factor**steps:.3g}")
 
 
-def cells(study: Study) -> Iterator[tuple[str, str, int]]:
-    """(setting, model, steps) of each cell, the smallest budgets first."""
-    for steps in study.budgets:
-        for setting in study.settings:
-            for model in study.models:
-                yield setting, model, steps
+def cells(study: Study) -> list[Cell]:
+    """All cells, the smallest budgets first."""
+    places = itertools.product(study.budgets, study.settings, study.models)
+    return [(setting, model, steps) for steps, setting, model in places]
 
 
 def tune(
@@ -254,9 +241,7 @@ def _index(ladder: Sequence[float], value: float) -> int:
     return next(i for i in reach if rung(ladder, i) == value)
 
 
-def _tuned_cells(
-    study: Study, losses: Losses
-) -> Iterator[tuple[tuple[str, str, int], float | None, list[Point]]]:
+def _tuned_cells(study: Study, losses: Losses) -> Iterator[tuple[Cell, float | None, list[Point]]]:
     """(cell, best value, points due to find it) of the cells that have one or the other."""
     for cell in cells(study):
         try:
@@ -298,12 +283,12 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
             if p.value is not None:
                 ladder = study.ladders[p.model]
                 away = abs(_index(ladder, p.value) - (len(ladder) - 1) / 2)
-                cell = [x for q, x in losses.items() if dataclasses.replace(q, value=p.value) == p]
+                cell = [x for q, x in losses.items() if q._replace(value=p.value) == p]
                 guessed[p] = away + max(filter(math.isfinite, cell), default=0.0)
     return out
 
 
-def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
+def chosen(study: Study, losses: Losses) -> dict[Cell, list[Point]]:
     """The finished runs of all seeds with the best value, by cell; complete cells alone."""
     out = {}
     for cell, value, points in _tuned_cells(study, losses):
@@ -320,7 +305,7 @@ def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None
     ladder = study.ladders[point.model]
     index = _index(ladder, point.value)
     below, above = (
-        losses.get(dataclasses.replace(point, value=rung(ladder, i), seed=study.seeds[0]))
+        losses.get(point._replace(value=rung(ladder, i), seed=study.seeds[0]))
         for i in (index - 1, index + 1)
     )
     return below, above

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
@@ -35,6 +35,8 @@ COLUMNS: dict[str, type] = {
     "config": str,  # digest of what decides about the loss
     "command": str,
 }  # fmt: skip
+# The columns that say on what a run was made.
+MACHINE = ("cpu", "cores", "devices", "python", "jax", "jaxlib")
 LOCK = ".lock"  # of a study's folder, in which several programs may write
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
@@ -104,7 +106,7 @@ def read(path: Path) -> list[Result]:
 
 
 def point_of(row: Result) -> Point:
-    return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
+    return Point(*(row[name] for name in Point._fields))
 
 
 def losses_of(study: Study, rows: Sequence[Result]) -> Losses:
@@ -149,12 +151,8 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path
 
 def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
     """Largest less smallest loss over the seeds of a point's cell; None for a single seed."""
-    losses = losses_of(study, rows)
-    cell = [
-        x for p, x in losses.items()
-        if (p.setting, p.model, p.steps, p.value)
-        == (point.setting, point.model, point.steps, point.value) and math.isfinite(x)
-    ]  # fmt: skip
+    seeds = ((p._replace(seed=point.seed), x) for p, x in losses_of(study, rows).items())
+    cell = [x for p, x in seeds if p == point and math.isfinite(x)]
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
@@ -174,16 +172,10 @@ def add(path: Path, study: Study, row: Result) -> None:
         plots.write_csv(path, list(COLUMNS), sorted(rows, key=place))
 
 
-class Origin(NamedTuple):
-    """What a run was started from; noted at its start, as files may change during the run."""
-
-    digest: str
-    commit: str | None
-
-
-def origin_of(experiment: str, study: Study, point: Point) -> Origin:
-    file = experiment.partition(":")[0]
-    return Origin(digest(config_of(experiment, study, point)), _commit(file))
+def origin_of(experiment: str, study: Study, point: Point) -> Result:
+    """The columns that are noted at the start of a run, as files may change while it runs."""
+    config = digest(config_of(experiment, study, point))
+    return {"config": config, "commit": _commit(experiment.partition(":")[0])}
 
 
 def _commit(experiment: str) -> str | None:
@@ -202,11 +194,11 @@ def _commit(experiment: str) -> str | None:
 
 
 def row_of(
-    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
+    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Result
 ) -> Result:
     """The row of a finished run, from its folder.
 
-    A run whose held-out loss is not finite counts as diverged.
+    A run whose held-out loss is not finite counts as diverged. ``origin``: see :func:`origin_of`.
     """
     from ngpt_jax.model.params import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
@@ -216,9 +208,7 @@ def row_of(
     versions = json.loads((workdir / "versions.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rates = [m["train/tokens_per_second"] for m in metrics if "train/tokens_per_second" in m]
-    last: dict[str, float] = {}
-    for row in metrics:
-        last |= row
+    last: dict[str, float] = {name: x for row in metrics for name, x in row.items()}
     final = metrics[-1] if metrics else {}  # the last evaluation is the last row
     sets = {key.rsplit("/", 1)[0] for key in last if key.startswith("eval/")}
     diverged = diverged or not sets or not all(f"{name}/loss" in final for name in sets)
@@ -230,15 +220,12 @@ def row_of(
     command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)])
     tokens = point.steps * config.train.batch_size * config.model.context
     return {
-        "setting": point.setting, "model": point.model, "steps": point.steps,
-        "value": point.value, "seed": point.seed,
-        "status": "diverged" if diverged else "done",
+        **point._asdict(), "status": "diverged" if diverged else "done",
         "loss": mean("loss"), "bits_per_byte": mean("bits_per_byte"),
         "tokens": tokens, "parameters": num_params(config.model),
         "flops": tokens * train_flops_per_token(config.model),
         "seconds": round(last.get("train/seconds", 0.0), 2),
         "tokens_per_second": round(statistics.median(rates)) if rates else None,
-        **{name: versions[name] for name in ("cpu", "cores", "devices", "python", "jax", "jaxlib")},
-        "commit": origin.commit, "data": versions["data"][:12],
-        "held_out": versions["held_out"][:12], "config": origin.digest, "command": command,
+        **{name: versions[name] for name in MACHINE}, **origin, "command": command,
+        "data": versions["data"][:12], "held_out": versions["held_out"][:12],
     }  # fmt: skip

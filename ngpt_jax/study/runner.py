@@ -14,7 +14,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.files import lock
 from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Point, Study
-from ngpt_jax.study.results import Origin, Result
+from ngpt_jax.study.results import Result
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
@@ -49,7 +49,7 @@ class Running(NamedTuple):
     point: Point
     process: subprocess.Popen
     locks: list[IO[str]]  # of the point and of its cores
-    origin: Origin
+    origin: Result
 
 
 def available_cores() -> list[int]:
@@ -120,9 +120,7 @@ def start(c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]
         sys.executable, "-m", "ngpt_jax.main",
         *results.command_of(c.experiment, c.study, point), f"--workdir={c.runs / point.name}",
     ]  # fmt: skip
-    environment = dict(os.environ)
-    if c.study.cores is not None:
-        environment["JAX_PLATFORMS"] = "cpu"
+    environment = os.environ | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
     with pinned(cores), open(c.log_of(point), "a", encoding="utf-8") as log:
         # In a session of its own: Ctrl-C reaches it only through this program, once.
         process = subprocess.Popen(
@@ -209,30 +207,33 @@ def _wait(
 
 def _status(study: Study, rows: list[Result], running: list[Running]) -> tuple[float, str]:
     """The share of the study that is done, and a line about it."""
-    done = len(results.in_study(study, rows))
-    total = done + len(plan.forecast(study, results.losses_of(study, rows)))
+    done, (count, left) = len(results.in_study(study, rows)), _forecast(study, rows)
     names = ", ".join(run.point.name for run in running)
-    return done / total, f"{done} of about {total} runs{_time_left(study, rows)}; now {names}"
+    return done / (done + count), f"{done} of about {done + count} runs{left}; now {names}"
 
 
 def to_come(study: Study, rows: list[Result]) -> str:
     """ "about 12 runs to come, about 1:23:45 left"."""
-    count = len(plan.forecast(study, results.losses_of(study, rows)))
-    return f"about {count} runs to come{_time_left(study, rows)}"
+    count, left = _forecast(study, rows)
+    return f"about {count} runs to come{left}"
 
 
-def _time_left(study: Study, rows: list[Result]) -> str:
-    """Told by what a step took so far, without start, compilation and evaluation; "" at first."""
+def _forecast(study: Study, rows: list[Result]) -> tuple[int, str]:
+    """How many runs are still to come, and ", about 1:23:45 left".
+
+    The time follows from what a step took so far, without start, compilation and evaluation. It is
+    "" while no run has finished.
+    """
+    points = plan.forecast(study, results.losses_of(study, rows))
     speed: dict[tuple[str, str] | None, float] = {}  # None: of any run
     for row in rows:
         if row["status"] == "done" and row["steps"]:
             each = row["seconds"] / row["steps"]
             speed[row["setting"], row["model"]] = speed[None] = each
     if not speed:
-        return ""
-    points = plan.forecast(study, results.losses_of(study, rows))
+        return len(points), ""
     seconds = sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in points)
-    return f", about {format_duration(seconds / lanes(study.cores))} left"
+    return len(points), f", about {format_duration(seconds / lanes(study.cores))} left"
 
 
 def _finish(c: Comparison, run: Running, terminal: Terminal, stopping: bool) -> None:
@@ -254,10 +255,8 @@ def _result(c: Comparison, run: Running) -> Result:
     """The result of a run that has ended; raises PointFailed where it failed."""
     code, log = run.process.returncode, c.log_of(run.point)
     if code in (0, EXIT_DIVERGED):
-        return results.row_of(
-            c.experiment, c.study, run.point, c.runs / run.point.name, code == EXIT_DIVERGED,
-            run.origin,
-        )  # fmt: skip
+        workdir, diverged = c.runs / run.point.name, code == EXIT_DIVERGED
+        return results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origin)
     if code < 0:
         how = f"was ended by signal {-code} (9: out of memory?); see {log}"
     else:
@@ -296,9 +295,7 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
         if code is None:
             return EXIT_RESUME
         new = _result(apart, run)
-    for column in (
-        "cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "held_out", "config",
-    ):  # fmt: skip
+    for column in (*results.MACHINE, "data", "held_out", "config"):
         if old[column] != new[column]:
             terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
     before, now = (f"{r['status']}, loss {r['loss']!r}" for r in (old, new))

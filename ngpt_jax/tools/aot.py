@@ -25,12 +25,9 @@ _TOPOLOGY = flags.DEFINE_string(
 )
 _SLICES = flags.DEFINE_integer("slices", 1, "TPU slices of that topology.", lower_bound=1)
 _WINDOWS = flags.DEFINE_integer(
-    "windows",
-    None,
-    "Sequences of a microbatch for each of the mesh.data * mesh.fsdp groups of chips, instead of"
-    " the config's batch size.",
-    lower_bound=1,
-)
+    "windows", None, "Sequences of a microbatch for each of the mesh.data * mesh.fsdp groups of"
+    " chips, instead of the config's batch size.", lower_bound=1,
+)  # fmt: skip
 _SEARCH = flags.DEFINE_bool("search", False, "Find the largest --windows that fits.")
 _JSON = flags.DEFINE_string("json", None, "Also write the report to this file.")
 _LOWERED = flags.DEFINE_string(
@@ -53,7 +50,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     set_xla_flags(config.runtime.xla_flags)
     if _TOPOLOGY.value != "local":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this machine's own devices play no part
-    from ngpt_jax.aot import report, search, topologies
+    from ngpt_jax.aot import report, topologies
     from ngpt_jax.data.tokenizers.load import with_tokenizer
     from ngpt_jax.parallel.backend import enable_x64_if_used
 
@@ -62,10 +59,10 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if config.model.vocab_size is None:
         config, _ = with_tokenizer(config)
     if _SEARCH.value:
-        found = search.search(config, devices)
+        found = report.search(config, devices)
     else:
         if _WINDOWS.value:
-            config = search.with_sequences(config, len(devices), _WINDOWS.value)
+            config = report.with_sequences(config, len(devices), _WINDOWS.value)
         found = report.report_of(config, devices, _LOWERED.value)
     print(report.show(found))
     command.write_json(_JSON.value, found)

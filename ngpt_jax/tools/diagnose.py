@@ -29,9 +29,7 @@ _STEP = flags.DEFINE_integer(
 )
 _OUT = flags.DEFINE_string("out", None, "Folder for the figures; WORKDIR/diagnose by default.")
 _LAYERS = flags.DEFINE_list(
-    "layers",
-    None,
-    "Layers, from 0, whose queries and keys are shown; two in the middle by default.",
+    "layers", None, "Layers, from 0, whose queries and keys are shown; the middle two by default."
 )
 _WINDOWS = flags.DEFINE_integer(
     "windows", 16, "Held-out sequences for angles and attention.", lower_bound=1
