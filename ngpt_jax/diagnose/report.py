@@ -14,15 +14,11 @@ from ngpt_jax.diagnose import figures, measures
 from ngpt_jax.diagnose.measures import Row
 from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
 from ngpt_jax.files import writing
-<<<<<<< HEAD
 from ngpt_jax.inference.opening import read_config
-=======
-from ngpt_jax.inference import opening
 from ngpt_jax.model.inspect import BLOCKS, HEAD_KERNELS, MLP_KERNELS, TABLES
 from ngpt_jax.terminal import format_table
 
 Tables = dict[str, list[Row]]
->>>>>>> slim2
 
 
 def diagnose(
@@ -47,17 +43,11 @@ def diagnose(
       The headlines as a table, why something is missing, and what was written. Raises ConfigError.
     """
     plots.require_matplotlib()
-<<<<<<< HEAD
     found = [
         (path, read_config(flag, path, overrides), find_checkpoint(flag, path, step))
         for flag, path in folders.items()
     ]
     chosen = _chosen_layers(layers, min(config.model.layers for _, config, _ in found))
-=======
-    configs = [opening.read_config(flag, path, overrides) for flag, path in folders.items()]
-    checkpoints = [opening.find_checkpoint(flag, path, step) for flag, path in folders.items()]
-    chosen = _chosen_layers(layers, min(config.model.layers for config in configs))
->>>>>>> slim2
     labels = plots.run_labels(list(folders.values()))
     folder = command.output_folder(next(iter(folders.values())), out, "diagnose")
     runs, measured, notes = [], [], []

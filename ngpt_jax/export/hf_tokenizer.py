@@ -14,14 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-<<<<<<< HEAD
-from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
-=======
 from ngpt_jax.config import DataConfig, command
-from ngpt_jax.data.tokenizers.base import Tokenizer
-from ngpt_jax.data.tokenizers.byte import ByteTokenizer
->>>>>>> slim2
+from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
