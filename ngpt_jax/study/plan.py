@@ -302,10 +302,7 @@ def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None
     """Losses of the first seed at the next smaller and the next larger value of the ladder."""
     if point.value is None:
         return None, None
-    ladder = study.ladders[point.model]
+    ladder, tuning = study.ladders[point.model], point._replace(seed=study.seeds[0])
     index = _index(ladder, point.value)
-    below, above = (
-        losses.get(point._replace(value=rung(ladder, i), seed=study.seeds[0]))
-        for i in (index - 1, index + 1)
-    )
-    return below, above
+    below, above = rung(ladder, index - 1), rung(ladder, index + 1)
+    return losses.get(tuning._replace(value=below)), losses.get(tuning._replace(value=above))
