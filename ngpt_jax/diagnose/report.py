@@ -51,7 +51,7 @@ def diagnose(
     labels = plots.run_labels(list(folders.values()))
     folder = command.output_folder(next(iter(folders.values())), out, "diagnose")
     runs, measured, notes = [], [], []
-    for label, path, config, checkpoint in zip(labels, folders.values(), configs, checkpoints):
+    for label, (path, config, checkpoint) in zip(labels, found):
         run = read_state(f"{title(config)} {label}", path, config, checkpoint)
         of_run, note = measure(run, chosen, sequences)
         runs.append(run._replace(state=run.state._replace(params=None, opt_state=None)))
