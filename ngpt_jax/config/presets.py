@@ -61,17 +61,20 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def preset_value(config: Config, name: str) -> Any:
-    """The value that the config's kind has for a field, by its dotted name."""
-    value = PRESETS[config.model.kind][name]
+def values_of_kind(config: Config) -> dict[str, Any]:
+    """The values that a resolved config's kind has for the fields of its preset, by their names."""
+    return {name: _value(config, value) for name, value in PRESETS[config.model.kind].items()}
+
+
+def _value(config: Config, value: Any) -> Any:
     return value(config) if callable(value) else value
 
 
 def fill_in(config: Config) -> Config:
     """The config with every field of its preset that is None set to the kind's value."""
-    for name in PRESETS[config.model.kind]:
+    for name, value in PRESETS[config.model.kind].items():
         if operator.attrgetter(name)(config) is None:
-            config = _replace(config, name, preset_value(config, name))
+            config = _replace(config, name, _value(config, value))
     return config
 
 
