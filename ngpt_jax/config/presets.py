@@ -61,9 +61,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def values_of_kind(config: Config) -> dict[str, Any]:
-    """The values that a resolved config's kind has for the fields of its preset, by their names."""
-    return {name: _value(config, value) for name, value in PRESETS[config.model.kind].items()}
+def value_of_kind(config: Config, name: str, default: Any) -> Any:
+    """What the config's kind fills in for a field by its name; the default where it does not."""
+    return _value(config, PRESETS[config.model.kind].get(name, default))
 
 
 def _value(config: Config, value: Any) -> Any:

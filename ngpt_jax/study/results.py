@@ -14,7 +14,7 @@ from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.experiment import call_in_file, load_config
-from ngpt_jax.config.presets import values_of_kind
+from ngpt_jax.config.presets import value_of_kind
 from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
 
@@ -70,10 +70,10 @@ def digest(config: Config) -> str:
     A table stays good when later versions have new fields: these are at their default, or at the
     value that the kind's preset gives. Fingerprints tell the text apart, not its path.
     """
-    lines, of_kind = [], values_of_kind(config)
+    lines = []
     for field, default, value in config_lib.differences(Config(), config):
         if not field.always_in_digest:
-            default = of_kind.get(field.name, default)
+            default = value_of_kind(config, field.name, default)
         if field.effect.loss and value != default:
             lines.append(f"{field.name}: {default!r} -> {value!r}")
     return digest_of(lines)[:12]
