@@ -8,7 +8,7 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 
 CHOICES = {
-    "residual": ("add", "lerp"),
+    "residual": ("add", "lerp", "slerp"),
     "pre_norm": ("none", "rms"),
     "branch_norm": ("none", "unit"),
     "final_norm": ("none", "rms"),

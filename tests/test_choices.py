@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 from choices import accepted, label, make, pairwise
 from test_diagnose import by_hand
+from test_diagnose import slerp as by_hand_slerp
 from test_generation import check_decoding, logits_of, moved
 
+import ngpt_jax
+from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.decoding import folding
+from ngpt_jax.diagnose import measures, tables
+from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect
 from ngpt_jax.model.params import param_tree
+from ngpt_jax.model.transformer import RESIDUALS
 from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.training import loop
 from ngpt_jax.training.step import init_state, make_train_step, summarize_params
 
 PACKAGE = Path(__file__).parent.parent / "ngpt_jax"
@@ -79,6 +86,43 @@ def test_training_moves_every_parameter(x64, fields):
     assert set(inspect.effective_scales(config.model, state.params)) == {
         key.removeprefix("mean_") for key in summary if key.startswith("mean_")
     }
+
+
+def test_slerp_is_equation_6_where_alpha_is_one_number(x64):
+    """And a step along the great circle turns h by the share alpha of the angle."""
+    h, f = (sphere.normalize(x) for x in np.random.default_rng(0).standard_normal((2, 5, 16)))
+    moved = RESIDUALS["slerp"](h, f, np.full(16, 0.3))
+    np.testing.assert_allclose(moved, by_hand_slerp(np.asarray(h), np.asarray(f), 0.3), atol=1e-14)
+    turned, angle = sphere.angle(h, moved), sphere.angle(h, f)
+    np.testing.assert_allclose(turned, 0.3 * angle, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("theta", [0.0, 1e-18, 1e-7, 1e-3, np.pi - 1e-3, np.pi])
+def test_a_slerp_step_is_finite_at_every_angle(theta, dtype):
+    h = np.eye(16)[0]
+    f = np.cos(theta) * h + np.sin(theta) * np.eye(16)[1]
+    alpha = np.linspace(0, 0.6, 16)  # 0.5 is not among them: it would lead nowhere at pi
+    h, f, alpha = (jax.numpy.asarray(x, dtype) for x in (h, f, alpha))
+    moved = RESIDUALS["slerp"](h, f, alpha)
+    grads = jax.grad(lambda *x: RESIDUALS["slerp"](*x).sum(), (0, 1, 2))(h, f, alpha)
+    assert moved.dtype == dtype and abs(float(sphere.safe_norm(moved)) - 1) < 0.01
+    assert all(np.isfinite(np.asarray(g, np.float32)).all() for g in grads)
+
+
+@pytest.mark.slow
+def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
+    path = str(tmp_path / "run")
+    assert loop.train(small(**{"model.residual": "slerp", "sample.tokens": 4}), path) == 0
+    model = ngpt_jax.load(path)
+    assert model.config.model.residual == "slerp"
+    seen = [256, *b"the ", *model.generate("the ", 8, temperature=0).ids]
+    logits = logits_of(model.config.model, model.params, np.array([seen]))[0, 4:-1, :257]
+    assert seen[5:] == np.argmax(logits, axis=-1).tolist()
+    checkpoint = opening.find_checkpoint("workdir", path, None)
+    run = measures.open_run("slerp", path, model.config, checkpoint)
+    found, note = tables.measure(run, None, 1)
+    assert not note and {"scales", "angles", "entropy", "rotation", "gradient"} <= set(found)
 
 
 @pytest.mark.parametrize(

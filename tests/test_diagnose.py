@@ -282,8 +282,13 @@ def by_hand(model, params, tokens, segments, positions):
     return logits, {n: np.stack(a) for n, a in angles.items()}, np.stack(entropies)
 
 
+def slerp(h, f, a):
+    theta = np.arccos(np.sum(h * f, -1, keepdims=True))
+    return (np.sin((1 - a) * theta) * h + np.sin(a * theta) * f) / np.sin(theta)
+
+
 # What is normalized to give the next hidden state.
-RESIDUALS = {"lerp": lambda h, f, a: h + a * (f - h)}
+RESIDUALS = {"lerp": lambda h, f, a: h + a * (f - h), "slerp": slerp}
 
 
 @pytest.mark.parametrize(

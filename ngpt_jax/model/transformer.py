@@ -136,6 +136,7 @@ def add(h: jax.Array, f: jax.Array, alpha: None) -> jax.Array:
 RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
     "add": add,
     "lerp": sphere.lerp,
+    "slerp": sphere.slerp,
 }
 
 
