@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -123,18 +123,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-class _Outcome(NamedTuple):
-    """What a function returned, or the error that it raised."""
-
-    result: Any
-    error: Exception | None = None
-
-
-def _try(fn: Callable[[], Any]) -> _Outcome:
+def _try(fn: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """What ``fn`` returns, and the error that it raises: one of them is None."""
     try:
-        return _Outcome(fn())
+        return fn(), None
     except Exception as e:
-        return _Outcome(None, e)
+        return None, e
 
 
 def together(fn: Callable[[], T], error: type[Exception]) -> T:
@@ -149,19 +143,18 @@ def together(fn: Callable[[], T], error: type[Exception]) -> T:
     Returns:
       What ``fn`` returned on this process.
     """
-    return fn() if jax.process_count() == 1 else _raise_together(_try(fn), error)
+    return fn() if jax.process_count() == 1 else _raise_together(*_try(fn), error)
 
 
-def _raise_together(outcome: _Outcome, error: type[Exception]) -> Any:
-    """The result of this process, where no process has an error; all call it."""
-    own = outcome.error
+def _raise_together(result: Any, own: Exception | None, error: type[Exception]) -> Any:
+    """The result of this process, where no process has an error of its own; all call it."""
     messages = _all_messages("" if own is None else str(own) or type(own).__name__)
     if own is not None:
         raise own
     for process, message in enumerate(messages):
         if message:
             raise error(f"process {process}: {message}")
-    return outcome.result
+    return result
 
 
 def _all_messages(message: str) -> list[str]:
@@ -225,14 +218,14 @@ def first_then_rest(fn: Callable[[], T], error: type[Exception]) -> T:
     # The wait is the coordinator's: collectives give up after some minutes.
     client, key = coordinator(), f"ngpt_jax/first_then_rest/{next(_rounds)}"
     if is_first():
-        outcome = _try(fn)
-        client.key_value_set(key, "done" if outcome.error is None else "failed")
+        result, own = _try(fn)
+        client.key_value_set(key, "done" if own is None else "failed")
     elif client.blocking_key_value_get(key, _PATIENCE) == "done":
-        outcome = _try(fn)
+        result, own = _try(fn)
     else:
-        outcome = _Outcome(None)  # the error of process 0 is raised below
+        result = own = None  # the error of process 0 is raised below
     client.wait_at_barrier(f"{key}/end", _PATIENCE)
-    return _raise_together(outcome, error)
+    return _raise_together(result, own, error)
 
 
 def coordinator() -> Any:

@@ -1,4 +1,4 @@
-"""The device mesh, and which rows of a batch belong where."""
+"""The device mesh, and which rows of a batch go to which process."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -34,14 +34,27 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run, see :func:`device_mesh`; checks that it cuts the training batch.
+    """The mesh of a run, see :func:`device_mesh`; raises ConfigError where it does not divide the
+    training batch.
 
     Args:
       config: resolved.
       devices: all of them by default.
     """
     mesh = device_mesh(config.mesh, devices)
-    _check_batch(config, mesh)
+    ways, accumulate = axis_size(mesh, "data", "fsdp"), config.train.accumulate
+    if config.train.batch_size % (wanted := ways * accumulate):
+        parts = f" in {accumulate} microbatches" if accumulate > 1 else ""
+        raise ConfigError(
+            f"train.batch_size = {config.train.batch_size} is not divisible by the {ways} devices"
+            f" of mesh.data * mesh.fsdp{parts};"
+            f" the next that is: {-(-config.train.batch_size // wanted) * wanted}."
+        )
+    if config.model.context % axis_size(mesh, "context"):
+        raise ConfigError(
+            f"model.context = {config.model.context} is not divisible by mesh.context ="
+            f" {axis_size(mesh, 'context')}."
+        )
     return mesh
 
 
@@ -74,25 +87,8 @@ def device_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    ways, accumulate = axis_size(mesh, "data", "fsdp"), config.train.accumulate
-    if config.train.batch_size % (ways * accumulate):
-        wanted = ways * accumulate
-        parts = f" in {accumulate} microbatches" if accumulate > 1 else ""
-        raise ConfigError(
-            f"train.batch_size = {config.train.batch_size} is not divisible by the {ways} devices"
-            f" of mesh.data * mesh.fsdp{parts};"
-            f" the next that is: {-(-config.train.batch_size // wanted) * wanted}."
-        )
-    if config.model.context % axis_size(mesh, "context"):
-        raise ConfigError(
-            f"model.context = {config.model.context} is not divisible by mesh.context ="
-            f" {axis_size(mesh, 'context')}."
-        )
-
-
 def check_eval_batch(batch_size: int | None, mesh: Mesh) -> None:
-    """Refuses an ``eval.batch_size`` whose rows the mesh cannot cut evenly."""
+    """Refuses an ``eval.batch_size`` that the mesh does not divide."""
     ways = axis_size(mesh, "data", "fsdp")
     if batch_size is not None and batch_size % ways:
         raise ConfigError(
@@ -102,14 +98,14 @@ def check_eval_batch(batch_size: int | None, mesh: Mesh) -> None:
 
 
 class BatchPlacer:
-    """Moves batches of one shape to the devices of a mesh, each process its own rows.
+    """Moves batches of one shape to the devices of a mesh; each process gives some of the rows.
 
-    Which rows a process needs follows from the batch's sharding, not from its index: where a
+    Which rows follows from the batch's sharding, not from the number of the process: where a
     ``tensor`` or ``context`` axis lies across processes, several need the same rows.
 
     Attributes:
       sharding: of every array of a batch, (batch, length).
-      rows: the rows that this process has to supply, ascending.
+      rows: the rows that this process gives, ascending.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int, context: int):
