@@ -15,11 +15,12 @@ from ngpt_jax.errors import ConfigError
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a URL such as gs://bucket/run."""
     return "://" in os.fspath(path)
 
 
 def write_atomically(path: os.PathLike[str], text: str) -> None:
-    """Writes a file so that a reader sees the old text or the new one, never a part."""
+    """Writes a file; a reader sees the old text or the new one, never a part."""
     if is_remote(path):
         from etils import epath
 
@@ -48,8 +49,17 @@ def writing(where: str | os.PathLike[str]) -> Iterator[None]:
         raise ConfigError(f"{e.filename or where} cannot be written: {reason(e)}.") from e
 
 
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Turns an OSError of what is read inside into a ConfigError that begins with ``where``."""
+    try:
+        yield
+    except OSError as e:
+        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+
+
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
-    """Removes what killed calls of :func:`write_atomically` have left; nobody else may write."""
+    """Removes what killed calls of :func:`write_atomically` left in a folder of this program's."""
     if not is_remote(folder):
         for name in os.listdir(folder):
             if re.fullmatch(r"\..+\.\d+\.tmp", name):
@@ -104,6 +114,6 @@ def digest_of(lines: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """What an error of reading or writing says, in short."""
+    """The reason of an error of reading or writing, in one line."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__

@@ -33,9 +33,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
 )
 _ALLOW_SCHEDULE_CHANGE = flags.DEFINE_bool(
-    "allow_schedule_change",
-    False,
-    "Go on with a run under another length, batch size or learning rate.",
+    "allow_schedule_change", False, "Go on with another length, batch size or learning rate."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several do not find each other."

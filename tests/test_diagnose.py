@@ -27,7 +27,6 @@ from ngpt_jax.model.params import compute_params, param_tree
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.training import evaluator, loop
-from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState, make_train_step, summed_nats
 
 ROOT = Path(__file__).parent.parent
@@ -428,7 +427,8 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
         read_csv(figures[1] / f"{name}.csv", run=label) for name in ("rotation", "gradient")
     )
     # The fifth batch, read from the start of the stream, and the training step on it.
-    batches = pipeline.train_batches(make_dataset(config, corpus), 4, 0, threads=0, prefetch=1)
+    dataset = pipeline.make_dataset(config.data, corpus)
+    batches = pipeline.train_batches(dataset, 4, 0, threads=0, prefetch=1)
     batch = [next(batches) for _ in range(5)][-1]
     step = jax.jit(make_train_step(config, *make_optimizer(config)))
     after, metrics = step(TrainState(*run.state), batch)

@@ -249,8 +249,7 @@ def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
     params = init_params(config.model, jax.random.key(0))
     placer = BatchPlacer(make_mesh(config), 3, 16)
     batches = pipeline.eval_batches(eval_set, 16, 3)
-    nats_fn = evaluator.make_summed_nats(config.model)
-    result = evaluator.evaluate(nats_fn, params, batches, placer, eval_set.num_bytes)
+    result = evaluator.evaluate(config.model, params, batches, placer, eval_set.num_bytes)
     tokens = np.array([t.eod, *ids])
     assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
     nats = 0.0
@@ -355,7 +354,7 @@ def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
     assert "2 x 2 x 8 x 16" in line
     assert "layers, heads, head_dim, embed" in line
     assert ("embed (axis 3)" in line) == (kind == "ngpt")
-    assert "memory a device" in report
+    assert "memory per device" in report
 
 
 def test_dry_run_tells_of_missing_files_beside_the_table(tiny):

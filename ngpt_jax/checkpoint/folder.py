@@ -12,7 +12,7 @@ from orbax.checkpoint.path import atomicity, atomicity_defaults
 from ngpt_jax.checkpoint import checksums
 from ngpt_jax.checkpoint.checksums import DamagedCheckpoint
 from ngpt_jax.config import ConfigError
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import is_remote, reading, reason
 
 
 class CheckpointFolder:
@@ -135,21 +135,15 @@ def find_checkpoint(flag: str, path: epath.PathLike, step: int | None = None) ->
       ConfigError: there is none, or it is damaged.
     """
     where, path = f"--{flag}={path}", absolute(path)
-    try:
+    with reading(where):
         if not path.exists():
             raise ConfigError(
                 f"{where}: no such folder; give a run's folder or a checkpoint in it."
             )
-        if not (path / "checkpoints").is_dir():
-            if not (path.name.isdecimal() and path.is_dir()):
-                raise ConfigError(
-                    f"{where} is neither a run's folder (with checkpoints/ in it) nor one of its"
-                    " checkpoints (checkpoints/N); give one of them."
-                )
-            checkpoint, earlier = path, []
-        else:
+        if (path / "checkpoints").is_dir():
             folder = CheckpointFolder(path)
-            if not (steps := folder.steps()):
+            steps = folder.steps()
+            if not steps:
                 raise ConfigError(f"{where} holds no checkpoint yet; give another run's folder.")
             step = steps[-1] if step is None else step
             if step not in steps:
@@ -158,13 +152,19 @@ def find_checkpoint(flag: str, path: epath.PathLike, step: int | None = None) ->
                     f" {', '.join(map(str, steps))}."
                 )
             checkpoint, earlier = folder.checkpoint(step), [s for s in steps if s < step]
-        checksums.verify(checkpoint)
-        return checkpoint
-    except DamagedCheckpoint as e:
-        other = f"checkpoint {earlier[-1]}, the one before it" if earlier else "another one"
-        raise ConfigError(f"{where}: {checkpoint} is damaged ({e}); give {other}.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+        elif path.name.isdecimal() and path.is_dir():
+            checkpoint, earlier = path, []
+        else:
+            raise ConfigError(
+                f"{where} is neither a run's folder (with checkpoints/ in it) nor one of its"
+                " checkpoints (checkpoints/N); give one of them."
+            )
+        try:
+            checksums.verify(checkpoint)
+        except DamagedCheckpoint as e:
+            other = f"checkpoint {earlier[-1]}, the one before it" if earlier else "another one"
+            raise ConfigError(f"{where}: {checkpoint} is damaged ({e}); give {other}.") from e
+    return checkpoint
 
 
 def absolute(path: epath.PathLike) -> epath.Path:

@@ -11,11 +11,21 @@ import grain
 import numpy as np
 from absl import flags
 
+from ngpt_jax.config import DataConfig
+from ngpt_jax.data.corpus import Corpus
 from ngpt_jax.data.packing import Batch, Sequences, by_document
 from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.data.workers import follow_parent
 
 # ------------------------------------------------------------------------------------ training
+
+
+def make_dataset(config: DataConfig, corpus: Corpus) -> grain.MapDataset:
+    """A corpus' training sequences without end, in the order of ``data.seed``."""
+    if config.source == "mixture":
+        weights = {name: source.weight for name, source in config.mixture.items()}
+        return mixed_dataset(corpus.train, weights, config.seed)
+    return train_dataset(corpus.train[""], config.seed)
 
 
 def train_dataset(sequences: Sequences, seed: int) -> grain.MapDataset:

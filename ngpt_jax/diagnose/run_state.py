@@ -18,7 +18,6 @@ from ngpt_jax.optim import recipes
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.training import layout
-from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState
 
 Batch = dict[str, np.ndarray]
@@ -74,8 +73,8 @@ def held_out_sequences(run: RunState, corpus: Corpus, count: int) -> Iterator[Ba
 def next_batch(run: RunState, corpus: Corpus) -> Batch:
     """The training batch that the run would read next."""
     batches = pipeline.train_batches(
-        make_dataset(run.config, corpus), run.config.train.batch_size, run.progress["position"],
-        threads=0, prefetch=1,
+        pipeline.make_dataset(run.config.data, corpus), run.config.train.batch_size,
+        run.progress["position"], threads=0, prefetch=1,
     )  # fmt: skip
     try:
         return next(batches)

@@ -11,7 +11,7 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
 from ngpt_jax.config import CheckpointConfig, Config, ConfigError, experiment
 from ngpt_jax.config.fields import MeshConfig
-from ngpt_jax.files import reason
+from ngpt_jax.files import writing
 from ngpt_jax.training import workdir as workdir_lib
 
 
@@ -26,20 +26,15 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
     Raises ConfigError.
     """
     workdir = workdir_lib.open_workdir(path)
-    where, saved = f"--{flag}={path}", workdir / "config.json"
+    where = f"--{flag}={path}"
     if not workdir.exists():
         raise ConfigError(f"{where}: no such folder; give the --workdir of a training run.")
-    if not (saved.exists() and (workdir / "checkpoints").is_dir()):
+    if not ((workdir / "config.json").exists() and (workdir / "checkpoints").is_dir()):
         raise ConfigError(
             f"{where} is not the folder of a training run: config.json and checkpoints/ must be in"
             " it."
         )
-    try:
-        config = config_lib.from_saved(saved.read_text())
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except (ValueError, AttributeError, TypeError, RecursionError) as e:
-        raise ConfigError(f"{saved} cannot be read ({e}).") from e
+    config = workdir_lib.read_config(where, workdir)
     # Devices and kernel are those of this machine, not of the one that trained.
     model = dataclasses.replace(config.model, attention="auto")
     config = dataclasses.replace(config, model=model, mesh=MeshConfig())
@@ -68,7 +63,7 @@ def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> 
     Raises ConfigError.
     """
     folder = workdir_lib.open_workdir(workdir)
-    try:
+    with writing(workdir):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{workdir} is there already, and not empty; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,11 +71,10 @@ def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> 
             "position": 0, "losses": [], "seconds": 0.0, "data": None, "tokenizer": tokenizer,
             "config": dataclasses.asdict(config), "versions": workdir_lib.versions(),
         }  # fmt: skip
-        checkpoints = Checkpoints(folder, CheckpointConfig())
-        checkpoints.save(_Weights(jnp.zeros((), jnp.int32), params), progress)
-        checkpoints.close()
+        try:
+            checkpoints = Checkpoints(folder, CheckpointConfig())
+            checkpoints.save(_Weights(jnp.zeros((), jnp.int32), params), progress)
+            checkpoints.close()
+        except SaveError as e:
+            raise ConfigError(str(e)) from e
         workdir_lib.write_start(folder, config, {"tokenizer": tokenizer})
-    except SaveError as e:
-        raise ConfigError(str(e)) from e
-    except OSError as e:
-        raise ConfigError(f"{e.filename or workdir} cannot be written: {reason(e)}.") from e

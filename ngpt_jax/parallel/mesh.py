@@ -1,4 +1,4 @@
-"""The device mesh, and which rows of a batch belong where."""
+"""The device mesh, and which rows of a batch go to which process."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,8 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run, see :func:`device_mesh`; checks that it cuts the training batch.
+    """The mesh of a run, see :func:`device_mesh`; raises ConfigError where it does not divide the
+    training batch.
 
     Args:
       config: resolved.
@@ -97,14 +98,14 @@ def check_eval_batch(batch_size: int | None, mesh: Mesh) -> None:
 
 
 class BatchPlacer:
-    """Moves batches of one shape to the devices of a mesh, each process its own rows.
+    """Moves batches of one shape to the devices of a mesh; each process gives some of the rows.
 
-    Which rows a process needs follows from the batch's sharding, not from its index: where a
+    Which rows follows from the batch's sharding, not from the number of the process: where a
     ``tensor`` or ``context`` axis lies across processes, several need the same rows.
 
     Attributes:
       sharding: of every array of a batch, (batch, length).
-      rows: the rows that this process has to supply, ascending.
+      rows: the rows that this process gives, ascending.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int, context: int):

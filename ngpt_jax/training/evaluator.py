@@ -20,7 +20,12 @@ from ngpt_jax.training.metrics import Results, Row
 from ngpt_jax.training.step import Batch, summed_nats
 from ngpt_jax.training.workdir import RunError
 
-_summarize = jax.jit(inspect.summarize, static_argnums=0)  # one for all runs of a program
+# One program each for all runs of a process.
+_summarize = jax.jit(inspect.summarize, static_argnums=0)
+_summed_nats = jax.jit(
+    lambda model, params, batch: summed_nats(model, compute_params(model, params), batch),
+    static_argnums=0,
+)
 
 
 class Evaluator:
@@ -32,14 +37,9 @@ class Evaluator:
     """
 
     def __init__(
-        self,
-        config: Config,
-        eval_sets: Sequence[EvalSet],
-        mesh: Mesh,
-        write: Callable[[int, Row], None],
-        say: Callable[[str], None],
-        restored: tuple[int, Results],
-    ):
+        self, config: Config, eval_sets: Sequence[EvalSet], mesh: Mesh,
+        write: Callable[[int, Row], None], say: Callable[[str], None], step: int, results: Results,
+    ):  # fmt: skip
         """
         Args:
           config: resolved.
@@ -47,18 +47,15 @@ class Evaluator:
           mesh: of the devices.
           write: takes a step and its row of metrics.
           say: takes a line for the user.
-          restored: the step that the run goes on from, and the results found for it.
+          step: the one that the run goes on from.
+          results: what is known of it from the logs.
         """
         assert config.eval.batch_size is not None and config.train.steps is not None
         self._model, self._eval_sets, self._write, self._say = config.model, eval_sets, write, say
-        self._every, self._limit, self._steps = (
-            config.eval.every, config.eval.batches, config.train.steps
-        )  # fmt: skip
+        self._config, self._steps = config.eval, config.train.steps
         self._shape = config.model.context, config.eval.batch_size
         self._mask_documents = config.data.mask_documents
         self._placer = BatchPlacer(mesh, config.eval.batch_size, config.model.context)
-        self._nats_fn = make_summed_nats(config.model)
-        step, results = restored
         # The evaluation of the last step reads the whole sets.
         needs = {"loss", "bits_per_byte"} if step == self._steps else {"loss"}
         self.step, self.results = -1, results
@@ -80,7 +77,7 @@ class Evaluator:
     def due(self, step: int) -> bool:
         """Whether an evaluation is due after this many steps."""
         last = step == self._steps
-        return step > 0 and (last or step % self._every == 0) and step != self.step
+        return step > 0 and (last or step % self._config.every == 0) and step != self.step
 
     def evaluate(self, step: int, params: Any, stop_asked: Callable[[], bool]) -> None:
         """Evaluates every set and writes one row; after the last step the sets are read whole.
@@ -92,15 +89,21 @@ class Evaluator:
         try:
             for eval_set in self._eval_sets:
                 start = time.perf_counter()
-                limit = self._limit if step < self._steps else None
+                limit = self._config.batches if step < self._steps else None
                 result = evaluate(
-                    self._nats_fn, params, self._batches(eval_set, limit), self._placer,
+                    self._model, params, self._batches(eval_set, limit), self._placer,
                     eval_set.num_bytes if limit is None else None, stop_asked,
                 )  # fmt: skip
                 if result is None:
                     return
                 results[eval_set.name] = result
-                self._tell(step, eval_set.name, result, time.perf_counter() - start)
+                bits = result.get("bits_per_byte")
+                self._say(
+                    f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
+                    f" {result['loss']:.4f} nats/token"
+                    f"{'' if bits is None else f'  {bits:.4f} bits/byte'}"
+                    f"  ({result['tokens']:,.0f} tokens, {time.perf_counter() - start:.1f} s)"
+                )
             (batch,) = self._batches(self._eval_sets[0], 1)
         except ConfigError as e:  # a file that was damaged since the start
             raise RunError(str(e)) from e
@@ -114,18 +117,6 @@ class Evaluator:
     def _batches(self, eval_set: EvalSet, limit: int | None) -> Iterator[dict[str, Any]]:
         return pipeline.eval_batches(eval_set, *self._shape, limit, self._mask_documents)
 
-    def _tell(self, step: int, name: str, result: dict[str, float], seconds: float) -> None:
-        bits = f"  {result['bits_per_byte']:.4f} bits/byte" if "bits_per_byte" in result else ""
-        self._say(
-            f"step {step:>6}/{self._steps}  held-out {name}: {result['loss']:.4f} nats/token{bits}"
-            f"  ({result['tokens']:,.0f} tokens, {seconds:.1f} s)"
-        )
-
-
-def make_summed_nats(model: ModelConfig) -> Callable[[Any, Batch], jax.Array]:
-    """Jitted (params, batch) -> summed nats over the batch's weighted targets."""
-    return jax.jit(lambda params, batch: summed_nats(model, compute_params(model, params), batch))
-
 
 def place(batch: dict[str, Any], placer: BatchPlacer) -> Batch:
     """A whole batch, of which this process gives its rows, on the devices."""
@@ -133,18 +124,14 @@ def place(batch: dict[str, Any], placer: BatchPlacer) -> Batch:
 
 
 def evaluate(
-    nats_fn: Callable[[Any, Batch], jax.Array],
-    params: Any,
-    batches: Iterator[dict[str, Any]],
-    placer: BatchPlacer,
-    num_bytes: int | None = None,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+    model: ModelConfig, params: Any, batches: Iterator[dict[str, Any]], placer: BatchPlacer,
+    num_bytes: int | None = None, stop_asked: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:  # fmt: skip
     """Loss of ``params`` on a held-out set.
 
     Args:
-      nats_fn: from :func:`make_summed_nats`.
-      params: the parameters.
+      model: resolved.
+      params: its parameters.
       batches: whole ones, as :func:`pipeline.eval_batches` gives them.
       placer: moves them to the devices.
       num_bytes: UTF-8 bytes of the text, where the batches hold all of a set.
@@ -163,7 +150,7 @@ def evaluate(
         placed = place(batch, placer)
         # One at a time: collectives of two programs in flight can wait for each other on CPUs.
         jax.block_until_ready(sums[-1:])
-        sums.append(nats_fn(params, placed))
+        sums.append(_summed_nats(model, params, placed))
     nats = math.fsum(float(s) for s in jax.device_get(sums))
     out = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
     return out if num_bytes is None else out | {"bits_per_byte": nats / math.log(2) / num_bytes}

@@ -21,7 +21,7 @@ class Progress:
     """Where a run is, saved with each checkpoint.
 
     Attributes:
-      position: sequences consumed, padding rows counted; the place in the data.
+      position: sequences consumed: the place in the data.
       losses: of the accepted steps since the last row of metrics.
       seconds: of training, over all starts; without evaluations and saves.
     """
@@ -53,13 +53,9 @@ class Logger:
     """
 
     def __init__(
-        self,
-        config: Config,
-        progress: Progress,
-        write: Callable[[int, Row], None],
-        terminal: Terminal,
-        last_saved: Callable[[], str],
-    ):
+        self, config: Config, progress: Progress, write: Callable[[int, Row], None],
+        terminal: Terminal, last_saved: Callable[[], str],
+    ):  # fmt: skip
         """
         Args:
           config: resolved.

@@ -35,12 +35,9 @@ class MetricWriter:
     """
 
     def __init__(
-        self,
-        workdir: epath.Path,
-        start_step: int,
-        wandb_project: str | None = None,
+        self, workdir: epath.Path, start_step: int, wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
-    ):
+    ):  # fmt: skip
         """
         Args:
           workdir: the run's folder.
@@ -53,9 +50,7 @@ class MetricWriter:
           OSError: the folder cannot be written.
         """
         # First, as it may refuse to start.
-        self._wandb = None
-        if wandb_project is not None:
-            self._wandb = _start_wandb(wandb_project, config, workdir)
+        self._wandb = _start_wandb(wandb_project, config, workdir) if wandb_project else None
         found = {_start_number(path.name): path for path in workdir.glob("metrics*.jsonl")}
         old = [path for number, path in sorted(found.items()) if number >= -1]
         self.results: Results = {}

@@ -20,13 +20,9 @@ class Saver:
     """
 
     def __init__(
-        self,
-        checkpoints: Checkpoints,
-        config: CheckpointConfig,
-        facts: dict[str, Any],
-        loss_at: Callable[[int], float | None],
-        say: Callable[[str], None],
-    ):
+        self, checkpoints: Checkpoints, config: CheckpointConfig, facts: dict[str, Any],
+        loss_at: Callable[[int], float | None], say: Callable[[str], None],
+    ):  # fmt: skip
         """
         Args:
           checkpoints: of the run.

@@ -7,7 +7,7 @@ import functools
 import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -23,7 +23,7 @@ from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
-from ngpt_jax.files import digest_of, reason
+from ngpt_jax.files import digest_of, reason, writing
 from ngpt_jax.model.params import num_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
@@ -50,13 +50,12 @@ class Run:
 
     Attributes:
       state: after ``step`` steps.
-      step: number of steps made.
-      steps: length of the run.
+      step, steps: how many were made, and how many there will be.
       progress: is saved beside the state.
-      next_batch: gives the batch of a step, this process's rows of it; None where no step is left.
-      placer: moves it to the devices.
+      next_batch: gives this process's rows of the batch of a step; None where no step is left.
+      placer: moves them to the devices.
       train_step: the compiled step; None where no step is left.
-      stop_asked: whether to stop; to be called at least once a step, by all processes.
+      stop_asked: whether to stop; all processes call it equally often, at least once a step.
       evaluator, logger, profile, saver: know what is due, and do it.
       sample: text from parameters.
     """
@@ -77,13 +76,9 @@ class Run:
 
 
 def open_run(
-    config: Config,
-    path: epath.PathLike,
-    allow_schedule_change: bool,
-    stop: StopSignal,
-    terminal: Terminal,
-    stack: contextlib.ExitStack,
-) -> Run:
+    config: Config, path: epath.PathLike, allow_schedule_change: bool, stop: StopSignal,
+    terminal: Terminal, stack: contextlib.ExitStack,
+) -> Run:  # fmt: skip
     """Makes a run ready. All processes call it, and meet in its collectives in this order.
 
     Args:
@@ -124,7 +119,7 @@ def open_run(
 
     distributed.together(check_workdir, ConfigError)
 
-    # 4. Process 0 prepares the text where need be; all have the same.
+    # 4. Process 0 prepares the text where that is needed; all processes have the same.
     def load() -> Corpus:
         return load_corpus(
             config.data, tokenizer, config.model.context, terminal, lambda: stop.name is not None
@@ -132,10 +127,8 @@ def open_run(
 
     corpus = distributed.first_then_rest(load, ConfigError)
     terminal.close()  # the bar of the preparation
-    distributed.check_same(
-        text=corpus.fingerprint,
-        held_out=[(s.name, len(s.stream), s.fingerprint) for s in corpus.held_out],
-    )
+    held_out = [(s.name, len(s.stream), s.fingerprint) for s in corpus.held_out]
+    distributed.check_same(text=corpus.fingerprint, held_out=held_out)
 
     # 5. No other program uses the folder from here on, and all processes see it.
     if (lock := _on_first(workdir, lambda: workdir_lib.lock_workdir(workdir))) is not None:
@@ -145,12 +138,19 @@ def open_run(
 
     # 6. The state: from the newest checkpoint, which is whole, or a new one.
     checkpoints = Checkpoints(workdir, config.checkpoint)
-    distributed.check_same(newest_checkpoint=checkpoints.latest_step())
-    resumed = checkpoints.latest_step() is not None
-    if resumed:
-        state, progress = _restore(on_mesh, mesh, checkpoints, workdir, tokenizer, corpus)
+    restored = checkpoints.latest_step()
+    distributed.check_same(newest_checkpoint=restored)
+    tx, _ = make_optimizer(on_mesh)
+    like = layout.abstract_state(on_mesh, tx, mesh)
+    progress = Progress()
+    if restored is not None:
+        state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
     else:
-        state, progress = _first_state(on_mesh, mesh, tokenizer), Progress()
+        state = layout.first_state(on_mesh, tx, mesh)
+        if (other := config.init_from) is not None:
+            params, theirs = restore_params(other, like.params)
+            check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
+            state = state._replace(params=params)
     step, steps = int(state.step), config.train.steps
     assert steps is not None
     if step > steps:
@@ -159,10 +159,9 @@ def open_run(
             " raise it."
         )
 
-    # 7. The logs end at this step. The folder tells what it holds: the last thing to be written,
-    # so that a start that is refused leaves it as it was.
-    shown = dataclasses.asdict(config)
-    project = config.log.wandb_project
+    # 7. The logs end at this step. Then the folder tells what it holds: last of all, so that a
+    # start that is refused leaves it as it was.
+    shown, project = dataclasses.asdict(config), config.log.wandb_project
     writer = _on_first(workdir, lambda: MetricWriter(workdir, step, project, shown))
     if writer is not None:
         stack.callback(writer.close)
@@ -173,22 +172,18 @@ def open_run(
     }
     _on_first(workdir, lambda: workdir_lib.write_start(workdir, config, facts))
 
-    # 8. What is due between the steps.
-    write = functools.partial(write_on_first, writer)
-    results = distributed.of_first(lambda: json.dumps(writer.results if writer else {}))
-    evaluator = Evaluator(
-        on_mesh, corpus.held_out, mesh, write, terminal.say, (step, json.loads(results))
-    )
-    # The place in the data means nothing in another text. There is no random state to save: all
-    # comes from the seeds in the config.
+    # 8. What is due between the steps. A checkpoint tells of which text it is, as its place in the
+    # data means nothing in another one; all that is random comes from the seeds in the config.
+    write, say = functools.partial(write_on_first, writer), terminal.say
+    found = distributed.of_first(lambda: json.dumps(writer.results if writer else {}))
+    evaluator = Evaluator(on_mesh, corpus.held_out, mesh, write, say, step, json.loads(found))
     saved = {"data": facts["data"], "tokenizer": facts["tokenizer"], "config": shown}
     saved["versions"] = workdir_lib.versions()
-    saver = Saver(checkpoints, config.checkpoint, saved, evaluator.loss_at, terminal.say)
+    saver = Saver(checkpoints, config.checkpoint, saved, evaluator.loss_at, say)
     stack.callback(saver.close)
     logger = Logger(on_mesh, progress, write, terminal, saver.last_saved)
-    profile = Profile(config.profile, workdir, terminal.say)
 
-    # 9. A call that comes late, as a step hangs, shows where the threads are.
+    # 9. Where a step hangs, the next call comes late, and the stacks of all threads are printed.
     hang_seconds = config.runtime.hang_seconds
     stack.callback(faulthandler.cancel_dump_traceback_later)
 
@@ -199,24 +194,41 @@ def open_run(
         return stop()
 
     # 10. The user is told what runs.
-    _greet(terminal.say, on_mesh, mesh, kernel, corpus.tokens, workdir)
-    if resumed:
-        done = " (the end; delete the folder or choose --workdir to train anew)"
-        terminal.say(f"resumed from step {step}{done if step == steps else ''}")
+    model, batch_size = on_mesh.model, config.train.batch_size
+    say(
+        f"{model.kind}, {num_params(model):,} parameters, {steps:,} steps of"
+        f" {batch_size * model.context:,} tokens, {corpus.tokens:,} tokens of text"
+        f" ({config.data.source}) -> {workdir}"
+    )
+    if mesh.size > 1:
+        say(f"{layout.describe_mesh(mesh)}; {kernel}")
+        say(layout.parameter_table(model, mesh))
+    elif jax.default_backend() != "cpu":
+        say(kernel)
+    if restored is not None:
+        end = " (the end; delete the folder or choose --workdir to train anew)"
+        say(f"resumed from step {step}{end if step == steps else ''}")
         for difference in changed:
-            terminal.say(f"changed: {difference}")
+            say(f"changed: {difference}")
 
     # 11. Batches are read ahead while the step is compiled.
     next_batch = train_step = None
-    placer = BatchPlacer(mesh, config.train.batch_size, config.model.context)
+    placer = BatchPlacer(mesh, batch_size, model.context)
     if step < steps:
-        next_batch = _read_batches(config, corpus, progress, placer.rows, stack)
+        dataset = pipeline.make_dataset(config.data, corpus)
+        batches = pipeline.train_batches(
+            dataset, batch_size, progress.position, config.data.threads, config.data.prefetch,
+            placer.rows, config.data.workers,
+        )  # fmt: skip
+        stack.callback(batches.close)  # ends its threads or processes
+        next_batch = functools.partial(_next_batch, batches, progress, batch_size)
         start = time.perf_counter()
         train_step = layout.lower_train_step(on_mesh, mesh).compile()
         logger.compile_seconds = time.perf_counter() - start
-        terminal.say(f"compiled the step in {logger.compile_seconds:.1f} s")
+        say(f"compiled the step in {logger.compile_seconds:.1f} s")
 
-    sample = functools.partial(sample_text, on_mesh.model, config.sample, tokenizer)
+    profile = Profile(config.profile, workdir, say)
+    sample = functools.partial(sample_text, model, config.sample, tokenizer)
     return Run(
         state, step, steps, progress, next_batch, placer, train_step, stop_asked, evaluator, logger,
         profile, saver, sample,
@@ -227,101 +239,35 @@ def _on_first(workdir: epath.Path, fn: Callable[[], T]) -> T | None:
     """Runs ``fn``, which writes into the folder, on process 0 alone; its errors end all."""
 
     def run() -> T | None:
-        try:
+        with writing(workdir):
             return fn() if distributed.is_first() else None
-        except OSError as e:
-            raise ConfigError(f"{e.filename or workdir} cannot be written: {reason(e)}.") from e
 
     return distributed.together(run, ConfigError)
 
 
-def _first_state(config: Config, mesh: Mesh, tokenizer: Tokenizer) -> TrainState:
-    """At step 0; with the weights of another run where ``init_from`` names one."""
-    tx, _ = make_optimizer(config)
-    state = layout.first_state(config, tx, mesh)
-    if config.init_from is None:
-        return state
-    like = layout.abstract_state(config, tx, mesh).params
-    params, theirs = restore_params(config.init_from, like)
-    check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={config.init_from}")
-    return state._replace(params=params)
-
-
 def _restore(
-    config: Config,
-    mesh: Mesh,
-    checkpoints: Checkpoints,
-    workdir: epath.Path,
-    tokenizer: Tokenizer,
-    corpus: Corpus,
+    checkpoints: Checkpoints, like: TrainState, where: str, tokenizer: Tokenizer, corpus: Corpus
 ) -> tuple[TrainState, Progress]:
-    """State and progress of the newest checkpoint, which has to be of the same text."""
-    tx, _ = make_optimizer(config)
-    state, saved = checkpoints.restore(layout.abstract_state(config, tx, mesh))
-    check_tokenizer(tokenizer, saved["tokenizer"], f"--workdir={workdir}")
+    """State and progress of the newest checkpoint, which has to be of this text."""
+    state, saved = checkpoints.restore(like)
+    check_tokenizer(tokenizer, saved["tokenizer"], where)
     if saved["data"] != corpus.fingerprint:
         raise ConfigError(
-            f"--workdir={workdir}: the training text is not the one that this run began with"
-            " (another Python, or changed files); choose another --workdir."
+            f"{where}: the training text is not the one that this run began with (another Python,"
+            " or changed files); choose another --workdir."
         )
     return state, Progress(**{f.name: saved[f.name] for f in dataclasses.fields(Progress)})
 
 
-def _greet(
-    say: Callable[[str], None],
-    config: Config,
-    mesh: Mesh,
-    kernel: str,
-    tokens: int,
-    workdir: epath.Path,
-) -> None:
-    model, train = config.model, config.train
-    say(
-        f"{model.kind}, {num_params(model):,} parameters, {train.steps:,} steps of"
-        f" {train.batch_size * model.context:,} tokens, {tokens:,} tokens of text"
-        f" ({config.data.source}) -> {workdir}"
-    )
-    if mesh.size > 1:
-        say(f"{layout.describe_mesh(mesh)}; {kernel}")
-        say(layout.parameter_table(config, mesh))
-    elif jax.default_backend() != "cpu":
-        say(kernel)
-
-
-def make_dataset(config: Config, corpus: Corpus) -> Any:
-    """Training sequences without end, in the order of ``data.seed``."""
-    if config.data.source == "mixture":
-        weights = {name: source.weight for name, source in config.data.mixture.items()}
-        return pipeline.mixed_dataset(corpus.train, weights, config.data.seed)
-    return pipeline.train_dataset(corpus.train[""], config.data.seed)
-
-
-def _read_batches(
-    config: Config,
-    corpus: Corpus,
-    progress: Progress,
-    rows: np.ndarray,
-    stack: contextlib.ExitStack,
-) -> Callable[[int], dict[str, np.ndarray]]:
-    """Begins to read ahead; returns a function that gives the batch of a step.
-
-    It takes the batches in order, and moves ``progress.position`` with each.
-    """
-    batch_size, data = config.train.batch_size, config.data
-    batches = pipeline.train_batches(
-        make_dataset(config, corpus), batch_size, progress.position, data.threads, data.prefetch,
-        rows, data.workers,
-    )  # fmt: skip
-    stack.callback(batches.close)  # ends its threads or processes
-
-    def next_batch(step: int) -> dict[str, np.ndarray]:
-        try:
-            batch = next(batches)
-        except ConfigError as e:  # a file that was damaged since the start
-            raise RunError(str(e)) from e
-        except Exception as e:  # of grain, where a worker was killed
-            raise RunError(f"The sequences of step {step} cannot be read: {reason(e)}.") from e
-        progress.position += batch_size
-        return batch
-
-    return next_batch
+def _next_batch(
+    batches: Iterator[dict[str, np.ndarray]], progress: Progress, batch_size: int, step: int
+) -> dict[str, np.ndarray]:
+    """The batch of a step; moves the position in the data."""
+    try:
+        batch = next(batches)
+    except ConfigError as e:  # a file that was damaged since the start
+        raise RunError(str(e)) from e
+    except Exception as e:  # of grain, where a worker was killed
+        raise RunError(f"The sequences of step {step} cannot be read: {reason(e)}.") from e
+    progress.position += batch_size
+    return batch
