@@ -5,18 +5,18 @@
     python -m ngpt_jax.main --config=experiments/0_5b.py --config.data.source=bin \
         --config.data.paths=owt_llama2 --config.data.tokenizer=llama2.json
 
-OpenWebText from anywhere: .jsonl or .parquet files (the first start prepares them, if prepare did
-not), --source=tfds --tfds_name=..., or nanoGPT's train.bin as it is (GPT-2's tokens, so
---config.data.tokenizer=gpt2/ --config.model.vocab_size=50257; README, "Data").
+OpenWebText may come from .jsonl or .parquet files (without prepare, the first start prepares them),
+from --source=tfds --tfds_name=..., or from nanoGPT's train.bin as it is (GPT-2's tokens, so add
+--config.data.tokenizer=gpt2/ --config.model.vocab_size=50257): see ngpt_jax/data/README.md.
 
-24 layers, width 1024, 16 heads of 64, SwiGLU of 4096, LLaMA-2's 32,000 tokens, 512 windows a
-step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of the
-paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
+24 layers, width 1024, 16 heads of 64, SwiGLU of 4096, LLaMA-2's 32,000 tokens, 512 sequences
+a step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of
+the paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
 paper's.
 Expected cost, not measured: 2.76e9 FLOPs a token at 1k, 1.45e20 in all; at 40 % MFU about 100 hours
 of one H100, or 8 hours of a TPU v5e-64.
-Fits a TPU v5e-16 and larger (README, "TPU and GPU"); on fewer devices cut a step into microbatches
-with --config.train.accumulate=8, say.
+Fits a TPU v5e-16 and larger (ngpt_jax/aot/README.md). On fewer devices use microbatches:
+--config.train.accumulate=8, for example.
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standard library).
 """
 

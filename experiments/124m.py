@@ -5,9 +5,9 @@
 
 12 layers, width 768, 12 heads, context 1024. With the 32,000 tokens of LLaMA-2's tokenizer: 162.5 M
 parameters, of which 113.2 M in the blocks. 2.5 B tokens in 19,200 steps of 131,072 (22 tokens a
-block parameter). Where memory is short: --config.train.accumulate=4, say.
+block parameter). If memory is short: --config.train.accumulate=4, for example.
 Expected cost: 8.8e8 FLOPs a token, 2.2e18 in all; 2.1 hours of one H200 at the 325,000 tokens/s
-that 20 steps of batch 32 gave there (29 % MFU); the whole run was not made.
+that 20 steps of batch 32 gave there (29 % MFU). The whole run was never made.
 Variants: gpt (the baseline), debug (tiny, on bytes of the standard library).
 """
 

@@ -2,13 +2,15 @@
 
     python -m ngpt_jax.main --config=experiments/prose.py
 
-Reads prose.train.jsonl.gz and prose.val.jsonl.gz ({"text": ...} a line) in the folder that
-NGPT_PROSE names. 4 layers, width 192, 6 heads, context 256, 4,096 tokens (3.7 characters each):
-3.9 M parameters; 12.3 M tokens in 6,000 steps of 8 windows, once through the text.
-51 minutes on two cores of an Intel Xeon, each a device of its own but for the first 200 steps
-(2.5e14 FLOPs):
-  XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m ngpt_jax.main \
-      --config=experiments/prose.py --config.mesh.data=2 --config.mesh.fsdp=1
+Reads prose.train.jsonl.gz and prose.val.jsonl.gz, with {"text": ...} on each line, from the folder
+that the environment variable NGPT_PROSE names. 4 layers, width 192, 6 heads, context 256, 4,096
+tokens (3.7 characters each): 3.9 M parameters. 12.3 M tokens in 6,000 steps of 8 sequences, once
+through the text. 51 minutes (2.5e14 FLOPs) on two cores of an Intel Xeon; after the first 200 steps
+each core was a device of its own:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m ngpt_jax.main \
+        --config=experiments/prose.py --config.mesh.data=2 --config.mesh.fsdp=1
+
 Variants: gpt (the baseline).
 prose/tokenizer.json was made from the training text: python experiments/prose.py
 """

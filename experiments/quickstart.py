@@ -3,7 +3,7 @@
     python -m ngpt_jax.main --config=experiments/quickstart.py
 
 1.1 M parameters (4 layers, width 128, 4 heads), context 256, 1.4 M tokens in 700 steps of 8
-windows; under five minutes on two cores.
+sequences; under five minutes on two cores.
 Variants: gpt (the baseline, with a recipe of its own), debug (tiny, seconds).
 """
 

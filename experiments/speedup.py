@@ -2,13 +2,15 @@
 
     python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py
 
-0.23 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core a
-run; contexts 128 and 512; two texts: the source of Python's standard library, and English prose
-(prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that NGPT_PROSE names).
-Variants search, finals, playoff and starts: the search for the three recipes, on budgets and a
-seed that the study has not. Variant ablation: which piece of nGPT does it. Variant long: twice the
-largest budget, one seed, on whatever device is at hand (a GPU, say).
-One run by hand: the column "command" of the table, with a --workdir.
+0.23 M parameters (3 layers, width 64, 2 heads), bytes, 2,048 tokens a step, float32, one CPU core
+for each run. Contexts 128 and 512. Two texts: the source of Python's standard library, and English
+prose (prose.train.jsonl.gz and prose.val.jsonl.gz in the folder that the environment variable
+NGPT_PROSE names).
+Variants: search, finals, playoff and starts search for the three recipes, on budgets and a seed
+that the study does not use. ablation asks which piece of nGPT does it. long has twice the largest
+budget and one seed, on whatever device is at hand (a GPU, for example).
+To make one run by hand, take its command from the table and add a --workdir.
+The results are in experiments/README.md.
 """
 
 import os

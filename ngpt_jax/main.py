@@ -12,15 +12,13 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 from absl import flags, logging
 
 from ngpt_jax.config import Config, ConfigError, command, experiment
-from ngpt_jax.parallel import xla_flags
+from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
 _CONFIG = flags.DEFINE_string(
@@ -35,9 +33,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
 )
 _ALLOW_SCHEDULE_CHANGE = flags.DEFINE_bool(
-    "allow_schedule_change",
-    False,
-    "Go on with a run under another length, batch size or learning rate.",
+    "allow_schedule_change", False, "Go on with another length, batch size or learning rate."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several do not find each other."
@@ -66,17 +62,18 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         return 0
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
-    xla_flags.set_flags(config.runtime.xla_flags)
+    set_xla_flags(config.runtime.xla_flags)
     # Before jax, so that no signal is lost while it loads.
     stop = None if _DRY_RUN.value else StopSignal()
     # jax and the rest are slow to load: only once the input is known to be good.
     from ngpt_jax.parallel import distributed
     from ngpt_jax.training import dry_run, loop
+    from ngpt_jax.training.workdir import RunError
 
     distributed.initialize(
         _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT.value
     )
-    loop.enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     if _DRY_RUN.value:
         text, problem = dry_run.report(config)
         print(text)
@@ -86,7 +83,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     workdir = _WORKDIR.value or _default_workdir(_CONFIG.value)
     try:
         return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
-    except loop.RunError as e:
+    except RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return distributed.leave(e.exit_code)
     except KeyboardInterrupt:

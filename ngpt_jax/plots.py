@@ -1,7 +1,5 @@
 """Plots as PNG with the numbers beside them as CSV, in one style."""
 
-from __future__ import annotations
-
 import csv
 import io
 import os
@@ -12,13 +10,27 @@ from typing import Any
 from ngpt_jax.errors import ConfigError
 from ngpt_jax.files import write_atomically
 
-# One colour a model, told apart by people who see no red or green too (Okabe and Ito).
+# One colour a model; people who cannot tell red from green can tell these (Okabe and Ito).
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
+def run_labels(folders: Sequence[str]) -> list[str]:
+    """The names of runs in figures and tables: those of their folders, or whole paths.
+
+    Paths where two folders have the same name. Raises ConfigError where two are the same folder.
+    """
+    paths = [Path(folder).expanduser().resolve() for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise ConfigError(
+            "--against is the folder of --workdir; give another run, or leave it out."
+        )
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
+
+
 def require_matplotlib() -> None:
-    """Raises ConfigError where there is no matplotlib; called before any work."""
+    """Raises ConfigError where matplotlib is not installed; called before any work."""
     try:
         import matplotlib
     except ImportError as e:
@@ -43,7 +55,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
         "xtick.labelsize": 8,
         "ytick.labelsize": 8,
     }
-    pyplot.rcParams.update(style)  # for good: titles and legends are made later
+    pyplot.rcParams.update(style)  # not only here: titles and legends are made later
     fig, axes = pyplot.subplots(
         rows, columns, figsize=(columns * width, rows * height), layout="constrained",
         squeeze=False,
@@ -54,7 +66,7 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
 def save(fig: Any, path: Path) -> None:
     """Writes a PNG of 64 colours (a third of the bytes), whole or not at all; frees the figure."""
     from matplotlib import pyplot
-    from PIL import Image  # which matplotlib stands on
+    from PIL import Image  # matplotlib depends on it
 
     picture = io.BytesIO()
     fig.savefig(picture, dpi=130, format="png")
@@ -64,14 +76,10 @@ def save(fig: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV with a header; floats in full, None and what is missing as nothing."""
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes rows as CSV with a header: floats in full; None, and what is missing, as nothing."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return out.getvalue()
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomically(path, csv_text(columns, rows))
+    write_atomically(path, out.getvalue())

@@ -4,8 +4,6 @@
 gives NaN at zero). Here every leaf says along which axis its vectors lie.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 

@@ -10,8 +10,6 @@ lies; all other axes count vectors. Equation numbers are those of the nGPT paper
 https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax
@@ -162,6 +160,17 @@ def angle(a: jax.Array, b: jax.Array, axis: Axis = -1, keepdims: bool = False) -
     return theta.astype(a.dtype)
 
 
+def _sinc(x: jax.Array) -> jax.Array:
+    """sin(x) / x. Unlike jnp.sinc it has exact derivatives at small x, from a series below 1/2."""
+    square = jnp.square(x)
+    small = square < 0.25
+    series = jnp.ones_like(x)
+    for n in (156, 110, 72, 42, 20, 6):
+        series = 1 - square / n * series
+    x = jnp.where(small, 1, x)
+    return jnp.where(small, series, jnp.sin(x) / x)
+
+
 def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:
     """Spherical interpolation along the great circle from a (t=0) to b (t=1).
 
@@ -169,20 +178,22 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) 
 
     Args:
       a, b: unit vectors along ``axis``, of one shape.
-      t: share of the way, broadcast against ``a`` with ``axis`` kept as length 1.
+      t: share of the way, broadcast against ``a``; a number for each vector has length 1 along
+        ``axis``. With a number for each entry, both weights of an entry are those of its own t,
+        and the result is off the great circle.
       axis: the axis of a vector.
 
     Returns:
-      Unit vectors. Exact for a = b; antipodal points have no single great circle:
-      the result is finite and of no defined direction.
+      Unit vectors. Exact for a = b, with exact derivatives. Antipodal points have no single great
+      circle: the result is finite and of no defined direction.
     """
     a32, b32, t32 = promote(a), promote(b), promote(t)
     theta = angle(a32, b32, axis, keepdims=True)
 
-    # sin(s theta) = theta s sinc(s theta / pi), smooth at 0. The positive factor sin(theta) / theta
+    # sin(s theta) = theta s sinc(s theta), smooth at 0. The positive factor sin(theta) / theta
     # of both weights is left to the norm: it is 0 at antipodes.
     def weight(s):
-        return s * jnp.sinc(s * theta / jnp.pi)
+        return s * _sinc(s * theta)
 
     return normalize(weight(1 - t32) * a32 + weight(t32) * b32, axis).astype(a.dtype)
 

@@ -1,7 +1,5 @@
 """What a person sees: a progress bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import time
@@ -12,12 +10,14 @@ from rich import progress as rich_progress
 
 
 def format_duration(seconds: float) -> str:
+    """Such as 1:02:05, or 2:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def format_bytes(count: float) -> str:
+    """Such as 1.5 KiB; GiB are the largest unit."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
@@ -26,7 +26,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns side by side, the first row underlined."""
+    """Rows of text as aligned columns; the first row is underlined."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -43,7 +43,7 @@ class Terminal:
         self._status = ""
 
     def say(self, text: str) -> None:
-        """A line that stays. Nobody reading, or a full disk, is no reason to end a run."""
+        """Prints a line that stays. A closed pipe or a full disk does not end a run."""
         with contextlib.suppress(OSError):
             if self._bar:
                 self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
@@ -51,7 +51,7 @@ class Terminal:
                 print(text, flush=True)
 
     def show(self, label: str, share: float, status: str | None = None) -> None:
-        """Moves the bar; without a new status only now and then, as that costs time."""
+        """Moves the bar; without a new status at most five times a second, as that costs time."""
         now = time.monotonic()
         if self._quiet or not self._console.is_terminal or (status is None and now < self._shown):
             return
@@ -72,14 +72,14 @@ class Terminal:
         )
 
     def tell(self, text: str, seconds: float = 0.0) -> None:
-        """A line where there is no bar, at most one in so many seconds."""
+        """Prints a line where there is no bar, at most one in ``seconds``."""
         now = time.monotonic()
         if not self._bar and now >= self._told:
             self._told = now + seconds
             self.say(text)
 
     def close(self) -> None:
-        """Ends the bar; the next one begins anew."""
+        """Ends the bar; a new one may follow."""
         if self._bar:
             self._bar.stop()
             self._bar, self._status = None, ""

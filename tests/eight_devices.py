@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.transformer import init_params, unit_axes
+from ngpt_jax.model.params import unit_axes
+from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.projection import keep_params_on_sphere, project_params
@@ -344,7 +345,7 @@ def test_kv_heads_that_do_not_divide_stay_whole():
     specs = layout.param_shardings(config.model, mesh)["layers"]
     assert specs["key_kernel"].spec == P(None, None, None, "fsdp")
     assert specs["query_kernel"].spec == P(None, None, "tensor", "fsdp")
-    table = layout.parameter_table(config, mesh)
+    table = layout.parameter_table(config.model, mesh)
     row = next(line for line in table.splitlines() if line.startswith("layers/up_kernel"))
     assert "-, -, tensor*fsdp" in row
     assert row.endswith(f"{2 * 64 * 256 * 8 / 8 / 1024:.1f} KiB")

@@ -18,9 +18,9 @@ def main(argv):
 
     from ngpt_jax.config import ConfigError, command, experiment
     from ngpt_jax.data.corpus import load_corpus
+    from ngpt_jax.data.tokenizers.load import with_tokenizer
     from ngpt_jax.parallel import distributed
     from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-    from ngpt_jax.training.setup import make_dataset, with_tokenizer
 
     count, first, *rest = argv
     rest, overrides = command.split_overrides(rest)
@@ -37,7 +37,7 @@ def main(argv):
     from ngpt_jax.data import pipeline
 
     batches = pipeline.train_batches(
-        make_dataset(config, corpus), batch_size, int(first) * batch_size, data.threads,
+        pipeline.make_dataset(data, corpus), batch_size, int(first) * batch_size, data.threads,
         data.prefetch, rows, data.workers,
     )  # fmt: skip
     for number, batch in enumerate(itertools.islice(batches, int(count)), start=int(first)):

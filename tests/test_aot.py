@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from ngpt_jax.aot import report as report_lib
+from ngpt_jax.aot.topologies import topology_devices
 from ngpt_jax.config import ConfigError
 from ngpt_jax.parallel.mesh import make_mesh
-from ngpt_jax.tools import aot
 from ngpt_jax.training import layout, loop
 
 ROOT = Path(__file__).parents[1]
@@ -36,58 +37,58 @@ def test_the_step_is_the_one_that_training_runs(tiny, tmp_path, monkeypatch):
         return lowered
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.layout, "lower_train_step", spy)
+        patch.setattr(layout, "lower_train_step", spy)
         assert loop.train(config, tmp_path / "run") == 0
-    report = aot.report_of(config, jax.devices(), str(tmp_path / "lowered.txt"))
+    report = report_lib.report_of(config, jax.devices(), str(tmp_path / "lowered.txt"))
     assert report["fits"]
     assert [(tmp_path / "lowered.txt").read_text()] == texts
-    assert "attention" in aot.show(report)
+    assert "attention" in report_lib.show(report)
 
 
 @libtpu
 @pytest.mark.slow
 def test_a_small_model_compiles_for_a_tpu_with_splash(tiny):
-    devices = aot.topology_devices("v5e:2x2")
+    devices = topology_devices("v5e:2x2")
     config = tiny(**{
         "model.width": 128, "model.context": 256, "model.dtype": "bfloat16", "model.remat": "full",
         "model.vocab_size": 512, "model.loss_chunk": 128, "train.batch_size": 4,
     })  # fmt: skip
-    report = aot.report_of(config, devices)
+    report = report_lib.report_of(config, devices)
     assert report["attention"] == "splash"
     assert sum(report["attention_kernels"].values()) == 4  # forward twice, dq, dkv
     assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert 0 < report["peak_bytes"] < 2**28
     assert report["collectives"]["all-gather"]["bytes"] > 2 * 2 * 512 * 128  # two bf16 tables
-    assert "of 16 GiB" in aot.show(report)
+    assert "of 16 GiB" in report_lib.show(report)
 
 
 @libtpu
 def test_auto_that_finds_no_kernel_on_a_tpu_is_an_error(tiny):
     with pytest.raises(ConfigError, match="not splash: it needs head_dim 64"):
-        aot.report_of(tiny(), aot.topology_devices("v5e:2x2"))
+        report_lib.report_of(tiny(), topology_devices("v5e:2x2"))
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4by4", "h100:8"])
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ConfigError, match="is not known; it is GENERATION:SHAPE with one of v4"):
-        aot.topology_devices(name)
+        topology_devices(name)
 
 
 @libtpu
 def test_a_topology_that_libtpu_does_not_know_is_refused():
     with pytest.raises(ConfigError, match="v5e:3x5.: libtpu does not know it"):
-        aot.topology_devices("v5e:3x5")
+        topology_devices("v5e:3x5")
 
 
 def test_missing_libtpu_is_told(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="libtpu is not installed: pip install"):
-        aot.topology_devices("v5e:4x4")
+        topology_devices("v5e:4x4")
 
 
 @libtpu
 def test_replicas_lie_across_slices(tiny):
-    devices = aot.topology_devices("v5e:2x2", slices=2)
+    devices = topology_devices("v5e:2x2", slices=2)
     mesh = make_mesh(tiny(**{"mesh.data": 2, "train.batch_size": 8}), devices)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1, "context": 1}
     assert [{d.slice_index for d in row.flat} for row in mesh.devices] == [{0}, {1}]
@@ -99,32 +100,33 @@ def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
     config = tiny()
     mesh = make_mesh(config, jax.devices()[:1])
     config, _ = layout.for_mesh(config, mesh)
-    lowered, compiled, seconds = aot.compile_step(config, mesh)
+    step = report_lib.compile_step(config, mesh)
 
     class Unreadable:
-        memory_analysis, cost_analysis = compiled.memory_analysis, compiled.cost_analysis
+        memory_analysis = step.compiled.memory_analysis
+        cost_analysis = step.compiled.cost_analysis
 
         @staticmethod
         def as_text():
             raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
 
-    report = aot.analyze(config, mesh, lowered, Unreadable, seconds)
-    whole = aot.analyze(config, mesh, lowered, compiled, seconds)
+    report = report_lib.analyze(config, mesh, step._replace(compiled=Unreadable))
+    whole = report_lib.analyze(config, mesh, step)
     assert report["unreadable"] == "INTERNAL: RET_CHECK failure"
     assert report["collectives"] is None
     assert {k for k in whole if report[k] != whole[k]} == {
         "unreadable", "collectives", "collective_bytes", "bytes_accessed", "unknown_loops",
         "arithmetic_intensity", "custom_calls",
     }  # fmt: skip
-    assert "not known: jaxlib cannot read" in aot.show(report)
+    assert "not known: jaxlib cannot read" in report_lib.show(report)
 
 
 def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
     config = tiny()
-    facts = aot._facts(config, make_mesh(config, jax.devices()[:1])) | {"fits": False}
-    unknown = aot.show(facts | {"peak_bytes": None, "chip_bytes": None})
+    facts = report_lib.run_facts(config, make_mesh(config, jax.devices()[:1])) | {"fits": False}
+    unknown = report_lib.show(facts | {"peak_bytes": None, "chip_bytes": None})
     assert unknown.endswith("DOES NOT FIT")
-    known = aot.show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
+    known = report_lib.show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
     assert known.endswith("DOES NOT FIT: needs 48.00 GiB a chip, the chip has 16 GiB")
 
 
@@ -152,7 +154,7 @@ def test_flags_that_do_not_fit_together_are_refused(flags, message):
 
 def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
     device = SimpleNamespace(device_kind="TPU v5e", platform="tpu")
-    limit = aot.USABLE * 16 * aot.GIB
+    limit = report_lib.USABLE * 16 * report_lib.GIB
 
     def report_of(config, devices):
         windows = config.train.batch_size
@@ -162,5 +164,5 @@ def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
             "n": windows,
         }
 
-    monkeypatch.setattr(aot, "report_of", report_of)
-    assert aot.search(tiny(), [device])["n"] == 20
+    monkeypatch.setattr(report_lib, "report_of", report_of)
+    assert report_lib.search(tiny(), [device])["n"] == 20

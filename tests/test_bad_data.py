@@ -25,10 +25,11 @@ from data_helpers import (
 from test_prepare import contents, load, run
 from test_sources import TinySet
 
-from ngpt_jax.config import DataConfig, MixtureConfig, default_config, from_config_dict
-from ngpt_jax.data.preparing import shard_writer
-from ngpt_jax.data.preparing.preparation import Stopped
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.config import DataConfig, default_config, from_config_dict
+from ngpt_jax.config.fields import MixtureConfig
+from ngpt_jax.data.preparing import folder as folder_lib
+from ngpt_jax.data.preparing.folder import Stopped
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 TEXTS = ["".join(RNG.choice(list("abc \n"), 200)) + "." for _ in range(60)]
@@ -57,14 +58,14 @@ def test_another_text_key_is_another_text(tmp_path):
 
 def test_a_kill_between_the_first_shard_and_its_record(tmp_path, monkeypatch):
     write(tmp_path / "in/a.jsonl", json_lines(*TEXTS))
-    config, real = text_config(tmp_path / "in"), shard_writer.ShardWriter.commit
+    config, real = text_config(tmp_path / "in"), folder_lib.ShardWriter.commit
 
     def killed(self, numbers):
         real(self, numbers)
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard_writer.ShardWriter, "commit", killed)
+        patch.setattr(folder_lib.ShardWriter, "commit", killed)
         with pytest.raises(SystemExit):
             run(config, tmp_path / "cut")
     assert (tmp_path / "cut/train-00000.bin").exists()
@@ -294,7 +295,7 @@ def test_text_that_a_tokenizer_cannot_encode(tmp_path, monkeypatch):
         raise Exception("WordLevel error: Missing [UNK] token")
 
     monkeypatch.setattr(ByteTokenizer, "encode_batch", broken)
-    with raises("data.tokenizer: 'byte' cannot encode the text .*UNK.*; give another"):
+    with raises("The tokenizer 'byte' cannot encode the text .*UNK.*; give another"):
         run(text_config(tmp_path / "a.txt"), tmp_path / "out")
 
 
@@ -326,14 +327,14 @@ def words_file(folder):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     code = """
 import sys; sys.path.insert(0, "tests")
-from ngpt_jax.data.preparing import preparation
+from ngpt_jax.data.preparing import folder, tokenize
 if __name__ == "__main__":
-    preparation._PORTIONS_BEFORE_WORKERS, preparation._CHARACTERS_AT_ONCE = 1, 1000
+    tokenize._PORTIONS_BEFORE_WORKERS, tokenize._CHARACTERS_AT_ONCE = 1, 1000
     import multiprocessing, test_prepare as t
     def told(*args):
         print(*(p.pid for p in multiprocessing.active_children()), flush=True)
         import time; time.sleep(60)
-    preparation._Report.show = lambda self, portion, tokens: (
+    folder._Report.show = lambda self, portion, tokens: (
         told() if len(multiprocessing.active_children()) == 2 else None)
     t.run(t.text_config(sys.argv[1], tokenizer=sys.argv[3]), sys.argv[2], workers=2)
 """

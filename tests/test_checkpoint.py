@@ -22,7 +22,8 @@ import pytest
 from orbax.checkpoint.path import atomicity, atomicity_defaults
 
 from ngpt_jax.checkpoint import checksums, folder, saving
-from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints, kept, restore_params
+from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError, kept
+from ngpt_jax.checkpoint.restoring import restore_params
 from ngpt_jax.config import CheckpointConfig, ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -229,7 +230,7 @@ def test_every_flipped_byte_of_a_manifest_is_seen(run):
     for i in range(0, len(text), 7):
         for bit in (1, 32):
             (c / "manifest.json").write_bytes(text[:i] + bytes([text[i] ^ bit]) + text[i + 1 :])
-            with pytest.raises(checksums.Damaged):
+            with pytest.raises(checksums.DamagedCheckpoint):
                 checksums.verify(folder.absolute(c))
 
 
@@ -289,7 +290,8 @@ def test_the_manifest_is_there_before_the_commit(tmp_path, monkeypatch):
     commit, threads = atomicity.AtomicRenameTemporaryPath.finalize, []
 
     async def checked(self):
-        assert checksums.verify(self.get())["step"] == 2
+        checksums.verify(self.get())
+        assert checksums.read(self.get())["step"] == 2
         threads.append(threading.current_thread())
         await commit(self)
 
@@ -435,7 +437,7 @@ def test_an_error_in_the_background_surfaces_once(run, monkeypatch, surface, cap
         "save": lambda: checkpoints.save(state, {"position": 112}),  # and starts it again
         "close": checkpoints.close,
     }[surface]
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(SaveError) as told:
         call()
     assert str(told.value) == (
         "Checkpoint 7 could not be saved (input/output error); the last whole one is 6; see that"
@@ -460,7 +462,7 @@ def test_too_little_room_is_told_before_anything_is_written(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(folder.CheckpointFolder, "free_bytes", lambda _: 3 << 10)
         patch.setattr(saving, "Save", None)
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(SaveError) as told:
             checkpoints.save(state, {})
     assert str(told.value) == (
         "Checkpoint 7 could not be saved (no space left on device; 3.0 KiB free, the checkpoint"
@@ -496,14 +498,14 @@ def test_a_disk_that_is_full(small_disk, monkeypatch, capfd):
     checkpoints = Checkpoints(small_disk, CheckpointConfig(keep=9))
     checkpoints.save(noise(1, 50_000), {})
     checkpoints.close()
-    with pytest.raises(CheckpointError, match="could not be saved .no space left on device; 7"):
+    with pytest.raises(SaveError, match="could not be saved .no space left on device; 7"):
         checkpoints.save(noise(2, 250_000), {})  # seen before
     assert numbers(small_disk / "checkpoints") == [1]
     with monkeypatch.context() as patch:  # another program fills it meanwhile
         free = folder.CheckpointFolder.free_bytes
         patch.setattr(saving, "prepare", lambda f, *a: prepare_blindly(patch, free, f, *a))
         checkpoints.save(noise(2, 250_000), {})
-        with pytest.raises(CheckpointError) as told:
+        with pytest.raises(SaveError) as told:
             checkpoints.close()
     assert "Checkpoint 2 could not be saved (no space left on device; " in str(told.value)
     assert " KiB free, the checkpoint needs 976.6 KiB); the last whole one is 1;" in str(told.value)
@@ -521,8 +523,9 @@ PREPARE = saving.prepare
 
 def prepare_blindly(patch, free, *args):
     patch.setattr(folder.CheckpointFolder, "free_bytes", lambda _: 1 << 40)
-    PREPARE(*args)
+    problem = PREPARE(*args)
     patch.setattr(folder.CheckpointFolder, "free_bytes", free)
+    return problem
 
 
 CHILD = """
@@ -554,7 +557,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
 checkpoints.save(noise(2, 20_000), {})
 try:
     while True: checkpoints.check_for_errors()
-except CheckpointError as e:
+except SaveError as e:
     print(e)
 resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 checkpoints.save(noise(3, 20_000), {}); checkpoints.close()
@@ -693,7 +696,8 @@ def test_init_from_elsewhere_laid_out_as_asked(run):
          "{path} holds no checkpoint yet; give another run's folder."),
         (lambda run: flip_data(run / "checkpoints/6") and run,
          "{path}: {path}/checkpoints/6 is damaged (state/"),
-        (lambda run: flip_data(run / "checkpoints/6") and run, "); give 4, the one before."),
+        (lambda run: flip_data(run / "checkpoints/6") and run,
+         "); give checkpoint 4, the one before it."),
         (lambda run: empty(run / "checkpoints/4") and run / "checkpoints/4",
          "{path}: {path} is damaged (manifest.json is missing); give another one."),
     ],

@@ -19,9 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.study import plan, report, results, runner, savings
+from ngpt_jax.study import figures, plan, report, results, runner, summary
 from ngpt_jax.study.plan import Point, Study
-from ngpt_jax.study.savings import Cell, cost_at, speed_up
+from ngpt_jax.study.summary import Runs, cost_at, speed_up
 from ngpt_jax.terminal import Terminal
 
 REPO = Path(__file__).parent.parent
@@ -130,7 +130,7 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
     plan.check(study)
     assert dict(plan.overrides_of(study, point))["optimizer.warmup_share"] == "0.0"
     assert "optimizer.b2" not in dict(plan.overrides_of(study, point))
-    elsewhere = dataclasses.replace(point, setting="short")
+    elsewhere = point._replace(setting="short")
     assert plan.overrides_of(study, elsewhere) == plan.overrides_of(PLAN, elsewhere)
 
 
@@ -189,7 +189,7 @@ def test_a_model_so_many_times_faster_has_that_speed_up(gain, slope, budget):
     costs = [100.0, 200.0, 400.0, 800.0]
 
     def curve(factor):
-        return [Cell(c, [5 - slope * math.log(factor * c)] * 3) for c in costs]
+        return [Runs(c, [5 - slope * math.log(factor * c)] * 3) for c in costs]
 
     found = speed_up(curve(1)[budget], curve(gain), resamples=20)
     if gain <= 2**budget:
@@ -202,8 +202,8 @@ def test_a_model_so_many_times_faster_has_that_speed_up(gain, slope, budget):
 
 
 def test_the_interval_is_that_of_resampled_seeds():
-    base = Cell(400.0, [1.0, 1.02, 0.98])
-    curve = [Cell(100.0, [1.5, 1.52, 1.48]), Cell(200.0, [1.0, 1.04, 0.96]), Cell(400.0, [0.7] * 3)]
+    base = Runs(400.0, [1.0, 1.02, 0.98])
+    curve = [Runs(100.0, [1.5, 1.52, 1.48]), Runs(200.0, [1.0, 1.04, 0.96]), Runs(400.0, [0.7] * 3)]
     found = speed_up(base, curve, resamples=4000)
     assert found.value == pytest.approx(2.0)
     # All 27 ** 3 resamples, one after another.
@@ -222,10 +222,10 @@ def test_the_interval_is_that_of_resampled_seeds():
     assert found.low == pytest.approx(low, abs=0.02) and found.high == pytest.approx(high, abs=0.02)
     assert found.low < 1.95 and found.high > 2.05
     # The baseline's own spread is part of it.
-    steady = speed_up(Cell(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
+    steady = speed_up(Runs(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     moved = speed_up(base, [c._replace(losses=[c.losses[0]] * 3) for c in curve])
     assert steady.low == steady.high and moved.low < moved.value < moved.high
-    assert savings.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
+    assert summary.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
 
 
 # ------------------------------------------------------------------------- table and runner
@@ -299,27 +299,29 @@ def fake_runs(tmp_path, monkeypatch):
     script = tmp_path / "fake_run.py"
     script.write_text(FAKE_RUN)
 
-    def start(experiment, study, point, runs, cores, locks):
-        config = results.config_of(experiment, study, point)
+    def start(c, point, cores, locks):
+        config = results.config_of(c.experiment, c.study, point)
         model = dataclasses.replace(config.model, vocab_size=257)
         text = config_lib.to_json(dataclasses.replace(config, model=model))
         what = json.dumps([point.model, point.steps, point.value, point.seed])
-        command = [sys.executable, str(script), str(runs / point.name), text, what]
+        command = [sys.executable, str(script), str(c.runs / point.name), text, what]
         process = subprocess.Popen(
             command, pass_fds=[f.fileno() for f in locks], start_new_session=True
         )
-        origin = results.origin_of(experiment, study, point)
+        origin = results.origin_of(c.experiment, c.study, point)
         return runner.Running(point, process, locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
 
 
-def run_study(experiment, out, stopped=lambda: None):
+def comparison(experiment, out):
     study = results.load_study(experiment)
+    return runner.Comparison(experiment, study, out / "results.csv", out / "runs")
+
+
+def run_study(experiment, out, stopped=lambda: None):
     out.mkdir(exist_ok=True)
-    return runner.run_all(
-        experiment, study, out / "results.csv", out / "runs", Terminal(quiet=True), stopped
-    )
+    return runner.run_all(comparison(experiment, out), Terminal(quiet=True), stopped)
 
 
 def losses_in(out):
@@ -378,11 +380,11 @@ def test_a_run_that_fails_ends_the_study_and_the_others(
 ):
     started = []
 
-    def start(experiment, study, point, runs, cores, locks):
-        (runs / f"{point.name}.log").write_text("much\nerror: no text\n")
+    def start(c, point, cores, locks):
+        c.log_of(point).write_text("much\nerror: no text\n")
         what = program if started else "import time; time.sleep(600)"
         started.append(subprocess.Popen([sys.executable, "-c", what]))
-        origin = results.origin_of(experiment, study, point)
+        origin = results.origin_of(c.experiment, c.study, point)
         return runner.Running(point, started[-1], locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
@@ -395,9 +397,9 @@ def test_a_run_that_fails_ends_the_study_and_the_others(
 def test_runs_are_told_to_stop(experiment, tmp_path, monkeypatch):
     started = []
 
-    def start(experiment, study, point, runs, cores, locks):
+    def start(c, point, cores, locks):
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
-        origin = results.origin_of(experiment, study, point)
+        origin = results.origin_of(c.experiment, c.study, point)
         return runner.Running(point, started[-1], locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
@@ -455,13 +457,13 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     assert "Small &amp; &lt;quick&gt;." in text
     assert not re.search(r'(src|href)=(?!"data:)', text) and "<script" not in text
     names = {p.name for p in out.glob("*.png")}
-    assert names == {"speedup.png", "tuning.png", *(f"loss_{c}.png" for c in report.COSTS)}
+    assert names == {"speedup.png", "tuning.png", *(f"loss_{c}.png" for c in figures.COSTS)}
     assert text.count("data:image/png;base64,") == len(names)
     # Twice as fast at equal steps: exactly 2, as the made-up losses fall by the same law.
-    rows = report.speedups_of(study, report.cells_of(study, results.read(out / "results.csv")))
+    rows = summary.speedups_of(study, summary.cells_of(study, results.read(out / "results.csv")))
     last = next(r for r in rows if r["steps"] == 16 and r["cost"] == "steps")
     assert last["speed_up"] == pytest.approx(2.0) and "2.00 (" in text
-    cells = report.cells_of(study, results.read(out / "results.csv"))
+    cells = summary.cells_of(study, results.read(out / "results.csv"))
     assert [c["value"] for c in cells] == [2e-3, 2e-3, 1e-2, 1e-2]
     assert all(c["loss_at_value_below"] > c["loss_first_seed"] for c in cells)
     assert cells[2]["loss_at_value_above"] == pytest.approx(
@@ -476,22 +478,23 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
 def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
     out = tmp_path / "out"
     run_study(experiment, out)
-    study, table = results.load_study(experiment), out / "results.csv"
+    c = comparison(experiment, out)
+    study, table = c.study, c.table
     row = next(r for r in results.read(table) if r["seed"] == 1)  # of a cell with two seeds
     name = results.point_of(row).name
-    assert runner.run_again(experiment, study, table, name) == 0
+    assert runner.run_again(c, name, Terminal()) == 0
     assert "the same to the last bit" in capsys.readouterr().out
     moved = math.nextafter(row["loss"], 9)
     results.add(table, study, row | {"loss": moved, "jax": "0.0.1"})
-    assert runner.run_again(experiment, study, table, name) == 1
+    assert runner.run_again(c, name, Terminal()) == 1
     said = capsys.readouterr().out
     assert "jax differs: 0.0.1 in the table, 0 here" in said
     assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
     assert "spread of its cell" in said
     results.add(table, study, row | {"status": "diverged", "loss": None})
-    assert runner.run_again(experiment, study, table, name) == 1
+    assert runner.run_again(c, name, Terminal()) == 1
     with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):
-        runner.run_again(experiment, study, table, "book-gpt-9")
+        runner.run_again(c, "book-gpt-9", Terminal())
 
 
 def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
@@ -569,7 +572,7 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
         return math.inf if lost else made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2})
 
     rows = made_up_rows(PLAN, loss)
-    found = report.speedups_of(PLAN, report.cells_of(PLAN, rows))
+    found = summary.speedups_of(PLAN, summary.cells_of(PLAN, rows))
     assert {s["steps"] for s in found} == {10, 20, 40}
     assert {s["cost"] for s in found} == {"steps", "flops"}  # nothing was timed
     assert all(math.isfinite(s["speed_up"]) for s in found)
@@ -583,11 +586,11 @@ def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
         row["seconds"] = row["steps"] * (2.0 if row["model"] == "gpt" else 3.0)
     for row in [r for r in rows if (r["model"], r["steps"]) == ("gpt", 40)][:3]:
         row["seconds"] *= 5  # of its 6
-    cells = report.cells_of(PLAN, rows)
+    cells = summary.cells_of(PLAN, rows)
     paces = {(c["model"], c["seconds"] / c["steps"]) for c in cells}
     assert paces == {("gpt", 2.0), ("ngpt", 3.0)}
     found = {(s["model"], s["setting"], s["steps"], s["cost"]): s["speed_up"]
-             for s in report.speedups_of(PLAN, cells)}  # fmt: skip
+             for s in summary.speedups_of(PLAN, cells)}  # fmt: skip
     for (model, setting, steps, cost), value in found.items():
         if cost == "steps":
             assert found[model, setting, steps, "seconds"] == pytest.approx(value * 2 / 3)
@@ -596,7 +599,7 @@ def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
 def test_with_one_seed_there_is_no_interval(tmp_path):
     study = dataclasses.replace(PLAN, seeds=(0,))
     rows = made_up_rows(study, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
-    found = report.speedups_of(study, report.cells_of(study, rows))
+    found = summary.speedups_of(study, summary.cells_of(study, rows))
     assert all(s["low"] is None and s["high"] is None for s in found)
     assert "bootstrap" not in report.write("x.py", study, rows, tmp_path).read_text()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import ConfigError, convert
 from ngpt_jax.config.command import split_overrides
 from ngpt_jax.config.experiment import describe, load_config
 from ngpt_jax.config.resolve import resolve
@@ -101,9 +101,17 @@ def test_describe_lists_every_field_with_type_and_meaning():
     text = describe(load("--config.optimizer.learning_rate=0.01"))
     line = next(row for row in text.splitlines() if "optimizer.learning_rate" in row)
     assert "learning_rate = 0.01 " in line
-    assert "# float: peak (default: 0.001)" in line
-    assert len(text.splitlines()) == len(list(config_lib.fields(config_lib.Config())))
+    assert "# float > 0: peak (default: 0.001)" in line
+    assert len(text.splitlines()) == len(list(convert.fields(config_lib.Config())))
     assert all("# " in line and line.split("# ")[1].strip() for line in text.splitlines())
+    for shown in (
+        "# 'add', 'lerp', 'slerp' or None: how a block's output f moves",
+        "# int > 0 or None: key and value heads",
+        "# float in [0, 1): Adam's decay of the first moment",
+        "# bool or None: normalize q and k per head; None: the kind's",
+        "# strings: files, folders or globs",
+    ):
+        assert shown in text
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,9 @@ def test_describe_lists_every_field_with_type_and_meaning():
             r"model.kind must be one of ngpt, gpt, got 'ngtp'. Did you mean ngpt\?",
         ),
         ("model.layers=0", r"model.layers must be positive"),
-        ("model.dtype=float16", r"model.dtype must be one of"),
+        ("model.dtype=float16", r"model.dtype must be one of .*'float16'. Did you mean bfloat16\?"),
+        ("model.residual=slrep", r"must be one of add, lerp, slerp, got.* Did you mean slerp\?"),
+        ("model.s_z.form=vectr", r"model.s_z.form must be one of .* Did you mean vector\?"),
         ("data.source=openwebtext", r"data.source must be one of stdlib, text"),
         ("data.source=text", r"data.source=text needs data.paths"),
         (
@@ -144,7 +154,7 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("train.steps=None", r"Give the length of the run: train.steps or train.tokens"),
         ("train.tokens=5", r"train.steps = 700 and train.tokens = 5"),
         ("train.steps=0", r"train.steps must be positive"),
-        ("train.tokens=0", r"train.steps = 700 and train.tokens = 0"),
+        ("train.tokens=0", r"train.tokens must be positive, got 0"),
         ("train.batch_size=-1", r"train.batch_size must be positive"),
     ],
 )
@@ -204,6 +214,28 @@ def test_the_command_answers_bad_input_with_one_line(arguments, message):
     assert done.stdout == ""
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1
+
+
+COMMANDS = ["ngpt_jax.main", "ngpt_jax.data.prepare"] + [
+    f"ngpt_jax.tools.{path.stem}"
+    for path in sorted((ROOT / "ngpt_jax/tools").glob("*.py"))
+    if '__name__ == "__main__"' in path.read_text()
+]
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_help_is_no_error(module):
+    """It has the module's docstring, with its example, and the module's own flags."""
+    options = ["--help", "--helpshort", "--helpfull"] if module == "ngpt_jax.main" else ["--help"]
+    for option in options:
+        done = subprocess.run(
+            [sys.executable, "-m", module, option],
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        example, own_flags = done.stdout.split("\nflags:\n")
+        assert f"python -m {module} " in example
+        assert "\n  --" in own_flags
 
 
 SPEAKS = """

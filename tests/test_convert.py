@@ -19,20 +19,16 @@ from data_helpers import ROOT, raises
 from test_tokenizers import EOT, byte_level, paths, ranks_file  # noqa: F401
 
 import ngpt_jax
-from ngpt_jax.checkpoint.checkpoints import restore_params
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
+from ngpt_jax.checkpoint.restoring import restore_params
+from ngpt_jax.config.fields import SCALES
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
-from ngpt_jax.inference import opening
-from ngpt_jax.model.transformer import (
-    Transformer,
-    init_params,
-    is_matrix,
-    num_params,
-    param_axes,
-    real_vocab,
-)
+from ngpt_jax.inference import loading, opening
+from ngpt_jax.model.params import num_params, param_tree, real_vocab
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.training import layout
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -44,6 +40,7 @@ MODELS = {
     "gpt": {"model.kind": "gpt"},
     "gpt-qk": {"model.kind": "gpt", "model.qk_norm": True, **GQA},
 }
+SLERP = {"slerp": {"model.residual": "slerp", **GQA}}
 models = pytest.mark.parametrize("name", MODELS)
 
 
@@ -52,24 +49,23 @@ def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
-    def draw(path, leaf, axes):
-        name, x = path[-1].key, rng.standard_normal(leaf.shape)
-        if is_matrix(axes):
+    def draw(leaf, p):
+        name, x = p.name, rng.standard_normal(leaf.shape)
+        if p.is_matrix:
             return jnp.asarray(x / math.sqrt(config.width), leaf.dtype)
-        spec = getattr(config, name, None)  # a gain has none
-        x = (1 + 0.3 * x) * (spec.scale if spec else 1)
+        x = (1 + 0.3 * x) * (getattr(config, name).scale if name in SCALES else 1)  # else a gain
         if "alpha" in name:
             x = np.where(rng.random(leaf.shape) < 0.3, -x, x)
         return jnp.asarray(x, leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes, param_axes(config))
+    return jax.tree.map(draw, shapes, param_tree(config))
 
 
 def make_run(tiny, name="ngpt", **fields):
     """Random weights over bytes; there are more ids than bytes, and rows of padding besides."""
-    config = tiny(**{"model.vocab_size": 260, **MODELS[name], **fields})
+    config = tiny(**{"model.vocab_size": 260, **(MODELS | SLERP)[name], **fields})
     tokenizer = load_tokenizer(config.data)
-    return opening.OpenedRun(config, tokenizer, random_params(config.model), None, 7)
+    return loading.LoadedModel(config, tokenizer, random_params(config.model), None, 7)
 
 
 def logits(config, params, tokens):
@@ -90,11 +86,11 @@ def some_tokens(config, batch=2):
 def same(a, b, config):
     """Bit for bit, rows of padding left out."""
 
-    def equal(x, y, axes):
-        x, y = real_vocab(x, axes, config), real_vocab(y, axes, config)
+    def equal(x, y, p):
+        x, y = real_vocab(x, p.axes, config), real_vocab(y, p.axes, config)
         return x.dtype == y.dtype and np.array_equal(x, y)
 
-    return jax.tree.all(jax.tree.map(equal, a, b, param_axes(config)))
+    return jax.tree.all(jax.tree.map(equal, a, b, param_tree(config)))
 
 
 def convert(*arguments, **environment):
@@ -107,7 +103,7 @@ def convert(*arguments, **environment):
 # --------------------------------------------------------------------- Hugging Face, without torch
 
 
-@models
+@pytest.mark.parametrize("name", MODELS | SLERP)
 def test_raw_round_trip_is_exact(tiny, tmp_path, name):
     run = make_run(tiny, name)
     assert huggingface.write_folder(run, str(tmp_path / "hf")) == []
@@ -117,7 +113,7 @@ def test_raw_round_trip_is_exact(tiny, tmp_path, name):
     assert same(back.params, run.params, run.config.model)
     padding = np.asarray(back.params["input_embedding"])[260:]
     assert len(padding) == 384 - 260
-    assert np.array_equal(padding, np.eye(1, 16).repeat(len(padding), 0) * (name[:4] == "ngpt"))
+    assert np.array_equal(padding, np.eye(1, 16).repeat(len(padding), 0) * (name[:3] != "gpt"))
 
 
 def test_names_and_shapes(tiny, tmp_path):
@@ -140,8 +136,8 @@ def test_bfloat16_keeps_scales(tiny, tmp_path):
     huggingface.write_folder(run, str(tmp_path / "hf"), "bfloat16")
     back = huggingface.read_folder(str(tmp_path / "hf"))
     rounded = jax.tree.map(
-        lambda w, axes: w.astype(jnp.bfloat16).astype(w.dtype) if is_matrix(axes) else w,
-        run.params, param_axes(run.config.model),
+        lambda w, p: w.astype(jnp.bfloat16).astype(w.dtype) if p.is_matrix else w,
+        run.params, param_tree(run.config.model),
     )  # fmt: skip
     assert same(back.params, rounded, run.config.model)
 
@@ -160,7 +156,7 @@ def test_folded_folder(tiny, tmp_path, name):
     right = logits(run.config.model, run.params, x)
     assert worst(logits(model.config.model, model.params, x), right) < 1e-5
     assert model.generate("ab", 4, temperature=0).ids
-    again = opening.open_run("workdir", str(tmp_path / "run"), None, [])
+    again = loading.open_model("workdir", str(tmp_path / "run"), None, [])
     huggingface.write_folder(again, str(tmp_path / "again"), fold=True)
     assert same(huggingface.read_folder(str(tmp_path / "again")).params, params, config.model)
 
@@ -190,6 +186,31 @@ def test_command_there_and_back(tiny, tmp_path):
     params, progress = restore_params(two, like)
     assert same(params, run.params, run.config.model)
     assert progress["tokenizer"] == run.tokenizer.fingerprint
+
+
+def as_written_before(folder):
+    """Takes out of config.json what folders lack that were written before choices were fields."""
+
+    def change(values):
+        model = values["ngpt_jax"]["config"]["model"]
+        values["qk_norm"] = values.pop("choices")["qk_norm"]
+        for name in huggingface.choices(ngpt_jax.config.ModelConfig()):
+            section, _, leaf = name.rpartition(".")
+            if name != "qk_norm":
+                del (model[section] if section else model)[leaf]
+        values["ngpt_jax"]["config"]["optimizer"]["project"] = True  # for GPT too
+
+    edit(folder / "config.json", change)
+
+
+@models
+def test_folder_written_before(tiny, tmp_path, name):
+    run = make_run(tiny, name)
+    huggingface.write_folder(run, str(tmp_path / "hf"))
+    as_written_before(tmp_path / "hf")
+    back = huggingface.read_folder(str(tmp_path / "hf"))
+    assert back.config == run.config
+    assert same(back.params, run.params, run.config.model)
 
 
 # ------------------------------------------------------------------------------------- tokenizers
@@ -334,7 +355,7 @@ def test_damaged_folders(folder, tmp_path):
     with raises("--from_hf=.*: model.safetensors cannot be read"):
         huggingface.read_folder(str(folder))
     weights.unlink()
-    with raises("--from_hf=.* is not whole: model.safetensors must be in it"):
+    with raises("--from_hf=.* is not complete: model.safetensors must be in it"):
         huggingface.read_folder(str(folder))
     weights.with_suffix(".safetensors.index.json").write_text('{"weight_map": ["a"]}')
     with raises("--from_hf=.*: model.safetensors.index.json has no weight_map"):
@@ -377,19 +398,19 @@ def test_output_is_whole_or_not_there(tiny, tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     for path, message in (
-        ("full", "is there already, and not empty; choose another name"),
-        ("full/a", "is there already; choose another name"),
+        ("full", "exists already, and not empty; choose another name"),
+        ("full/a", "exists already; choose another name"),
         ("no/where", "there is no folder"),
     ):
         with raises(f"--out={tmp_path / path}.*{message}"):
             folders.check_new("out", str(tmp_path / path))
-    with raises("--to_hf=gs://b/c must be local"):
+    with raises("--to_hf=gs://b/c must be a local path"):
         folders.check_new("to_hf", "gs://b/c")
     folders.check_new("out", "gs://b/c", remote=True)
 
 
 def test_what_cannot_be_folded(tiny, tmp_path):
-    with raises(r"--folded: GPT \(model.kind=gpt\) has no scales to fold; leave it out"):
+    with raises(r"--folded: this model \(model.kind=gpt\) has no scales to fold; leave it out"):
         huggingface.write_folder(make_run(tiny, "gpt"), str(tmp_path / "hf"), fold=True)
 
 

@@ -6,13 +6,17 @@ import pickle
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import numpy as np
 import pytest
 import tokenizers as hf
+from choices import label, pairwise
 from data_helpers import raises
 from test_convert import (
     GOLDEN,
+    GQA,
     MODELS,
+    as_written_before,
     convert,
     logits,
     make_run,
@@ -23,13 +27,16 @@ from test_convert import (
 from test_tokenizers import paths  # noqa: F401
 
 import ngpt_jax
+from ngpt_jax import sphere
 from ngpt_jax.export import huggingface, reference_checkpoint
 from ngpt_jax.inference.opening import write_weights
 
 WHY = "needs pip install 'ngpt-jax[torch]'"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
+modeling_ngpt = pytest.importorskip("ngpt_jax.export.modeling_ngpt", reason=WHY)
 
+DTYPES = ("model.dtype", "model.param_dtype")
 POINTS = [(n, folded) for n in MODELS for folded in (False, True) if not (folded and n[0] == "g")]
 
 
@@ -69,7 +76,50 @@ def test_logits_are_those_of_torch(tiny, tmp_path, name, folded):
     assert 1e-5 < error < 0.05
 
 
-@pytest.mark.parametrize("name", ["ngpt-gqa", "gpt-qk"])
+@pytest.mark.parametrize("fields", pairwise(), ids=label)
+def test_every_choice_in_torch(tiny, tmp_path, x64, fields):
+    fields = {f"model.{name}": value for name, value in fields.items()}
+    run = make_run(tiny, **GQA, **fields, **dict.fromkeys(DTYPES, "float64"))
+    params = jax.tree.map(lambda w: w.astype("float32").astype(w.dtype), run.params)
+    run, x = run._replace(params=params), some_tokens(run.config.model)
+    ours = logits(run.config.model, params, x)
+    scaled = any(fields[f"model.{name}.form"] == "vector" for name in ("s_qk", "s_u", "s_v", "s_z"))
+    for fold in (False, True)[: 1 + scaled]:
+        path = str(tmp_path / f"hf{fold}")
+        huggingface.write_folder(run, path, fold=fold)
+        most = 1e-5 if fold else 1e-12  # the folder holds float32
+        assert worst(torch_logits(load_torch(path, dtype=torch.float64), x), ours) < most
+
+
+@pytest.mark.parametrize(("name", "folded"), POINTS)
+def test_folder_written_before(tiny, tmp_path, name, folded):
+    run = make_run(tiny, name)
+    x = some_tokens(run.config.model)
+    huggingface.write_folder(run, str(tmp_path / "hf"), fold=folded)
+    new = load_torch(tmp_path / "hf")
+    as_written_before(tmp_path / "hf")
+    old = load_torch(tmp_path / "hf")
+    assert old.config.choices == new.config.choices
+    assert np.array_equal(torch_logits(old, x), torch_logits(new, x))
+
+
+def test_slerp():
+    """As the sphere's, channel by channel; finite with finite gradients at 0 and pi."""
+    rng = np.random.default_rng(0)
+    h, f, alpha = (rng.standard_normal((7, 16)).astype(np.float32) for _ in range(3))
+    h, f = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (h, f))
+    for near, b in (("", f), ("the same", h), ("opposite", -h)):
+        for a in (alpha, alpha[:, :1], 0 * alpha, 1 + 0 * alpha):
+            leaves = [torch.tensor(x, requires_grad=True) for x in (h, b, a)]
+            out = modeling_ngpt._slerp(*leaves)
+            out.square().sum().backward()
+            assert all(x.grad.isfinite().all() for x in leaves)
+            if near != "opposite":
+                right = sphere.slerp(h, b, np.abs(a))
+                assert np.max(np.abs(out.detach().numpy() - right)) < 2e-6, near
+
+
+@pytest.mark.parametrize("name", ["ngpt-gqa", "gpt-qk", "slerp"])
 def test_text_from_transformers(tiny, tmp_path, name):
     """Greedy text with and without cache, alone and padded, is ours up to a near tie."""
     run = make_run(tiny, name, **{"model.context": 64})
@@ -189,7 +239,7 @@ def test_state_dict_alone_wants_flags(tmp_path, words):
     _, raw = golden_checkpoint("ngpt", file, top=False, prefix="")
     with raises(f"--config.model.heads is needed: --from_reference={file} does not tell"):
         reference_checkpoint.read(file, [words])
-    with raises("--config.model.context is needed: .* number of tokens of a training window"):
+    with raises("--config.model.context is needed: .* number of tokens of a training sequence"):
         reference_checkpoint.read(file, [words, ("model.heads", "4")])
     with raises("--config.data.tokenizer is needed: .* of its 97 token ids"):
         reference_checkpoint.read(file, [("model.heads", "4"), ("model.context", "32")])
@@ -201,6 +251,12 @@ def test_state_dict_alone_wants_flags(tmp_path, words):
     for heads, message in (("5", "5 heads do not divide its 32 query"), ("x", "wants a number")):
         with raises(message):
             reference_checkpoint.read(file, [words, ("model.heads", heads), given[2]])
+
+
+def test_choices_that_are_not_theirs(tmp_path, words):
+    golden_checkpoint("ngpt", tmp_path / "ckpt.pt")
+    with raises("--from_reference=.*: the authors' layout has no place for model.residual=slerp"):
+        reference_checkpoint.read(str(tmp_path / "ckpt.pt"), [words, ("model.residual", "slerp")])
 
 
 def test_base_scale_is_that_of_the_file(tmp_path, words):
@@ -240,6 +296,8 @@ def test_what_the_layout_cannot_say(tiny, tmp_path):
 
     refused("model.qk_norm=True in gpt", "gpt-qk")
     refused("model.qk_norm=False in ngpt", "ngpt-read")
+    refused("model.residual=slerp in ngpt", residual="slerp")
+    refused("model.final_norm=none in gpt", "gpt", final_norm="none")
     refused("model.rope_base=500.0", rope_base=500.0)
     refused("model.rms_eps=0.1", "gpt", rms_eps=0.1)
     huggingface.write_folder(make_run(tiny), str(tmp_path / "hf"), fold=True)

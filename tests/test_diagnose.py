@@ -16,16 +16,17 @@ import pytest
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError, experiment
+from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data import pipeline
 from ngpt_jax.diagnose import figures as drawing
-from ngpt_jax.diagnose import measures
-from ngpt_jax.diagnose import tables as measured
+from ngpt_jax.diagnose import measures, report
+from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
 from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect as d
-from ngpt_jax.model.transformer import compute_params, init_params, is_matrix, param_axes
+from ngpt_jax.model.params import compute_params, param_tree
+from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.training import evaluator, loop
-from ngpt_jax.training.setup import make_dataset
 from ngpt_jax.training.step import TrainState, make_train_step, summed_nats
 
 ROOT = Path(__file__).parent.parent
@@ -38,16 +39,16 @@ def wobbly(config, seed=0):
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
 
-    def draw(leaf, axes):
+    def draw(leaf, p):
         x = rng.standard_normal(leaf.shape)
-        x = x if is_matrix(axes) else 1 + 0.3 * x
+        x = x if p.is_matrix else 1 + 0.3 * x
         return jnp.asarray(x / math.sqrt(config.model.width), leaf.dtype)
 
-    return jax.tree.map(draw, shapes, param_axes(config.model))
+    return jax.tree.map(draw, shapes, param_tree(config.model))
 
 
 def opened(config, params):
-    return measures.Opened("run", Path("run"), config, TrainState(0, params, None, None), {})
+    return RunState("run", config, TrainState(0, params, None, None), {})
 
 
 def f64(tree):
@@ -159,7 +160,7 @@ def test_scales_and_their_histograms(tiny):
     params["layers"]["alpha_a"] *= -1  # the sign means nothing
     run = opened(config, params)
     rows, histograms = measures.scales(run), measures.scale_histograms(run)
-    for name in d.SCALES:
+    for name in SCALES:
         spec = getattr(config.model, name)
         raw = params[name][:60] if name == "s_z" else params["layers"][name]
         value = np.asarray(raw, np.float64) * spec.init / spec.scale
@@ -183,7 +184,7 @@ def test_norms_and_singular_values_of_queries_and_keys(tiny):
     config = tiny(**{"model.kind": "gpt", "model.layers": 3})
     params = wobbly(config)
     run = opened(config, params)
-    assert measured.middle_layers(run) == [1, 2]
+    assert report.middle_layers(run) == [1, 2]
     rows = measures.query_and_key(run, [2])
     assert {r["layer"] for r in rows} == {2}
     for name in ("query_kernel", "key_kernel"):
@@ -220,40 +221,45 @@ def rotated(x, positions, base=10000.0):
 
 
 def by_hand(model, params, tokens, segments, positions):
-    """Angles {name: (layers, B, T, 2)} and entropies (layers, B, T, heads), block by block."""
-    p, ngpt = f64(params), model.kind == "ngpt"
+    """Logits, angles {name: (layers, B, T, 2)} and entropies (layers, B, T, heads), by blocks."""
+    p = f64(params)
     h = p["input_embedding"][tokens]
     batch, length = tokens.shape
     angles, entropies = {"attention": [], "mlp": []}, []
 
     def effective(name, w):
         spec = getattr(model, name)
-        return w[name] * spec.init / spec.scale
+        return w[name] * spec.init / spec.scale if spec.form == "vector" else 1.0
 
     def step(name, alpha, h, proposal):
-        if ngpt:
-            a = np.abs(effective(alpha, w))
-            moved = norm(h + a * (norm(proposal) - h))
-        else:
+        if model.branch_norm == "unit":
+            proposal = norm(proposal)
+        if model.residual == "add":
             moved = h + proposal
+        else:
+            a = np.abs(effective(alpha, w))
+            moved = norm(RESIDUALS[model.residual](h, proposal, a))
         angles[name].append(np.stack([degrees(h, proposal), degrees(h, moved)], -1))
         return moved
 
     for layer in range(model.layers):
         w = {name: leaf[layer] for name, leaf in p["layers"].items()}
-        x = h if ngpt else rms(h, w["attention_norm"], model.rms_eps)
-        h = norm(h) if ngpt else h
+        x = h
+        if model.pre_norm == "rms":
+            x = rms(h, w["attention_norm"], model.rms_eps)
+        h = h if model.residual == "add" else norm(h)
         q, k, v = (
             np.einsum("btd,dhe->bthe", x, w[f"{n}_kernel"]) for n in ("query", "key", "value")
         )
-        if model.qk_norm and not ngpt:
+        if model.qk_norm and model.qk_form == "rms_before_rope":
             q, k = (rms(y, w[f"{n}_norm"], model.rms_eps) for y, n in ((q, "query"), (k, "key")))
         q, k = rotated(q, positions), rotated(k, positions)
+        if model.qk_norm and model.qk_form == "unit_after_rope":
+            q, k = norm(q), norm(k)
         group = model.heads // model.kv_heads
-        scale = model.head_dim**-0.5
-        if ngpt:
-            s = effective("s_qk", w)
-            q, k, scale = norm(q) * np.repeat(s, group, 0), norm(k) * s, model.head_dim**0.5
+        scale = model.head_dim ** (0.5 if model.softmax_scale == "sqrt" else -0.5)
+        s = np.ones(k.shape[2:]) * effective("s_qk", w)
+        q, k = q * np.repeat(s, group, 0), k * s
         heads, found = np.zeros_like(q), np.zeros((batch, length, model.heads))
         for b, t, i in np.ndindex(batch, length, model.heads):
             seen = [u for u in range(t + 1) if segments[b, u] == segments[b, t]]
@@ -264,12 +270,24 @@ def by_hand(model, params, tokens, segments, positions):
             heads[b, t, i] = sum(x * v[b, u, i // group] for x, u in zip(prob, seen))
         entropies.append(found)
         h = step("attention", "alpha_a", h, np.einsum("bthe,hed->btd", heads, w["out_kernel"]))
-        x = h if ngpt else rms(h, w["mlp_norm"], model.rms_eps)
-        u, gate = x @ w["up_kernel"], x @ w["gate_kernel"]
-        if ngpt:
-            u, gate = u * effective("s_u", w), gate * effective("s_v", w) * math.sqrt(model.width)
+        x = rms(h, w["mlp_norm"], model.rms_eps) if model.pre_norm == "rms" else h
+        u, gate = x @ w["up_kernel"] * effective("s_u", w), x @ w["gate_kernel"]
+        if model.s_v.form == "vector":
+            gate = gate * effective("s_v", w) * math.sqrt(model.width)
         h = step("mlp", "alpha_m", h, (u * gate / (1 + np.exp(-gate))) @ w["down_kernel"])
-    return {n: np.stack(a) for n, a in angles.items()}, np.stack(entropies)
+    if model.final_norm == "rms":
+        h = rms(h, p["final_norm"], model.rms_eps)
+    logits = h @ p["output_embedding"].T * effective("s_z", p)
+    return logits, {n: np.stack(a) for n, a in angles.items()}, np.stack(entropies)
+
+
+def slerp(h, f, a):
+    theta = np.arccos(np.sum(h * f, -1, keepdims=True))
+    return (np.sin((1 - a) * theta) * h + np.sin(a * theta) * f) / np.sin(theta)
+
+
+# What is normalized to give the next hidden state.
+RESIDUALS = {"lerp": lambda h, f, a: h + a * (f - h), "slerp": slerp}
 
 
 @pytest.mark.parametrize(
@@ -291,7 +309,7 @@ def test_angles_and_entropies_of_a_model_by_hand(tiny, fields, off):
     positions = np.array([np.arange(11), [*range(4), *range(7)]], np.int32)
     batch = {"inputs": tokens, "segment_ids": segments, "positions": positions}
     read = compute_params(model, params)
-    angles, entropies = by_hand(model, read, tokens, segments, positions)
+    _, angles, entropies = by_hand(model, read, tokens, segments, positions)
 
     @jax.jit
     def measure(params, batch):
@@ -346,7 +364,7 @@ def runs(tmp_path_factory, book):
 def open_run(folder, step, overrides=()):
     config = opening.read_config("workdir", str(folder), overrides)
     checkpoint = opening.find_checkpoint("workdir", str(folder), step)
-    return measures.open_run("run", str(folder), config, checkpoint)
+    return read_state("run", str(folder), config, checkpoint)
 
 
 def rows_of(folder):
@@ -403,13 +421,14 @@ def read_csv(path, **wanted):
 def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
     run = open_run(runs[kind], 4)
     config, model = run.config, run.config.model
-    corpus = measures.load_text(run)
+    corpus = load_text(run)
     label = {"ngpt": "nGPT ngpt", "gpt": "GPT gpt"}[kind]
     rotation, gradient = (
         read_csv(figures[1] / f"{name}.csv", run=label) for name in ("rotation", "gradient")
     )
     # The fifth batch, read from the start of the stream, and the training step on it.
-    batches = pipeline.train_batches(make_dataset(config, corpus), 4, 0, threads=0, prefetch=1)
+    dataset = pipeline.make_dataset(config.data, corpus)
+    batches = pipeline.train_batches(dataset, 4, 0, threads=0, prefetch=1)
     batch = [next(batches) for _ in range(5)][-1]
     step = jax.jit(make_train_step(config, *make_optimizer(config)))
     after, metrics = step(TrainState(*run.state), batch)
@@ -457,7 +476,7 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
 
 def test_at_the_end_of_a_schedule_the_peak_rate_still_tells(runs):
     run = open_run(runs["ngpt"], None)
-    rotation, _ = measures.rotation_and_gradient(run, measures.load_text(run))
+    rotation, _ = measures.rotation_and_gradient(run, load_text(run))
     assert int(run.state.step) == 8
     own, peak = ([r["mean"] for r in rotation if r["rate"] == rate] for rate in ("own", "peak"))
     assert max(own) < 1e-4 and min(peak) > 0.1
@@ -488,16 +507,16 @@ def test_the_command_from_end_to_end(figures):
 
 def test_without_the_text_parameters_are_still_measured(runs):
     run = open_run(runs["gpt"], 4, [("data.paths", "gone.txt")])
-    tables, note = measured.measure(run, None, 1)
+    tables, note = report.measure(run, None, 1)
     assert {"embeddings", "condition", "query_key"} <= set(tables)
     assert not {"angles", "entropy", "rotation", "gradient"} & set(tables)
     assert note.startswith("run: angles, entropy, rotation and gradient are left out: data.paths")
     assert "gone.txt" in note and "\n" not in note
-    shown = measured.show([run], [measured.headlines(tables)])
+    shown = report.show([run], [report.headlines(tables)])
     assert "condition number: query" in shown and "rotation" not in shown
     other = run._replace(config=open_run(runs["gpt"], 4).config, progress={
         **run.progress, "data": "of another text"})  # fmt: skip
-    assert "not the one that the run was trained on" in measured.measure(other, None, 1)[1]
+    assert "not the one that the run was trained on" in report.measure(other, None, 1)[1]
 
 
 def test_bad_input_is_told_in_a_line(runs, tmp_path):
@@ -524,7 +543,7 @@ def test_bad_input_is_told_in_a_line(runs, tmp_path):
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, mlp_width=64))
     checkpoint = opening.find_checkpoint("workdir", str(runs["ngpt"]), 4)
     with pytest.raises(ConfigError, match="model and optimizer in .*kernel is"):
-        measures.open_run("run", str(runs["ngpt"]), wide, checkpoint)
+        read_state("run", str(runs["ngpt"]), wide, checkpoint)
     done = command(f"--workdir={runs['ngpt']}", "--layers=7")
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = [x for x in done.stderr.splitlines() if x.startswith("error: ")]
@@ -548,7 +567,7 @@ def test_every_evaluation_logs_what_is_cheap(runs, kind):
         assert set(logged) == {f"diagnose/{name}" for name in names}
         run = open_run(runs[kind], row["step"])
         model, params = run.config.model, run.state.params
-        corpus = measures.load_text(run)
+        corpus = load_text(run)
         (batch,) = pipeline.eval_batches(corpus.held_out[0], 32, 8, 1)
         real = batch["weights"] > 0
         for name, angles in d.block_angles(model, params, batch).items():

@@ -23,8 +23,9 @@ from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
-from ngpt_jax.training import loop, setup, workdir
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.training import evaluator, loop, saver, workdir
+from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
 
@@ -150,7 +151,8 @@ def test_another_tokenizer_is_refused(begun, small, monkeypatch):
     folder, fields = begun
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
     before = [(folder / name).read_text() for name in ("config.json", "versions.json")]
-    with pytest.raises(ConfigError, match=r"data.tokenizer is not the one .* \(.*, not 12345678\)"):
+    message = r"data.tokenizer \(byte\) is not the one .* \(.*, not 12345678\)"
+    with pytest.raises(ConfigError, match=message):
         loop.train(small(**fields | {"log.every": 7}), folder)
     assert [(folder / n).read_text() for n in ("config.json", "versions.json")] == before
 
@@ -186,7 +188,7 @@ def test_a_workdir_in_use_is_refused(begun, small, monkeypatch):
     )  # fmt: skip
     other.stdout.readline()
     monkeypatch.setattr(workdir.lock_workdir, "__defaults__", (0.5,))
-    with pytest.raises(setup.RunError, match="is in use by another process; wait for its end"):
+    with pytest.raises(workdir.RunError, match="is in use by another process; wait for its end"):
         loop.train(small(**fields), folder)
     other.kill()
     other.wait()
@@ -224,7 +226,9 @@ def test_a_checkpoint_that_is_evaluated_later_may_be_the_best(small, tmp_path, m
         assert loop.train(config, tmp_path) == EXIT_RESUME
     losses = iter([1.0, 2.0])
     monkeypatch.setattr(
-        setup, "evaluate", lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0}
+        evaluator,
+        "evaluate",
+        lambda *args: {"loss": next(losses), "bits_per_byte": 1.0, "tokens": 1.0},
     )
     assert loop.train(config, tmp_path) == 0
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
@@ -288,7 +292,7 @@ def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
     other = dataclasses.replace(small(**fields), init_from=str(folder))
-    with pytest.raises(ConfigError, match=r"init_from=.*: data.tokenizer is not the one"):
+    with pytest.raises(ConfigError, match=r"init_from=.*: data.tokenizer .* is not the one"):
         loop.train(other, tmp_path / "other")
 
 
@@ -299,10 +303,8 @@ def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
 def test_the_best_checkpoints_stay(small, tmp_path, monkeypatch):
     """An evaluation that makes the list is saved, wherever the others are."""
     losses = iter([3.0, 1.0, 2.0, 0.5, 4.0, 4.0])
-    monkeypatch.setattr(
-        setup, "evaluate", lambda *args: {"loss": next(losses), "perplexity": 1.0, "tokens": 1.0,
-                                        "bits_per_byte": 1.0}
-    )  # fmt: skip
+    found = {"perplexity": 1.0, "tokens": 1.0, "bits_per_byte": 1.0}
+    monkeypatch.setattr(evaluator, "evaluate", lambda *args: {"loss": next(losses), **found})
     config = small(**{"eval.every": 2, "checkpoint.every": 5, "checkpoint.keep": 1,
                       "checkpoint.keep_best": 2})  # fmt: skip
     assert loop.train(config, tmp_path) == 0
@@ -314,7 +316,7 @@ def test_the_best_checkpoints_stay(small, tmp_path, monkeypatch):
 def test_checkpoints_by_the_clock(small, tmp_path, monkeypatch):
     clock = iter(range(0, 10_000, 40))
     fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
-    monkeypatch.setattr(setup, "time", fake)
+    monkeypatch.setattr(saver, "time", fake)
     config = small(**{"checkpoint.every": 100, "checkpoint.minutes": 1.0, "checkpoint.keep": 9,
                       "log.every": 1, "eval.every": 100})  # fmt: skip
     assert loop.train(config, tmp_path) == 0
@@ -340,7 +342,7 @@ def test_a_disk_that_is_full_during_a_save(small, tmp_path, monkeypatch, capsys)
     full_disk(monkeypatch, 8)
     config = small(**{"checkpoint.every": 4, "checkpoint.keep": 9})
     with pytest.raises(
-        setup.RunError,
+        workdir.RunError,
         match=r"Checkpoint 8 could not be saved \(no space left on "
         r"device; .* the checkpoint needs .*\); the last whole one is 4; make room",
     ):
@@ -367,7 +369,7 @@ from ngpt_jax.training import metrics
 real = metrics.MetricWriter.write
 def write(self, step, row):
     if step >= 6 and {{limited}}:
-        size = self._path.stat().length
+        size = self.path.stat().length
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, size + 20))
     real(self, step, row)
 metrics.MetricWriter.write = write
@@ -399,15 +401,15 @@ command.run_command(_main)
 def test_text_that_is_damaged_while_a_run_goes_on(small, tmp_path, monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 257, 20_000)
     file = write_bin(tmp_path / "t.bin", tokens)
-    real = loop._Interval.log
+    real = Logger.write_row
 
-    def log(self, metrics):
-        real(self, metrics)
+    def write_row(self, step, params):
+        real(self, step, params)
         write_bin(file, np.full(20_000, 300))
 
-    monkeypatch.setattr(loop._Interval, "log", log)
+    monkeypatch.setattr(Logger, "write_row", write_row)
     config = small(**{"data.source": "bin", "data.paths": (str(file),), "data.prefetch": 1})
-    with pytest.raises(setup.RunError, match=r"t.bin' has the token id 300, but data.tokenizer"):
+    with pytest.raises(workdir.RunError, match=r"t.bin' has the token id 300, but data.tokenizer"):
         loop.train(config, tmp_path / "run")
 
 
@@ -456,7 +458,7 @@ def test_every_source_trains_the_debug_model(tmp_path, kind):
 # --------------------------------------------------------------------------------------- metrics
 
 
-def test_metrics_of_several_starts_on_remote_storage(tiny, tmp_path, monkeypatch):
+def test_metrics_of_several_starts_on_remote_storage(tmp_path, monkeypatch):
     """A file a start; rows past the restored step are dropped from the older ones."""
     from ngpt_jax.training import metrics
 
@@ -465,7 +467,7 @@ def test_metrics_of_several_starts_on_remote_storage(tiny, tmp_path, monkeypatch
 
     folder = epath.Path(tmp_path)
     for start_step, steps in ((0, (1, 2, 3)), (2, (3, 4)), (4, (5,))):
-        writer = MetricWriter(folder, start_step, tiny())
+        writer = MetricWriter(folder, start_step)
         for step in steps:
             writer.write(step, {"x": step, "eval/a/loss": 0.5 * step})
         writer.close()
@@ -474,16 +476,16 @@ def test_metrics_of_several_starts_on_remote_storage(tiny, tmp_path, monkeypatch
     assert found == {
         "metrics-0000.jsonl": [1, 2], "metrics-0001.jsonl": [3, 4], "metrics-0002.jsonl": [5],
     }  # fmt: skip
-    assert MetricWriter(folder, 4, tiny()).results == {"a": {"loss": 2.0}}
+    assert MetricWriter(folder, 4).results == {"a": {"loss": 2.0}}
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_tensorboard_hides_what_was_written_past_the_restored_step(tiny, tmp_path):
+def test_tensorboard_hides_what_was_written_past_the_restored_step(tmp_path):
     from etils import epath
     from tensorboardX.proto.event_pb2 import Event
 
     for start_step in (0, 1):
-        writer = MetricWriter(epath.Path(tmp_path), start_step, tiny())
+        writer = MetricWriter(epath.Path(tmp_path), start_step)
         writer.write(start_step + 1, {"loss": 2.0, "none": None, "bad": math.nan})
         writer.close()
     files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns)

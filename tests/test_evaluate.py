@@ -18,8 +18,9 @@ from etils import epath
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.evaluation import scorers, tasks
+from ngpt_jax.evaluation.report import examples, table_lines
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.inference import scoring
 from ngpt_jax.inference.loading import LoadedModel
@@ -269,10 +270,10 @@ def test_accuracies_of_a_model_by_hand(tmp_path):
     assert result["chance"] == pytest.approx((1 / 2 + 1 / 2 + 1 / 4) / 3)
     assert result["acc"] == pytest.approx(1 / 3) and result["acc_norm"] == pytest.approx(2 / 3)
     assert result["acc_stderr"] == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 2))
-    columns, rows = scorers.table(task, scored)
+    columns, rows = examples(task, scored)
     assert columns == ["id", "chosen", "chosen_norm", "label", *(f"log_prob_{i}" for i in range(4))]
     assert [row["label"] for row in rows] == [0, 1, 1] and "log_prob_2" not in rows[0]
-    assert scorers.rows_of("t (3)", [result]) == [
+    assert table_lines("t (3)", [result]) == [
         ("t (3)", "acc", "0.3333 ± 0.3333", "0.4167"),
         ("", "acc_norm", "0.6667 ± 0.3333", "0.4167"),
     ]
@@ -299,7 +300,7 @@ def test_a_completion_is_right_where_all_of_it_is_the_likeliest(tmp_path):
     result = scorers.summarize(task, scored)
     assert (task.kind, result["acc"], result["chance"]) == ("completion", 0.5, None)
     assert result["perplexity"] == pytest.approx(math.exp((1.94 + 1.95) / 2), rel=1e-6)
-    columns, rows = scorers.table(task, scored)
+    columns, rows = examples(task, scored)
     assert columns == ["id", "greedy", "log_prob"] and [r["greedy"] for r in rows] == [1, 0]
 
 
@@ -504,7 +505,7 @@ def test_the_command_from_end_to_end(run, tmp_path, book):
                 assert results["tasks"][kind][name] == near(value)
             with open(out / f"{kind}{of}.csv", newline="") as f:
                 rows = list(csv.DictReader(f))
-            _, ours = scorers.table(task, scored)
+            _, ours = examples(task, scored)
             for row, mine in zip(rows, ours, strict=True):
                 assert row.pop("id") == str(mine.pop("id"))
                 assert {k: float(v) for k, v in row.items() if v} == near(mine)

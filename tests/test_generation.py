@@ -14,21 +14,17 @@ from test_golden import load as load_golden
 
 import ngpt_jax
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
-from ngpt_jax.decoding import folding, generation
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.decoding import folding
 from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
+from ngpt_jax.decoding.prefill import read_prompts
 from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
+from ngpt_jax.decoding.step import read_next
 from ngpt_jax.inference import opening
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
-from ngpt_jax.model.transformer import (
-    FOLDED_MARK,
-    Transformer,
-    init_params,
-    output_logits,
-    param_axes,
-    unit_axes,
-)
+from ngpt_jax.model.params import FOLDED_MARK, param_tree, unit_axes
+from ngpt_jax.model.transformer import Transformer, init_params, output_logits
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.projection import keep_params_on_sphere, project_params
 from ngpt_jax.training import loop
@@ -45,11 +41,12 @@ def moved(config, seed=1):
         name = path[-1].key
         if name.startswith(("s_", "alpha")) or "norm" in name:
             return w * rng.uniform(0.5, 2.0, w.shape) * rng.choice([-1.0, 1.0], w.shape)
-        return w if config.kind == "ngpt" else 5 * w
+        return w if config.weights == "sphere" else 5 * w
 
     params = jax.tree_util.tree_map_with_path(move, params)
-    if config.kind == "ngpt":
+    if "s_z" in params:
         params["s_z"] = 20 * params["s_z"]  # a trained model's mean s_z exceeds 10
+    if config.weights == "sphere":
         params["input_embedding"] = 1.3 * params["input_embedding"]  # off the sphere
     return jax.tree.map(lambda w: jnp.asarray(w, config.param_dtype), params)
 
@@ -65,11 +62,11 @@ def decoded_logits(config, params, tokens, cut, pieces):
 
     @jax.jit
     def start(tokens, caches):
-        return generation.forward(folded, weights, tokens, caches, Slots(first, None))
+        return read_prompts(config, weights, tokens, first, caches)
 
     @jax.jit
     def go_on(tokens, caches, end, newest):
-        return generation.forward(folded, weights, tokens, caches, Slots(first, end, newest))
+        return read_next(config, weights, tokens, caches, Slots(first, end, newest))
 
     caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3, 4)
     out, place, newest = [], 0, 0
@@ -137,11 +134,7 @@ def test_folded_weights_give_the_logits_of_raw_ones(tiny, dtype):
     config, golden, params = load_golden(tiny, "ngpt", "pert", dtype="float32")
     config = dataclasses.replace(config.model, dtype=dtype)
     folded, weights = folding.folded_config(config), folding.fold(config, params)
-    names = jax.tree.map(lambda w: w.shape, weights)
-    axes = param_axes(folded)
-    assert jax.tree.structure(names, is_leaf=lambda s: isinstance(s, tuple)) == (
-        jax.tree.structure(axes, is_leaf=lambda s: isinstance(s, tuple))
-    )
+    assert jax.tree.structure(weights) == jax.tree.structure(param_tree(folded))
     x = golden["x"].astype(np.int32)
     raw, own = logits_of(config, params, x)[..., :97], logits_of(folded, weights, x)[..., :97]
     most = np.abs(golden["logits"]).max()
@@ -168,7 +161,7 @@ def test_folded_weights_are_refused_by_training_and_projection(tiny):
         with pytest.raises(ConfigError, match=r"model\.folded: .* train from the raw ones"):
             refused()
     for fields in ({"model.kind": "gpt"}, {"model.normalize_on_read": True}):
-        with pytest.raises(ConfigError, match=r"model\.folded is for model\.kind=ngpt"):
+        with pytest.raises(ConfigError, match=r"model\.folded needs scales to fold"):
             tiny(**{"model.folded": True, **fields})
 
 
@@ -298,9 +291,9 @@ def test_the_end_of_the_document_ends_a_text(model):
     # The last hidden state points somewhere: a table in which only ``eod`` lies there.
     table = np.zeros(weights["output_embedding"].shape, np.float32)
     probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
-    h, _ = generation.forward(
-        probe._folded, weights, jnp.array([[256, 97]]), empty_cache(probe._folded, 1, 2, 1),
-        Slots(jnp.zeros(1, jnp.int32), None),
+    h, _ = read_prompts(
+        model.config.model, weights, jnp.array([[256, 97]]), jnp.zeros(1, jnp.int32),
+        empty_cache(model.config.model, 1, 2, 1),
     )  # fmt: skip
     table[256] = 50 * h[0, -1]
     probe._weights = weights | {"output_embedding": jnp.asarray(table)}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ngpt_jax.export.reference_layout import from_reference, to_reference
-from ngpt_jax.model.transformer import Transformer, unit_axes
+from ngpt_jax.model.params import unit_axes
+from ngpt_jax.model.transformer import Transformer
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.projection import project_params
 from ngpt_jax.training.guard import init_guard

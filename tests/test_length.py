@@ -19,13 +19,13 @@ EOD = 256
 
 def test_windows_lie_within_documents():
     documents = [np.arange(10), np.arange(100, 103), np.arange(20, 29)]
-    found = measures.cut_windows(documents, EOD, 4, 9)
+    found = measures.cut_sequences(documents, EOD, 4, 9)
     assert found.tolist() == [
         [EOD, 0, 1, 2, 3], [3, 4, 5, 6, 7], [EOD, 20, 21, 22, 23], [23, 24, 25, 26, 27],
     ]  # fmt: skip
-    assert len(measures.cut_windows(documents, EOD, 4, 3)) == 3
+    assert len(measures.cut_sequences(documents, EOD, 4, 3)) == 3
     with pytest.raises(ConfigError, match=r"the 11 tokens .* \(the longest document has 10\)"):
-        measures.cut_windows(documents, EOD, 11, 3)
+        measures.cut_sequences(documents, EOD, 11, 3)
 
 
 def test_lengths_double():
@@ -40,7 +40,7 @@ def test_nats_are_those_of_the_full_forward_pass(model):  # noqa: F811
     rng = np.random.default_rng(0)
     windows = rng.integers(0, 256, (2, 65))
     told = []
-    scored = measures.score_windows(model, windows, [16, 32, 64], told.append)
+    scored = measures.score_lengths(model, windows, [16, 32, 64], told.append)
     assert [x.shape for x in scored.values()] == [(8, 16), (4, 32), (2, 64)]
     assert told == [1 / 3, 2 / 3, 1]
     for length, found in scored.items():
@@ -55,7 +55,7 @@ def test_nats_are_those_of_the_full_forward_pass(model):  # noqa: F811
         model.mesh, 0,
     )  # fmt: skip
     with pytest.raises(ConfigError, match="its weights are not finite"):
-        measures.score_windows(broken, windows, [32])
+        measures.score_lengths(broken, windows, [32])
 
 
 def test_summaries_by_hand():
@@ -82,7 +82,7 @@ def test_the_command(runs, tmp_path):
     done = run(f"--against={runs / 'gpt'}", f"--text={runs / 'book.txt'}", "--factor=4",
                "--windows=4", f"--out={tmp_path / 'out'}")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "4 windows of 128 tokens" in done.stdout
+    assert "4 sequences of 128 tokens" in done.stdout
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "length.csv", "position.csv", "length.png",
     }  # fmt: skip
@@ -97,4 +97,6 @@ def test_the_command(runs, tmp_path):
     assert refused.stderr.startswith("error: --against is the folder of --workdir")
     refused = run("--factor=64")
     assert refused.returncode == 2
-    assert refused.stderr.startswith("error: No document has the 2048 tokens of the longest window")
+    assert refused.stderr.startswith(
+        "error: No document has the 2048 tokens of the longest sequence"
+    )

@@ -10,16 +10,9 @@ import pytest
 
 from ngpt_jax import sphere
 from ngpt_jax.export.reference_layout import from_reference, to_reference
+from ngpt_jax.model.params import num_params, padded_vocab_size, param_tree, unit_axes
 from ngpt_jax.model.rotary import apply_rope, interleaved_to_half, rope_tables
-from ngpt_jax.model.transformer import (
-    Transformer,
-    init_params,
-    is_axes,
-    num_params,
-    padded_vocab_size,
-    param_axes,
-    unit_axes,
-)
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.step import summarize_params, summed_nats
 
@@ -58,10 +51,10 @@ def test_parameter_counts_of_the_paper(tiny, kind, layers, width, heads, count):
 def test_axes_and_shapes_agree(tiny, kind):
     config = tiny(**{"model.kind": kind, "model.kv_heads": 1}).model
     params = init_params(config, jax.random.key(0))
-    axes = param_axes(config)
-    assert jax.tree.structure(params) == jax.tree.structure(axes, is_leaf=is_axes)
-    for leaf, names in zip(jax.tree.leaves(params), jax.tree.leaves(axes, is_leaf=is_axes)):
-        assert leaf.ndim == len(names)
+    table = param_tree(config)
+    assert jax.tree.structure(params) == jax.tree.structure(table)
+    for leaf, p in zip(jax.tree.leaves(params), jax.tree.leaves(table)):
+        assert leaf.ndim == len(p.axes)
     matrices = [a for a in jax.tree.leaves(unit_axes(config)) if a is not None]
     assert len(matrices) == (9 if kind == "ngpt" else 0)
 

@@ -6,9 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ngpt_jax.config import OptimizerConfig
-from ngpt_jax.model.transformer import unit_axes
-from ngpt_jax.optim.groups import matrix_mask, param_groups
+from ngpt_jax.config.fields import OptimizerConfig
+from ngpt_jax.model.params import param_tree, unit_axes
 from ngpt_jax.optim.recipes import (
     clip_by_global_norm,
     make_optimizer,
@@ -97,7 +96,7 @@ def test_the_rate_is_that_of_the_step_given(x64, dtype):
 
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_groups_follow_from_axis_names(tiny, kind):
-    groups = param_groups(tiny(**{"model.kind": kind}).model)
+    groups = jax.tree.map(lambda p: p.group, param_tree(tiny(**{"model.kind": kind}).model))
     assert groups["input_embedding"] == "input_table"
     assert groups["output_embedding"] == "output_table"
     matrices = {name for name, group in groups["layers"].items() if group == "block_matrix"}
@@ -114,7 +113,7 @@ def test_weight_decay_acts_on_the_baselines_matrices_alone(tiny):
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params, step=0)
     shrunk = jax.tree.map(lambda u: bool(np.any(u)), updates)
-    assert shrunk == matrix_mask(config.model)
+    assert shrunk == jax.tree.map(lambda p: p.is_matrix, param_tree(config.model))
     lr = config.optimizer.learning_rate
     np.testing.assert_allclose(
         updates["output_embedding"], -lr * 0.1 * params["output_embedding"], rtol=1e-5

@@ -15,7 +15,7 @@ from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus, packing, shards
 from ngpt_jax.data.packing import BestFit, Concatenated, best_fit, document_lengths
 from ngpt_jax.data.shards import TokenStream, open_bin, token_dtype
-from ngpt_jax.data.tokenizers.loading import load_tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 
 property_test = settings(max_examples=100, deadline=None, derandomize=True)
 EOD = 256
@@ -171,7 +171,7 @@ def test_threads_may_read_while_files_are_opened_and_dropped(tmp_path):
     shard = open_bin(epath.Path(write_bin(tmp_path / "a.bin", TOKENS)), "data.paths", None)
 
     def read(_):
-        shards._opened.cache_clear()
+        shards._open_file.cache_clear()
         return shard.read(5, 50).tolist() == TOKENS[5:50].tolist()
 
     with ThreadPoolExecutor(8) as pool:
@@ -187,7 +187,7 @@ def test_array_record_of_token_ids(tmp_path, dtype):
     config = {"source": "array_record", "token_dtype": dtype, "cache": tmp_path / "c"}
     found = load(paths=(str(file),), eval_paths=(), held_out=0.1, **config)
     whole = np.concatenate(documents)
-    stream = found.train[""]._stream
+    stream = found.train[""].stream
     assert len(stream) + len(found.held_out[0].stream) == len(whole)
     for start, stop in itertools.combinations((0, 1, 2, 50, 51, 54, 55, 300, len(stream)), 2):
         assert stream.read(start, stop).tolist() == whole[start:stop].tolist()
@@ -257,7 +257,7 @@ def test_concatenated_windows(documents, context, masked):
             assert window["positions"].tolist() == expected
     if not len(windows):
         with raises(f"model.context = {context} needs a training text of {context + 1} tokens"):
-            packing.check_windows(windows, stream_of(tokens), context)
+            packing.check_sequences(windows, stream_of(tokens), context)
 
 
 def test_document_lengths(monkeypatch):

@@ -19,15 +19,17 @@ from etils import epath
 
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus, manifest
-from ngpt_jax.data.preparing import preparation
-from ngpt_jax.data.preparing.preparation import Stopped, prepare
+from ngpt_jax.data.preparing import tokenize
+from ngpt_jax.data.preparing.folder import Stopped, prepare_folder
 from ngpt_jax.data.text.sources import open_source
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 
 
 def run(config, out, **options):
     options = {"shard_tokens": 4000, "workers": 1} | options
-    return prepare(open_source(config), config.held_out, config, epath.Path(out), **options)
+    source, tokenizer = open_source(config), load_tokenizer(config)
+    return prepare_folder(source, config.held_out, tokenizer, epath.Path(out), **options)
 
 
 def contents(folder):
@@ -61,7 +63,7 @@ def config(tmp_path, texts):
 @pytest.fixture
 def small_portions(monkeypatch):
     """Portions of a kilobyte, so that a small text has many."""
-    monkeypatch.setattr(preparation, "_CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(tokenize, "_CHARACTERS_AT_ONCE", 1000)
 
 
 def test_tokens_documents_and_bytes(config, texts, tmp_path, small_portions):
@@ -90,7 +92,7 @@ def test_tokens_documents_and_bytes(config, texts, tmp_path, small_portions):
 
 
 def corpus_split(texts, share):
-    from ngpt_jax.data.preparing.splits import choose_split
+    from ngpt_jax.data.text.held_out import choose_split
 
     return choose_split(lambda: iter(texts), share, "data.paths")
 
@@ -112,13 +114,13 @@ def test_workers_give_the_same_bytes(config, tmp_path, small_portions, monkeypat
     words.save(str(tmp_path / "words.json"))
     config = dataclasses.replace(config, tokenizer=str(tmp_path / "words.json"))
     run(config, tmp_path / "one", workers=1)
-    used, real = [], preparation._Job._in_workers
+    used, real = [], tokenize._in_workers
 
-    def in_workers(self, *args):
+    def in_workers(*args):
         used.append(1)
-        return real(self, *args)
+        return real(*args)
 
-    monkeypatch.setattr(preparation._Job, "_in_workers", in_workers)
+    monkeypatch.setattr(tokenize, "_in_workers", in_workers)
     run(config, tmp_path / "two", workers=2)
     assert used
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -152,9 +154,9 @@ def test_a_killed_preparation_goes_on(config, tmp_path, texts):
     """SIGKILL at random instants, until it is done."""
     code = """
 import sys, time; sys.path.insert(0, "tests")
-from ngpt_jax.data.preparing import preparation
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
-preparation._CHARACTERS_AT_ONCE = 1000
+from ngpt_jax.data.preparing import tokenize
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+tokenize._CHARACTERS_AT_ONCE = 1000
 real = ByteTokenizer.encode_batch
 ByteTokenizer.encode_batch = lambda self, batch: (time.sleep(0.01), real(self, batch))[1]
 import test_prepare as t
@@ -173,7 +175,7 @@ t.run(t.text_config(sys.argv[1]), sys.argv[2])
         if process.wait() == 0:
             break
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "_CHARACTERS_AT_ONCE", 1000)
+        patch.setattr(tokenize, "_CHARACTERS_AT_ONCE", 1000)
         run(config, tmp_path / "whole")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
@@ -282,7 +284,8 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
     words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
     words.save(str(json_file))
     with raises(
-        "data.tokenizer: .*out' was prepared with the tokenizer 'byte' .257 ids, .* not 't'"
+        "data.paths: .*out' .tokenizer 'byte'.: data.tokenizer .'t', 3 ids, .* is not the one that"
+        " it was prepared with"
     ):
         load(source="bin", paths=(folder,), tokenizer=str(json_file), cache=cache)
     with raises("must be the only path; several go into data.mixture"):
@@ -322,7 +325,7 @@ def test_the_command(config, tmp_path):
             cwd=ROOT, capture_output=True, text=True, timeout=120,
         )  # fmt: skip
 
-    out = f"--out={tmp_path}/out"
+    out, other, data = f"--out={tmp_path}/out", f"--out={tmp_path}/b", f"{tmp_path}/in/c.jsonl"
     done = command("--source", "text", "--paths", str(tmp_path / "in"), out)
     assert done.returncode == 0, done.stderr
     assert "train: " in done.stdout
@@ -333,6 +336,11 @@ def test_the_command(config, tmp_path):
         (["--source=text", "--paths=x"], "--out is missing"),
         (["--source=bin", "--paths=x", out], "--source must be one of stdlib, text, tfds, arr"),
         (["--source=text", "--paths=gone", out], "--paths: there is no file or folder 'gone'"),
+        # Names of files are told as they are.
+        (["--source=text", "--paths=data.jsonl", out], "file or folder 'data.jsonl'; check"),
+        (["--source=text", "--paths=--config.data.x", out], "file or folder '--config.data.x'; c"),
+        (["--source=text", f"--paths={data}", "--text_key=x", other], f"--paths: {data!r}, line 1"),
+        (["--source=text", f"--paths={data}", "--text_key=x", other], "'text'; set --text_key."),
         (["--source=text", "--paths=x", "--held_out=2", out], "--held_out must lie between"),
         (["--source=stdlib", "--paths=x", out], "--paths is for --source=text"),
         (["--source=stdlib", "--tokenizer=gone", out], "--tokenizer: "),

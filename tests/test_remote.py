@@ -12,9 +12,9 @@ from fsspec.registry import _registry
 
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus
-from ngpt_jax.data.preparing.preparation import prepare
+from ngpt_jax.data.preparing.folder import prepare_folder
 from ngpt_jax.data.text.sources import open_source
-from ngpt_jax.data.tokenizers.loading import load_tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.training.workdir import open_workdir
 
 
@@ -55,8 +55,9 @@ def test_text_and_tokens_in_a_bucket(bucket, tmp_path):
     (bucket / "t.bin").write_bytes(np.arange(250).astype("<u2").tobytes())
     config = DataConfig(source="text", paths=("gs://bucket/in/*.txt",))
     out = epath.Path("gs://bucket/out")
-    made = prepare(open_source(config), 0.3, config, out, shard_tokens=40, workers=1)
-    assert prepare(open_source(config), 0.3, config, out, shard_tokens=40) == made
+    tokenizer = load_tokenizer(config)
+    made = prepare_folder(open_source(config), 0.3, tokenizer, out, shard_tokens=40, workers=1)
+    assert prepare_folder(open_source(config), 0.3, tokenizer, out, shard_tokens=40) == made
     assert sorted(p.name for p in out.iterdir()) == [
         "held_out-00000.bin", "manifest.json", "train-00000.bin"
     ]  # fmt: skip

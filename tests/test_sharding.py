@@ -30,7 +30,7 @@ def test_on_eight_devices():
 
 def test_a_mesh_axis_used_twice_is_refused():
     twice = {**rules.PARAMETERS, "embed": ("fsdp",)}
-    with pytest.raises(ConfigError, match="Mesh axis fsdp would cut both embed and mlp of w"):
+    with pytest.raises(ConfigError, match="Mesh axis fsdp would shard both embed and mlp of w"):
         rules.param_spec(("embed", "mlp"), {"embed": 8, "mlp": 8}, MESH, twice, name="w")
 
 

@@ -1,5 +1,6 @@
 """Documents: where they come from, in which order, and what bad files are told."""
 
+import dataclasses
 import gzip
 import re
 import subprocess
@@ -23,17 +24,24 @@ from data_helpers import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ngpt_jax.config import DataConfig
-from ngpt_jax.data.preparing import splits
-from ngpt_jax.data.preparing.splits import choose_split
-from ngpt_jax.data.text import sources
-from ngpt_jax.data.text.stdlib import stdlib_corpus, stdlib_files
+from ngpt_jax.config import DataConfig, SourceConfig
+from ngpt_jax.config.sources import SOURCES
+from ngpt_jax.data.text import held_out, sources
+from ngpt_jax.data.text.held_out import choose_split
+from ngpt_jax.data.text.stdlib import stdlib_files, stdlib_texts
 
 property_test = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def utf8_size(texts):
     return sum(len(text.encode()) for text in texts)
+
+
+def test_each_source_is_in_the_table():
+    """Text has a function that opens it; bin holds tokens."""
+    assert {*sources.OPENERS, "bin"} == SOURCES.keys()
+    fields = {field.name for field in dataclasses.fields(SourceConfig)}
+    assert all(fields.issuperset(source.reads.split()) for source in SOURCES.values())
 
 
 # -------------------------------------------------------------------------------------- stdlib
@@ -70,14 +78,14 @@ def fake_stdlib(root):
 
 def test_stdlib_files_and_split(tmp_path):
     fake_stdlib(tmp_path / "lib")
-    corpus = stdlib_corpus(tmp_path / "lib", 0.3)
-    assert list(corpus.held_out) == ["stdlib"]
-    both = [*corpus.train, *corpus.held_out["stdlib"]]
+    texts = stdlib_texts(tmp_path / "lib", 0.3)
+    assert list(texts) == ["train", "stdlib"]
+    both = [*texts["train"], *texts["stdlib"]]
     expected = [c * 500 for c in "abou"] + ["j" * 20, "naïve = '\xe9'\n", "caf\ufffd = 1\n"]
     assert sorted(both) == sorted(expected)
-    assert 0.2 < utf8_size(corpus.held_out["stdlib"]) / utf8_size(both) < 0.4
-    as_read = [c for c in ["b" * 500, "a" * 500, "caf\ufffd = 1\n"] if c in corpus.train]
-    assert corpus.train[: len(as_read)] == as_read  # sorted by path
+    assert 0.2 < utf8_size(texts["stdlib"]) / utf8_size(both) < 0.4
+    as_read = [c for c in ["b" * 500, "a" * 500, "caf\ufffd = 1\n"] if c in texts["train"]]
+    assert texts["train"][: len(as_read)] == as_read  # sorted by path
 
 
 def test_stdlib_of_this_python():
@@ -104,9 +112,9 @@ def test_stdlib_of_this_python():
 @pytest.mark.parametrize("share", [0.001, 0.2, 0.999])
 def test_stdlib_keeps_both_sides(tmp_path, share):
     fake_stdlib(tmp_path / "lib")
-    corpus = stdlib_corpus(tmp_path / "lib", share)
-    assert corpus.train
-    assert corpus.held_out["stdlib"]
+    texts = stdlib_texts(tmp_path / "lib", share)
+    assert texts["train"]
+    assert texts["stdlib"]
 
 
 def test_stdlib_without_sources(tmp_path, monkeypatch):
@@ -250,7 +258,7 @@ def test_bad_array_record(tmp_path):
     with raises("data.paths: '.*x.array_record' (holds no|cannot be read)"):
         documents(config(tmp_path / "x.array_record"))
     write_array_record(tmp_path / "ids.array_record", [b"\xff\xfe\x00\x01"])
-    with raises("ids.array_record', record 1 is not UTF-8 text; set token_dtype if it holds"):
+    with raises("ids.array_record', record 1 is not UTF-8 text; set data.token_dtype if it holds"):
         documents(config(tmp_path / "ids.array_record"))
     whole = write_array_record(tmp_path / "w.array_record", [b"x" * 5000] * 40).read_bytes()
     (tmp_path / "cut.array_record").write_bytes(whole[: len(whole) // 2])
@@ -336,7 +344,7 @@ def test_split_of_documents(monkeypatch):
     assert split_of(["a", "b"] * 9, 0.01)[0] in (["a"] * 9, ["b"] * 9)
     assert all(split_of(["a", "b"], 0.99))
     # Of many documents the share alone decides: close to what is counted out of few.
-    monkeypatch.setattr(splits, "_DOCUMENTS", 100)
+    monkeypatch.setattr(held_out, "_DOCUMENTS", 100)
     many = [f"document {i}" for i in range(20_000)]
     read = []
     split = choose_split(lambda: (read.append(t) or t for t in many), 0.05, "data.paths")
@@ -379,8 +387,8 @@ def test_split_of_any_one_document(text, share):
 
 def test_sources_and_tokenizers_load_no_jax():
     code = (
-        "import sys; from ngpt_jax.data.preparing import preparation;"
-        " from ngpt_jax.data.text import sources; from ngpt_jax.data.tokenizers import loading;"
+        "import sys; from ngpt_jax.data.preparing import folder;"
+        " from ngpt_jax.data.text import sources; from ngpt_jax.data.tokenizers import load;"
         "assert not {'jax', 'flax', 'grain', 'tensorflow_datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

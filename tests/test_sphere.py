@@ -324,6 +324,24 @@ def test_slerp_gradient_matches_differences_of_the_formula():
     assert_close(da @ u + db @ v + dt, (expected(1e-4) - expected(-1e-4)) / 2e-4, 1e-5)
 
 
+@pytest.mark.parametrize("theta", [1e-18, 1e-12, 1e-8, 1e-7, 1e-5, 1e-3, 0.1, 1.0, 3.0])
+def test_slerp_of_every_angle_has_exact_derivatives(theta):
+    """A step for each entry, in float32 against float64; jnp.sinc would give noise below 1e-4."""
+    a = np.eye(6)[0]
+    b = np.cos(theta) * a + np.sin(theta) * np.eye(6)[1]
+    t, c = np.linspace(0.02, 0.9, 6), normal(6, seed=2)
+
+    def value_and_grads(*x):
+        return jax.value_and_grad(lambda a, b, t: c @ sphere.slerp(a, b, t), (0, 1, 2))(*x)
+
+    value, grads = value_and_grads(*f32(a, b, t))
+    with jax.enable_x64(True):
+        wanted = value_and_grads(*(jnp.asarray(f64(x)) for x in f32(a, b, t)))
+    assert_close(value, wanted[0], 2e-6)
+    for found, right in zip(grads, wanted[1]):
+        assert_close(found, right, 2e-6 * max(1, np.abs(right).max()))
+
+
 def test_slerp_is_finite_at_antipodes():
     a = f32(unit(4, 6))
     assert np.isfinite(jitted.slerp(a, -a, 0.3)).all()

@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tokenizers.loading import load_tokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 
 LLAMA = SHARED / "tokenizers" / "llama2-32k.json"
@@ -331,8 +331,8 @@ def test_more_white_space_than_tiktoken_takes(paths, kind):
 
 def test_libraries_are_imported_where_they_are_used():
     code = (
-        "import sys, ngpt_jax.data.tokenizers.loading as t; from ngpt_jax.config import DataConfig;"
-        "t.load_tokenizer(DataConfig());"
+        "import sys; from ngpt_jax.data.tokenizers.load import load_tokenizer;"
+        "from ngpt_jax.config import DataConfig; load_tokenizer(DataConfig());"
         "assert not {'tiktoken', 'sentencepiece'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)

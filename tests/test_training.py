@@ -1,6 +1,5 @@
 """Whole runs: exact resume, stopping, metrics, evaluation, and workdirs."""
 
-import dataclasses
 import importlib.util
 import json
 import math
@@ -22,14 +21,17 @@ from test_packing import stream_of
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import EvalSet, load_corpus
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer, load_tokenizer
-from ngpt_jax.model.transformer import Transformer, init_params, num_params
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import load_tokenizer
+from ngpt_jax.model.params import num_params
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_duration
-from ngpt_jax.training import dry_run, loop, setup, step, throughput
-from ngpt_jax.training.evaluator import evaluate, make_summed_nats
+from ngpt_jax.training import dry_run, evaluator, loop, step, throughput
+from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
+from ngpt_jax.training.workdir import RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,25 +59,25 @@ def final_state(workdir):
 
 def stop_at(monkeypatch, step):
     """Sends this process SIGTERM in the middle of the step after ``step``."""
-    real = loop._Interval.step
+    real = Logger.add
 
-    def stopping(self, compiled, batches):
-        real(self, compiled, batches)
-        if self.run.step == step:
+    def stopping(self, step_, metrics):
+        real(self, step_, metrics)
+        if step_ == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop._Interval, "step", stopping)
+    monkeypatch.setattr(Logger, "add", stopping)
 
 
 def stop_in_evaluation(monkeypatch):
     """Sends this process SIGTERM as an evaluation begins."""
-    real = setup.evaluate
+    real = evaluator.evaluate
 
     def stopping(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args)
 
-    monkeypatch.setattr(setup, "evaluate", stopping)
+    monkeypatch.setattr(evaluator, "evaluate", stopping)
 
 
 @pytest.mark.slow
@@ -101,14 +103,14 @@ def test_a_run_killed_between_checkpoints_goes_on_from_the_last(small, tmp_path,
     config = small()
     assert loop.train(config, tmp_path / "whole") == 0
 
-    def crash(self, metrics):
-        if self.run.step == 9:
+    def crash(self, step, params):
+        if step == 9:
             raise OSError("power cut")
-        return real(self, metrics)
+        return real(self, step, params)
 
-    real = loop._Interval.log
+    real = Logger.write_row
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Interval, "log", crash)
+        patch.setattr(Logger, "write_row", crash)
         with pytest.raises(OSError, match="power cut"):
             loop.train(config, tmp_path / "cut")
     with (tmp_path / "cut/metrics.jsonl").open("a") as f:
@@ -221,7 +223,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
     assert [r["train/skipped"] for r in train_rows] == [1, 2, 4, 4]
     assert all(math.isfinite(x) for r in train_rows for x in r.values())
     poison(monkeypatch, config, [6, 7, 8])
-    with pytest.raises(setup.RunError) as error:
+    with pytest.raises(RunError) as error:
         loop.train(config, tmp_path / "b")
     assert re.fullmatch(
         r"3 steps in a row were skipped, the last of them step 8 \(loss nan, gradient norm nan\);"
@@ -233,7 +235,7 @@ def test_steps_whose_loss_is_not_finite_are_skipped_or_stop_the_run(small, tmp_p
     with monkeypatch.context() as patch:
         stop_at(patch, 6)
         assert loop.train(config, tmp_path / "c") == EXIT_RESUME
-    with pytest.raises(setup.RunError, match="last of them step 8"):
+    with pytest.raises(RunError, match="last of them step 8"):
         loop.train(config, tmp_path / "c")
 
 
@@ -246,7 +248,8 @@ def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
     eval_set = EvalSet("set", stream_of(ids), len("".join(documents).encode()), t.eod)
     params = init_params(config.model, jax.random.key(0))
     placer = BatchPlacer(make_mesh(config), 3, 16)
-    result = evaluate(config, params, eval_set, make_summed_nats(config), placer)
+    batches = pipeline.eval_batches(eval_set, 16, 3)
+    result = evaluator.evaluate(config.model, params, batches, placer, eval_set.num_bytes)
     tokens = np.array([t.eod, *ids])
     assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
     nats = 0.0
@@ -351,7 +354,7 @@ def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
     assert "2 x 2 x 8 x 16" in line
     assert "layers, heads, head_dim, embed" in line
     assert ("embed (axis 3)" in line) == (kind == "ngpt")
-    assert "memory a device" in report
+    assert "memory per device" in report
 
 
 def test_dry_run_tells_of_missing_files_beside_the_table(tiny):
@@ -374,24 +377,23 @@ def test_flops_of_a_token(tiny):
     assert throughput.mfu(c, 1e3) is None
 
 
-def test_rows_past_the_restored_step_are_dropped(tiny, tmp_path):
+def test_rows_past_the_restored_step_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s, "x": s}) + "\n" for s in (1, 2, 3, 4)))
-    writer = MetricWriter(tmp_path, 2, tiny())
+    writer = MetricWriter(tmp_path, 2)
     writer.write(3, {"x": 30, "none": None})
     writer.close()
     assert rows(tmp_path) == [{"step": 1, "x": 1}, {"step": 2, "x": 2}, {"step": 3, "x": 30}]
-    MetricWriter(tmp_path, 0, tiny()).close()
+    MetricWriter(tmp_path, 0).close()
     assert rows(tmp_path) == []
     assert [p.name for p in tmp_path.iterdir() if "tmp" in p.name] == []
 
 
-def test_wandb_missing_is_told(tiny, tmp_path):
+def test_wandb_missing_is_told(tmp_path):
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
     with pytest.raises(ConfigError, match="log.wandb_project needs wandb: pip install"):
-        MetricWriter(tmp_path, 0, dataclasses.replace(
-            tiny(), log=dataclasses.replace(tiny().log, wandb_project="x")))  # fmt: skip
+        MetricWriter(tmp_path, 0, "x")
 
 
 def test_durations():
@@ -415,11 +417,11 @@ def test_a_window_of_steps_is_profiled(book, tmp_path):
 
 
 def test_a_step_that_hangs_dumps_all_stacks(small, tmp_path, monkeypatch, capfd):
-    def hang(self, compiled, batches):
+    def hang(self, step, metrics):
         time.sleep(1.5)
         raise OSError("woke up")
 
-    monkeypatch.setattr(loop._Interval, "step", hang)
+    monkeypatch.setattr(Logger, "add", hang)
     with pytest.raises(OSError, match="woke up"):
         loop.train(small(**{"runtime.hang_seconds": 1}), tmp_path / "run")
     err = capfd.readouterr().err

@@ -28,7 +28,7 @@ def child(workdir: str, book: str, kill_in: str, seed: int) -> int:
     """A run that kills itself at a random instant of a save or of an evaluation."""
     from ngpt_jax import config as config_lib
     from ngpt_jax.checkpoint import saving
-    from ngpt_jax.training import loop, setup
+    from ngpt_jax.training import evaluator, loop
 
     rng = random.Random(seed)
 
@@ -54,7 +54,7 @@ def child(workdir: str, book: str, kill_in: str, seed: int) -> int:
     if kill_in == "save":
         saving.Save._work = fatal(saving.Save._work, rng.randint(1, 3), 0.05)
     elif kill_in == "eval":
-        setup.evaluate = fatal(setup.evaluate, rng.randint(1, 2), 0.2)
+        evaluator.evaluate = fatal(evaluator.evaluate, rng.randint(1, 2), 0.2)
     values = config_lib.default_config()
     values.model.update(layers=2, width=32, heads=2, context=32, loss_chunk=64)
     values.train.update(steps=STEPS, batch_size=4)

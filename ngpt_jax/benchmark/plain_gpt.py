@@ -1,7 +1,5 @@
 """A GPT in plain jax and optax, as short as it gets: the yardstick of the benchmark."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

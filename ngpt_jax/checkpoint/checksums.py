@@ -1,6 +1,7 @@
-"""The list of a checkpoint's files with sizes and checksums, by which it is known to be whole."""
+"""Sizes and checksums of a checkpoint's files, by which it is known to be whole.
 
-from __future__ import annotations
+They stand in the checkpoint's manifest.json, which is written last.
+"""
 
 import errno
 import json
@@ -13,16 +14,16 @@ from etils import epath
 from ngpt_jax.files import write_atomically
 
 MANIFEST = "manifest.json"
-_CHUNK = 1 << 22  # bytes; zlib lets other threads run while it counts one
+_CHUNK = 1 << 22  # bytes; zlib lets other threads run while it reads one
 _THREADS = 4
 
 
-class Damaged(Exception):
-    """A checkpoint is not as it was written; a clause names the file and what is wrong with it."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint is not as it was written; the message names the file and what is wrong."""
 
 
 def write(folder: epath.Path, facts: dict[str, Any]) -> None:
-    """Lists all files of the folder, and JSON-able facts, in its manifest, the last file written.
+    """Writes the manifest of all files in the folder, with further JSON-able facts.
 
     Raises OSError.
     """
@@ -34,10 +35,13 @@ def write(folder: epath.Path, facts: dict[str, Any]) -> None:
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-    """The facts and ``files`` of a manifest that is whole itself; else raises Damaged, OSError."""
+    """The facts and ``files`` of the manifest, which is checked itself.
+
+    Raises DamagedCheckpoint, OSError.
+    """
     path = folder / MANIFEST
     if not path.exists():
-        raise Damaged(f"{MANIFEST} is missing")
+        raise DamagedCheckpoint(f"{MANIFEST} is missing")
     try:
         text = path.read_bytes().decode()
         body = json.loads(text)["manifest"]
@@ -45,25 +49,24 @@ def read(folder: epath.Path) -> dict[str, Any]:
             return body
     except (ValueError, KeyError, TypeError):
         pass
-    raise Damaged(f"{MANIFEST} is not as it was written")
+    raise DamagedCheckpoint(f"{MANIFEST} is not as it was written")
 
 
 def change(folder: epath.Path, **facts: Any) -> None:
-    """Other facts in a manifest, at once."""
+    """Replaces facts in the manifest, in one step."""
     write_atomically(folder / MANIFEST, _text(read(folder) | facts))
 
 
-def verify(folder: epath.Path) -> dict[str, Any]:
-    """What :func:`read` gives, after every file was read and found as listed.
+def verify(folder: epath.Path) -> None:
+    """Reads every file of a checkpoint and compares it with the manifest.
 
     Raises:
-      Damaged: names the first file that is not.
+      DamagedCheckpoint: names the first file that differs.
       OSError: the storage as a whole cannot be read.
     """
-    body = read(folder)
+    files = read(folder)["files"]
 
-    def check(name: str) -> str:
-        listed = body["files"][name]
+    def problem(name: str) -> str:
         try:
             size, crc = _measure(folder / name)
         except Exception as e:  # what a missing file raises depends on the storage
@@ -72,15 +75,16 @@ def verify(folder: epath.Path) -> dict[str, Any]:
             if isinstance(e, OSError) and e.errno == errno.EIO:
                 return f"{name} cannot be read: {e.strerror}"
             raise
-        if size != listed["bytes"]:
-            return f"{name} is {size} bytes, not {listed['bytes']}"
-        return "" if crc == listed["crc32"] else f"{name} has another checksum than when written"
+        if size != files[name]["bytes"]:
+            return f"{name} is {size} bytes, not {files[name]['bytes']}"
+        return (
+            "" if crc == files[name]["crc32"] else f"{name} has another checksum than when written"
+        )
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for problem in pool.map(check, body["files"]):
-            if problem:
-                raise Damaged(problem)
-    return body
+        for found in pool.map(problem, files):
+            if found:
+                raise DamagedCheckpoint(found)
 
 
 def _files(folder: epath.Path, prefix: str = "") -> list[str]:
@@ -92,6 +96,7 @@ def _files(folder: epath.Path, prefix: str = "") -> list[str]:
 
 
 def _measure(path: epath.Path) -> tuple[int, int]:
+    """Bytes and crc32 of a file."""
     size = crc = 0
     with path.open("rb") as f:
         while chunk := f.read(_CHUNK):
@@ -100,6 +105,6 @@ def _measure(path: epath.Path) -> tuple[int, int]:
 
 
 def _text(body: dict[str, Any]) -> str:
-    """A text in which no byte can change unnoticed: it is made again from what was read."""
+    """The text of a manifest. :func:`read` makes it anew and compares, so every byte counts."""
     crc = zlib.crc32(json.dumps(body, sort_keys=True).encode())
     return json.dumps({"crc32": crc, "manifest": body}, sort_keys=True, indent=1) + "\n"

@@ -1,9 +1,6 @@
-"""Reading checkpoints: a run's own state, or the parameters that another run starts from."""
-
-from __future__ import annotations
+"""Reading checkpoints: a run's whole state, or its parameters alone."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,42 +8,45 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ngpt_jax.checkpoint import checksums
-from ngpt_jax.checkpoint.folder import CheckpointFolder, absolute
+from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.saving import why
 from ngpt_jax.config import ConfigError
 from ngpt_jax.parallel import distributed
 
 
 def restore(
-    checkpoint: epath.Path, like: dict[str, Any], tell: Callable[[str], str], only: str = ""
+    checkpoint: epath.Path, like: dict[str, Any], where: str, mend: str, only: str = ""
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Reads a checkpoint that is known to be whole; all processes call it.
 
     Args:
-      like: a tree of ShapeDtypeStructs with shardings: of this mesh, whichever one the checkpoint
-        was written on.
-      tell: makes the message of the clause that names the first difference.
-      only: the one entry of the state to read, which is then that of like; all where empty.
+      checkpoint: its folder.
+      like: tree of ShapeDtypeStructs with shardings, which says what to read and how to lay it
+        out. The mesh need not be the one that the checkpoint was written on.
+      where, mend: begin and end of the message that says how checkpoint and ``like`` differ.
+      only: reads the entries whose names begin so, such as "params/", and leaves the others;
+        ``like`` holds these entries only.
 
     Returns:
-      The state, laid out by XLA itself so that its buffers can be donated, and progress.
+      The state, made by XLA itself so that its buffers can be donated; and the progress that was
+      saved with it.
 
     Raises:
-      ConfigError: names or shapes differ, or it cannot be read.
+      ConfigError: names or shapes differ, or the checkpoint cannot be read.
     """
 
     def read() -> Any:
         folder, handler = checkpoint / "state", ocp.PyTreeCheckpointHandler()
         try:
-            there, here = _shapes(handler.metadata(folder).tree), _shapes(like)
-            there = {name: s for name, s in there.items() if name.startswith(only)}
-            if not only and all(name.startswith(("params/", "step")) for name in there):
+            saved = _shapes(handler.metadata(folder).tree)
+            if not only and all(name.startswith(("params/", "step")) for name in saved):
                 raise ConfigError(
-                    tell("it holds weights alone; start a run from them with --config.init_from")
+                    f"{where}: it holds weights alone; start a run from them with"
+                    " --config.init_from."
                 )
-            if difference := _difference(there, here, only):
-                raise ConfigError(tell(difference))
+            saved = {name: shape for name, shape in saved.items() if name.startswith(only)}
+            if difference := _difference(saved, _shapes(like), only):
+                raise ConfigError(f"{where}: {difference}; {mend}.")
             arguments = ocp.args.PyTreeRestore(
                 like,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(like),
@@ -74,68 +74,39 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: tuple(x.shape) for name, x in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
-def _difference(there: dict[str, Any], here: dict[str, Any], prefix: str) -> str:
-    """The first name, without its prefix, of another shape there than here; parameters first."""
-    for name in sorted([*here, *there], key=lambda name: not name.startswith("params")):
-        a, b, name_ = there.get(name), here.get(name), name.removeprefix(prefix)
+def _difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str) -> str:
+    """The first entry, without its prefix, whose shapes differ, or nothing; parameters first."""
+    for name in sorted([*wanted, *saved], key=lambda name: not name.startswith("params")):
+        a, b, short = saved.get(name), wanted.get(name), name.removeprefix(prefix)
         if a is None:
-            return f"it has no {name_}, which is {b} here"
+            return f"it has no {short}, which is {b} here"
         if b is None:
-            return f"its {name_}, which is {a}, is not in this one"
+            return f"its {short}, which is {a}, is not in this one"
         if a != b:
-            return f"its {name_} is {a}, not {b}"
+            return f"its {short} is {a}, not {b}"
     return ""
 
 
 def restore_params(path: epath.PathLike, like_params: Any) -> tuple[Any, dict[str, Any]]:
-    """The parameters of another run, for ``init_from``; its moments are not read.
+    """The parameters of another run, for ``init_from``; the optimizer's moments are not read.
 
     Args:
-      path: the run's folder, of which the newest checkpoint is read, or one of its checkpoints.
-      like_params: a tree of ShapeDtypeStructs with shardings.
+      path: the run's folder, whose newest checkpoint is read, or one of its checkpoints.
+      like_params: tree of ShapeDtypeStructs with shardings.
 
     Returns:
       The parameters, laid out like that, and the progress of that run.
 
     Raises:
-      ConfigError: nothing is there, it is damaged, or of another model.
+      ConfigError: nothing is there, it is damaged, or it is of another model.
     """
-    name = f"--config.init_from={path}"
+    # Process 0 alone reads all files to verify them, which may take long.
     found = distributed.first_then_rest(
-        lambda: str(_find(name, absolute(path))) if distributed.is_first() else "",
+        lambda: str(find_checkpoint("config.init_from", path)) if distributed.is_first() else "",
         ConfigError,
     )
     checkpoint = epath.Path(distributed.of_first(lambda: found))
-
-    def tell(difference: str) -> str:
-        return f"{name} holds another model: {difference}; set model.* as that run did."
-
-    like = {"params": like_params}
-    state, progress = restore(checkpoint, like, tell, only="params/")
+    where = f"--config.init_from={path} holds another model"
+    mend = "set model.* as that run did"
+    state, progress = restore(checkpoint, {"params": like_params}, where, mend, only="params/")
     return state["params"], progress
-
-
-def _find(name: str, path: epath.Path) -> epath.Path:
-    """The checkpoint that a path names, whole."""
-    try:
-        if not path.exists():
-            raise ConfigError(f"{name}: no such folder; give a run's folder or a checkpoint in it.")
-        if (path / "checkpoints").is_dir():
-            folder = CheckpointFolder(path)
-            if not (steps := folder.steps()):
-                raise ConfigError(f"{name} holds no checkpoint yet; give another run's folder.")
-            checkpoint = folder.checkpoint(steps[-1])
-        elif path.name.isdecimal() and path.is_dir():
-            checkpoint, steps = path, []
-        else:
-            raise ConfigError(
-                f"{name} is neither a run's folder (with checkpoints/ in it) nor one of its"
-                " checkpoints (checkpoints/N); give one of them."
-            )
-        checksums.verify(checkpoint)
-        return checkpoint
-    except checksums.Damaged as e:
-        other = f"give {steps[-2]}, the one before" if len(steps) > 1 else "give another one"
-        raise ConfigError(f"{name}: {checkpoint} is damaged ({e}); {other}.") from e
-    except OSError as e:
-        raise ConfigError(f"{name} cannot be read: {e.strerror or e}.") from e

@@ -1,4 +1,4 @@
-"""One save of a checkpoint, in the background, whole on all processes or failed on all."""
+"""One save of a checkpoint, in the background: whole on all processes, or failed on all."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ import asyncio
 import contextlib
 import errno
 import itertools
-import logging
 import os
 import re
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -20,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from ngpt_jax.checkpoint import checksums
 from ngpt_jax.checkpoint.folder import CheckpointFolder
+from ngpt_jax.checkpoint.quiet import await_last_words, quiet_orbax
 from ngpt_jax.parallel import distributed
 from ngpt_jax.terminal import format_bytes
 
@@ -28,33 +26,35 @@ _TIMEOUT = 3600  # seconds until a write, or another process, is given up
 _counter = itertools.count()  # equal on all processes, which save together
 
 
-class SaveError(Exception):
-    """Why a save failed, in few words; the same on all processes."""
-
-
 class Save:
-    """Writes checkpoint N: made on the training thread, then goes on in one of its own.
+    """Writes checkpoint N: begun on the training thread, finished on a thread of its own.
 
     N's temporary folder holds state/ (by orbax, every process its part) and progress/metadata
     (JSON) as orbax's CheckpointManager would lay them. When all processes have written theirs,
-    process 0 merges them, lists all files in the manifest, and only then commits.
+    process 0 merges them, writes the checksums of all files, and only then commits.
+
+    Attributes:
+      problem: why the save failed, the same on all processes; empty where it is whole.
     """
 
     def __init__(
         self, folder: CheckpointFolder, step: int, state: dict[str, Any], progress: str,
         facts: dict[str, Any], done: Callable[[Save], None],
     ):  # fmt: skip
-        """Copies the state to the host before it returns; the folder was made by :func:`prepare`.
+        """Copies the state to the host before it returns.
 
         Args:
-          done: called in the background at the end, when ``problem`` is None or says why not.
+          folder: in which :func:`prepare` has made the folders of this save.
+          step: N.
+          state: trees of arrays by name.
+          progress: JSON text.
+          facts: JSON-able, written beside the checksums.
+          done: called at the end, on the thread of the save.
         """
-        _silence_orbax()
-        self.step = step
+        self.step, self.problem = step, ""
         number = next(_counter)
         self.key = f"ngpt_jax/save/{number}"
         _forget(f"ngpt_jax/save/{number - 1}")
-        self.problem: str | None = None
         self._folder, self._progress, self._facts, self._done = folder, progress, facts, done
         self._needs = state_bytes(state)
         self._temporary = folder.temporary(step)
@@ -62,6 +62,8 @@ class Save:
         self._writes: list[Any] = []
         self._not_started: Exception | None = None
         self._committed = False
+        self._quiet = contextlib.ExitStack()
+        self._quiet.enter_context(quiet_orbax())
         try:
             arguments = ocp.args.StandardSave(state)
             write = self._handler.async_save(self._temporary.get() / "state", args=arguments)
@@ -72,20 +74,24 @@ class Save:
         self._thread.start()
 
     def join(self) -> None:
+        """Waits for the end of the save."""
         self._thread.join()
 
     def _work(self) -> None:
-        try:
-            self._together("written", self._wait)
-            self._together("committed", self._commit)
-        except Exception as e:
-            self.problem = str(e) if isinstance(e, SaveError) else why(e)
-            if distributed.is_first() and not self._committed:
+        with self._quiet:
+            try:
+                self.problem = self._on_all("written", self._wait)
+                self.problem = self.problem or self._on_all("committed", self._commit)
+            except Exception as e:  # another process did not answer
+                self.problem = why(e)
+            if self.problem and distributed.is_first() and not self._committed:
                 with contextlib.suppress(Exception):  # what stays is removed by the next save
                     self._temporary.get().rmtree(missing_ok=True)
-        finally:
             self._handler.close()
-            self._done(self)
+            self._writes, self._not_started = [], None  # they hold what orbax still has to say
+            if self.problem:
+                await_last_words(_TIMEOUT)
+        self._done(self)
 
     def _wait(self) -> None:
         if self._not_started is not None:
@@ -103,8 +109,8 @@ class Save:
         _run(self._temporary.finalize())
         self._committed = True
 
-    def _together(self, name: str, fn: Callable[[], None]) -> None:
-        """Runs fn on all processes; where it fails on one, SaveError on all."""
+    def _on_all(self, name: str, fn: Callable[[], None]) -> str:
+        """Runs fn on all processes; why it failed on the first one where it did, or nothing."""
         problem = ""
         try:
             fn()
@@ -114,29 +120,33 @@ class Save:
                 problem = no_space(self._folder.free_bytes(), self._needs)
         for process, theirs in enumerate(share(f"{self.key}/{name}", problem)):
             if theirs:
-                raise SaveError(f"process {process}: {theirs}" if process else theirs)
+                return f"process {process}: {theirs}" if process else theirs
+        return ""
 
 
-def prepare(folder: CheckpointFolder, step: int, state: dict[str, Any]) -> None:
+def prepare(folder: CheckpointFolder, step: int, state: dict[str, Any]) -> str:
     """Makes the folders of a save, on process 0.
 
-    Raises SaveError where there is no room, so that nothing is written, or what the storage raises.
+    Returns:
+      Why there is no room for it, in which case nothing is written; or nothing. Raises what the
+      storage raises.
     """
     folder.remove_leftovers()  # of a failed save
     free, needs = folder.free_bytes(), state_bytes(state)
     if free < needs:
-        raise SaveError(no_space(free, needs))
+        return no_space(free, needs)
     temporary = folder.temporary(step)
     _run(temporary.create())
     for item in ("state", "progress"):
         (temporary.get() / item).mkdir()
+    return ""
 
 
 def share(key: str, text: str) -> list[str]:
-    """The texts of all processes, by the coordinator: threads may not use the devices for it."""
+    """The texts of all processes, through the coordinator: threads may not use the devices."""
     if jax.process_count() == 1:
         return [text]
-    client = distributed.runtime()
+    client = distributed.coordinator()
     client.key_value_set(f"{key}/{jax.process_index():08}", f"={text}")
     client.wait_at_barrier(key, _TIMEOUT * 1000)
     return [value[1:] for _, value in sorted(client.key_value_dir_get(key))]
@@ -145,7 +155,7 @@ def share(key: str, text: str) -> list[str]:
 def _forget(key: str) -> None:
     """Takes from the coordinator's memory what all processes have read."""
     if jax.process_count() > 1 and distributed.is_first():
-        distributed.runtime().key_value_delete(key + "/")
+        distributed.coordinator().key_value_delete(key + "/")
 
 
 def state_bytes(state: dict[str, Any]) -> int:
@@ -160,7 +170,7 @@ def no_space(free: float, needs: int) -> str:
 
 
 def why(error: BaseException) -> str:
-    """An error's reason in few words: orbax, TensorStore and XLA tell it in long ones."""
+    """An error's reason in few words; orbax, TensorStore and XLA use many."""
     if code := _errno(error):
         reason = os.strerror(code)
         return reason[:1].lower() + reason[1:]
@@ -178,36 +188,9 @@ def _errno(error: BaseException) -> int | None:
 
 
 def _run(work: Coroutine[Any, Any, _T]) -> _T:
+    """Runs a coroutine to its end in this thread."""
     loop = asyncio.new_event_loop()
     try:
         return loop.run_until_complete(work)
     finally:
         loop.close()
-
-
-class _Silence(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = str(record.msg)
-        never = "never retrieved" in text and "serialize" in text
-        return not never and "_SignalingThread.run() raised" not in text
-
-
-def _silence_orbax() -> None:
-    """A failed write is told in one line; orbax would print its stack, of each array, before it.
-
-    Writes under way when the first one fails end with errors of their own, or after orbax closed
-    their event loop; Python prints that for each, though nobody waits for them.
-    """
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    if any(isinstance(f, _Silence) for f in loggers[0].filters):
-        return
-    for logger in loggers:
-        logger.addFilter(_Silence())
-    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited", RuntimeWarning)
-    tell = sys.unraisablehook
-
-    def hook(args: Any) -> None:
-        if str(args.exc_value) != "Event loop is closed":
-            tell(args)
-
-    sys.unraisablehook = hook

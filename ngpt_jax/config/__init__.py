@@ -1,51 +1,6 @@
-"""Every field that a run has; experiment files and overrides; checks and derived values."""
+"""The fields of a run, experiment files and overrides, checks and derived values."""
 
-from ngpt_jax.config.fields import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    MeshConfig,
-    MixtureConfig,
-    ModelConfig,
-    OptimizerConfig,
-    Scale,
-    SourceConfig,
-)
-from ngpt_jax.config.resolve import (
-    check_source,
-    default_config,
-    did_you_mean,
-    differences,
-    entry_type,
-    field_hint,
-    fields,
-    from_config_dict,
-    from_saved,
-    to_config_dict,
-    to_json,
-)
+from ngpt_jax.config.convert import default_config, differences, to_config_dict, to_json
+from ngpt_jax.config.fields import CheckpointConfig, Config, DataConfig, ModelConfig, SourceConfig
+from ngpt_jax.config.resolve import check_source, from_config_dict, from_saved
 from ngpt_jax.errors import ConfigError
-
-__all__ = [
-    "CheckpointConfig",
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "MeshConfig",
-    "MixtureConfig",
-    "ModelConfig",
-    "OptimizerConfig",
-    "Scale",
-    "SourceConfig",
-    "check_source",
-    "default_config",
-    "did_you_mean",
-    "differences",
-    "entry_type",
-    "field_hint",
-    "fields",
-    "from_config_dict",
-    "from_saved",
-    "to_config_dict",
-    "to_json",
-]

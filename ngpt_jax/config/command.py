@@ -1,23 +1,22 @@
-"""What every command does with its flags: overrides, output paths, errors told in one line."""
-
-from __future__ import annotations
+"""What every command shares: flags, overrides, output paths, and errors in one line."""
 
 import errno
+import json
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ngpt_jax.errors import ConfigError
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.files import is_remote, reason, write_atomically
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Takes ``--config.a.b=value`` (or ``--config.a.b value``) out of a command line.
+    """Separates ``--config.a.b=value`` or ``--config.a.b value`` from the other arguments.
 
     Returns:
       The other arguments, and (dotted name, text) for each override.
@@ -47,17 +46,29 @@ def _parse_flags(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except flags.Error as e:
         _fail(str(e).splitlines()[0])
+    except SystemExit:  # absl has printed the help that was asked for, and would exit with 1
+        sys.exit(0)
 
 
 def check_output(**files: str | None) -> None:
-    """Refuses, before work starts, a file to be written (by flag) whose folder is not there."""
+    """Raises ConfigError before work starts if the folder of a file to write does not exist.
+
+    Args:
+      **files: path or None, by the name of its flag.
+    """
     for flag, file in files.items():
         if file and not Path(file).parent.is_dir():
             raise ConfigError(f"--{flag}={file}: there is no folder {Path(file).parent}.")
 
 
+def write_json(file: str | None, value: Any) -> None:
+    """Writes a value as JSON to the file that a flag names, if it does."""
+    if file:
+        write_atomically(Path(file), json.dumps(value, indent=2) + "\n")
+
+
 def output_folder(workdir: str, out: str | None, name: str) -> Path:
-    """The folder of results about a run, made: --out, or WORKDIR/name by default."""
+    """Makes and returns the folder for results about a run: --out, or WORKDIR/name by default."""
     if out is None and is_remote(workdir):
         raise ConfigError(f"--out is needed: results cannot be written to {workdir}.")
     folder = Path(out or Path(workdir) / name).expanduser()
@@ -71,13 +82,16 @@ def output_folder(workdir: str, out: str | None, name: str) -> Path:
 
 
 def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
-    """Parses flags, runs ``command(overrides)`` and exits; bad input is told in one line.
+    """Parses the flags, runs ``command(overrides)`` and exits with the code that it returns.
 
-    Exit code 2 for a ConfigError or a wrong flag, else what the command returns.
+    A wrong flag or a ConfigError is printed in one line, and the exit code is 2. --help prints the
+    docstring and the flags of the command's module, and the exit code is 0.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # silences XLA's notes on the CPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes of XLA about the CPU
 
     def checked(argv: list[str]) -> int | None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # orbax logs much of what it reads and writes
         if len(argv) > 1:
             raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
         return command(overrides)
@@ -90,9 +104,9 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise
-        # What is said goes nowhere from here on: its flush at exit would fail again.
+        # Python flushes stdout at exit, which would fail again: let it go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if e.errno == errno.EPIPE:  # nobody reads it any more: `| head`
+        if e.errno == errno.EPIPE:  # the reader has gone, as in `| head`
             sys.exit(1)
         _fail(f"{reason(e)}{'' if e.filename is None else f': {e.filename}'}.")
     raise AssertionError("app.run exits")

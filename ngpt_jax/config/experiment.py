@@ -1,18 +1,17 @@
 """Experiment files and command-line overrides: FILE[:variant,...] and --config.a.b=value."""
 
-from __future__ import annotations
-
 import re
 import runpy
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 
-from ngpt_jax.config import resolve
+from ngpt_jax.config import convert
 from ngpt_jax.config.fields import Config
+from ngpt_jax.config.presets import PRESETS
+from ngpt_jax.config.resolve import from_config_dict
 from ngpt_jax.errors import ConfigError
 
 Edit = Callable[[ml_collections.ConfigDict], None]
@@ -21,19 +20,33 @@ Edit = Callable[[ml_collections.ConfigDict], None]
 def apply_variants(
     config: ml_collections.ConfigDict, variants: str, known: Mapping[str, Edit]
 ) -> ml_collections.ConfigDict:
-    """Applies each of the comma-separated variants, functions that edit a config, in order."""
+    """Edits a config by variants in their order, and returns it.
+
+    Args:
+      config: edited in place.
+      variants: names, separated by commas.
+      known: a function that edits a config, for each name.
+    """
     for name in filter(None, variants.split(",")):
         if name not in known:
             raise ConfigError(
                 f"Unknown variant {name!r}; known are {', '.join(known)}."
-                f"{resolve.did_you_mean(name, known)}"
+                f"{convert.did_you_mean(name, known)}"
             )
         known[name](config)
     return config
 
 
 def call_in_file(flag: str, spec: str, name: str) -> Any:
-    """What ``name(variants)`` of an experiment FILE[:variant,...], given by a flag, returns."""
+    """Calls the function ``name(variants)`` of an experiment file and returns its result.
+
+    Args:
+      flag: that the file was given by, for error messages.
+      spec: FILE[:variant,...].
+      name: of the function: get_config or get_study.
+
+    Raises ConfigError.
+    """
     path, _, variants = spec.partition(":")
     if not Path(path).is_file():
         raise ConfigError(f"--{flag}: no file {path!r}; the repository has some in experiments/.")
@@ -42,34 +55,26 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
         if function is None:
             raise ConfigError(f"it defines no function {name}(variants)")
         return function(variants)
-    except Exception as e:  # a user's file may raise anything; the user wants one line
+    except Exception as e:  # a file of the user's can raise anything
         raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
 
-def _load_file(spec: str) -> ml_collections.ConfigDict:
-    values = call_in_file("config", spec, "get_config")
-    if not isinstance(values, Mapping | ml_collections.ConfigDict):
-        raise ConfigError(f"--config={spec}: get_config returns no config (is a return missing?).")
-    return values
-
-
 def _first_line(error: Exception) -> str:
-    """What an error says, in short; ml_collections tells of a wrong name in a page."""
+    """The message of an error in one line; that of ml_collections about a wrong name is a page."""
     text = str(error.args[0] if error.args else "")
     unknown = re.search(r'instead of "(\w+)"|Key "(\w+)" does not exist', text)
     if unknown:
-        names = [part for name, *_ in resolve.fields(Config()) for part in name.split(".")]
+        names = [part for f in convert.fields(Config()) for part in f.name.split(".")]
         name = unknown[1] or unknown[2]
-        return f"unknown field {name}.{resolve.did_you_mean(name, names)} See --help_config."
+        return f"unknown field {name}.{convert.did_you_mean(name, names)} See --help_config."
     return text.splitlines()[0] if text else repr(error)
 
 
-def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
-    optional = type(None) in typing.get_args(hint)
-    plain = next((a for a in typing.get_args(hint) if a is not type(None)), hint)
-    if optional and text == "None":
+def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
+    plain = convert.plain_type(type_)
+    if convert.is_optional(type_) and text == "None":
         return None
-    if typing.get_origin(hint) is tuple:
+    if plain is tuple:
         return (*old, text) if text else old
     try:
         if plain is bool:
@@ -78,31 +83,33 @@ def _parse_value(text: str, hint: Any, name: str, old: Any) -> Any:
             return int(text.replace("_", ""))
         return plain(text)
     except (ValueError, KeyError):
-        wanted = resolve.type_name(plain) + (" or None" if optional else "")
         raise ConfigError(
-            f"--config.{name} wants a value of type {wanted}, got {text!r}."
+            f"--config.{name} wants a value of type {convert.type_name(type_)}, got {text!r}."
         ) from None
 
 
 def load_config(
     source: str | ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()
 ) -> Config:
-    """The resolved Config of an experiment with overrides, later ones winning.
+    """The resolved config of an experiment with overrides; raises ConfigError.
 
     Args:
       source: FILE[:variant,...], or the ConfigDict itself.
-      overrides: (dotted name, text); a tuple of strings is replaced by all values given for it,
-        an empty text is none.
+      overrides: (dotted name, text) pairs; of two for one field the last one counts. For a field
+        of several strings, each pair adds one, and an empty text removes all.
     """
-    values = _load_file(source) if isinstance(source, str) else source
-    known = [name for name, *_ in resolve.fields(Config())]
+    values = call_in_file("config", source, "get_config") if isinstance(source, str) else source
+    if not isinstance(values, Mapping | ml_collections.ConfigDict):
+        raise ConfigError(
+            f"--config={source}: get_config returns no config (is a return missing?)."
+        )
     tuples: dict[str, Any] = {}
     for name, text in overrides:
-        hint = resolve.field_hint(name)
-        if hint is None:
-            meant = resolve.did_you_mean(name, known)
+        field = convert.field_named(name)
+        if field is None:
+            meant = convert.did_you_mean(name, [f.name for f in convert.fields(Config())])
             raise ConfigError(f"Unknown field --config.{name}.{meant} See --help_config.")
-        value = _parse_value(text, hint, name, tuples.get(name, ()))
+        value = _parse_value(text, field.type, name, tuples.get(name, ()))
         if isinstance(value, tuple):
             tuples[name] = value
         *path, leaf = name.split(".")
@@ -112,17 +119,19 @@ def load_config(
                 section[part] = {}
             section = section[part]
         section[leaf] = value
-    return resolve.from_config_dict(values)
+    return from_config_dict(values)
 
 
 def describe(config: Config) -> str:
-    """Every field of a config with its value, type, meaning and default, one a line."""
-    rows = list(resolve.fields(config))
-    defaults = {name: value for name, _, value, _ in resolve.fields(Config())}
-    left = [f"config.{name} = {value!r}" for name, _, value, _ in rows]
+    """Every field of a config with its value, allowed values, meaning and default, one per line."""
+    defaults = {f.name: f.value for f in convert.fields(Config())}
+    left = {f"config.{f.name} = {f.value!r}": f for f in convert.fields(config)}
     width = min(60, max(map(len, left)))
     lines = []
-    for text, (name, hint, value, meaning) in zip(left, rows):
-        default = "" if value == defaults.get(name, value) else f" (default: {defaults[name]!r})"
-        lines.append(f"{text:{width}}  # {resolve.type_name(hint)}: {meaning}{default}")
+    for text, f in left.items():
+        meaning = f.help + ("; None: the kind's" if f.name in PRESETS[config.model.kind] else "")
+        changed = f.value != defaults.get(f.name, f.value)
+        default = f" (default: {defaults[f.name]!r})" if changed else ""
+        kind = convert.type_name(f.type, f.allowed)
+        lines.append(f"{text:{width}}  # {kind}: {meaning}{default}")
     return "\n".join(lines)

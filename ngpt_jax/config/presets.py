@@ -1,25 +1,33 @@
-"""What each ``model.kind`` stands for: a set of independent choices, filled in where none is given.
+"""What each ``model.kind`` stands for: independent choices, each filled in where it is None.
 
-This is the one place that knows the kinds. A new variant of the model is an entry of PRESETS and,
-where it needs a rule that is not there yet, one function in the model.
+This is the only file that knows the kinds. A new variant of the model is an entry of PRESETS and,
+where it needs a rule that does not exist yet, one function in the model.
 """
 
-from __future__ import annotations
-
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any
 
-from ngpt_jax.config.fields import SCALES, Config
+from ngpt_jax.config.fields import Config
 
-Choices = Mapping[str, Any]
 
-_NO_SCALES = {f"model.{name}.form": "none" for name in SCALES}
-_ALL_SCALES = dict.fromkeys(_NO_SCALES, "vector")
+def _alpha_form(config: Config) -> str:
+    return "none" if config.model.residual == "add" else "vector"
 
-# For each kind the value of every field that it fills in. A function gets the config, in which the
-# length of the run (train.steps) is known.
-PRESETS: Mapping[str, Choices] = {
+
+# Choices that follow from others, whatever the kind.
+_FOLLOW: Mapping[str, Any] = {
+    "model.alpha_a.form": _alpha_form,
+    "model.alpha_m.form": _alpha_form,
+    "optimizer.project": lambda c: c.model.weights == "sphere",
+}
+
+_SCALES = ("model.s_qk.form", "model.s_u.form", "model.s_v.form", "model.s_z.form")
+
+# The fields that each kind fills in, with their values. A function gets the config in which the
+# length of the run (train.steps) and all entries above its own are filled in.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
     "ngpt": {  # section 2 of the paper, summed up in its section 2.6
         "model.residual": "lerp",
         "model.pre_norm": "none",
@@ -30,10 +38,10 @@ PRESETS: Mapping[str, Choices] = {
         "model.softmax_scale": "sqrt",
         "model.weights": "sphere",
         "model.init_std": lambda c: c.model.width**-0.5,
-        **_ALL_SCALES,
+        **dict.fromkeys(_SCALES, "vector"),
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": 0.0,
-        "optimizer.project": True,
+        **_FOLLOW,
     },
     "gpt": {  # the baseline of the paper
         "model.residual": "add",
@@ -45,32 +53,45 @@ PRESETS: Mapping[str, Choices] = {
         "model.softmax_scale": "rsqrt",
         "model.weights": "free",
         "model.init_std": 0.02,
-        **_NO_SCALES,
+        **dict.fromkeys(_SCALES, "none"),
         "optimizer.warmup_steps": lambda c: min(2000, c.train.steps // 10),
         "optimizer.weight_decay": 0.1,
-        "optimizer.project": False,
+        **_FOLLOW,
     },
 }
 
 
-def preset_value(config: Config, name: str) -> Any:
-    """What the kind of a config fills in for a field, by its dotted name."""
-    value = PRESETS[config.model.kind][name]
+def value_of_kind(config: Config, name: str, default: Any) -> Any:
+    """What the config's kind fills in for a field by its name; the default where it does not."""
+    return _value(config, PRESETS[config.model.kind].get(name, default))
+
+
+def _value(config: Config, value: Any) -> Any:
     return value(config) if callable(value) else value
 
 
 def fill_in(config: Config) -> Config:
-    """The config with each field of its preset that is None set to the kind's value."""
-    for name in PRESETS[config.model.kind]:
-        config = _set_if_none(config, config, name.split("."), name)
+    """The config with every field of its preset that is None set to the kind's value."""
+    for name, value in PRESETS[config.model.kind].items():
+        if operator.attrgetter(name)(config) is None:
+            config = _replace(config, name, _value(config, value))
     return config
 
 
-def _set_if_none(config: Config, section: Any, path: list[str], name: str) -> Any:
-    head, *rest = path
-    old = getattr(section, head)
-    if rest:
-        new = _set_if_none(config, old, rest, name)
-    else:
-        new = preset_value(config, name) if old is None else old
-    return section if new is old else dataclasses.replace(section, **{head: new})
+def of_kind(config: Config, kind: str) -> Config:
+    """The config with another kind, and None in every field that a preset fills in; resolve it."""
+    for name in PRESETS[kind]:
+        config = _replace(config, name, None)
+    return _replace(config, "model.kind", kind)
+
+
+def title(config: Config) -> str:
+    """The kind as people write it: nGPT or GPT."""
+    return config.model.kind.replace("gpt", "GPT")
+
+
+def _replace(section: Any, name: str, value: Any) -> Any:
+    """A dataclass with another value in the field of a dotted name."""
+    head, _, rest = name.partition(".")
+    new = _replace(getattr(section, head), rest, value) if rest else value
+    return dataclasses.replace(section, **{head: new})

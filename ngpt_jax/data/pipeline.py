@@ -1,10 +1,8 @@
-"""Windows to batches: grain for training, a plain loop for evaluation.
+"""Sequences to batches: with grain for training, with a plain loop for evaluation.
 
-The order of training windows is a pure function of the seed. A run's place in it is one
-integer, the windows consumed: no state of an iterator is ever saved.
+The order of training sequences is a pure function of the seed. A run's position in it is one
+integer, the number of sequences consumed: no iterator state is ever saved.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -13,37 +11,49 @@ import grain
 import numpy as np
 from absl import flags
 
-from ngpt_jax.data.corpus import EvalSet, Windows
-from ngpt_jax.data.packing import by_document
+from ngpt_jax.config import DataConfig
+from ngpt_jax.data.corpus import Corpus
+from ngpt_jax.data.packing import Batch, Sequences, by_document
+from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.data.workers import follow_parent
-
-Batch = dict[str, np.ndarray]
-
 
 # ------------------------------------------------------------------------------------ training
 
 
-def train_dataset(windows: Windows, seed: int) -> grain.MapDataset:
-    """Shuffled windows without end, each epoch in an order of its own; each once an epoch.
+def make_dataset(config: DataConfig, corpus: Corpus) -> grain.MapDataset:
+    """A corpus' training sequences without end, in the order of ``data.seed``."""
+    if config.source == "mixture":
+        weights = {name: source.weight for name, source in config.mixture.items()}
+        return mixed_dataset(corpus.train, weights, config.seed)
+    return train_dataset(corpus.train[""], config.seed)
+
+
+def train_dataset(sequences: Sequences, seed: int) -> grain.MapDataset:
+    """Sequences without end: each once in an epoch, every epoch in a new order.
 
     Args:
-      windows: at least one, of {"inputs", "targets", ...}, each (context,).
+      sequences: at least one, of {"inputs", "targets", ...}, each (context,).
       seed: of the shuffle, not negative.
     """
-    # grain shuffles epoch e with seed + e. Hashed, the epochs of seed 0 are not those of seed 1.
+    # grain shuffles epoch e with seed + e. The hash keeps seeds 0 and 1 from sharing epochs.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    indices = grain.MapDataset.range(len(windows)).shuffle(seed=hashed)
-    return indices.map(windows.__getitem__).repeat()
+    indices = grain.MapDataset.range(len(sequences)).shuffle(seed=hashed)
+    return indices.map(sequences.__getitem__).repeat()
 
 
 def mixed_dataset(
-    sources: Mapping[str, Windows], weights: Mapping[str, float], seed: int
+    sources: Mapping[str, Sequences], weights: Mapping[str, float], seed: int
 ) -> grain.MapDataset:
-    """Windows of several sources in turn: of n windows, close to n * weight are of each.
+    """Sequences of several sources in turn: of any n, close to n * share come from each.
 
     Each source has epochs of its own.
+
+    Args:
+      sources: sequences by the name of their source.
+      weights: by the same names; a share is a weight divided by their sum.
+      seed: of the shuffles, not negative.
     """
-    # Another seed each: two sources of one length must not be in step.
+    # Each source has its own seed, so that two sources of one length differ in order.
     names = sorted(sources)
     seeds = np.random.SeedSequence(seed).generate_state(len(names))
     datasets = [train_dataset(sources[name], int(s)) for name, s in zip(names, seeds)]
@@ -51,9 +61,10 @@ def mixed_dataset(
 
 
 class _Mixed(grain.MapDataset):
-    """Element i is of the first dataset where floor(i * share) takes a step, else of the rest.
+    """A mixture of datasets with random access.
 
-    The rest is a mixture again, so that each index is found without counting up to it.
+    Element i comes from the first dataset if floor(i * share) and floor((i + 1) * share) differ,
+    else from the mixture of the other datasets. So an element is found without counting up to it.
     """
 
     def __init__(self, parents: Sequence[grain.MapDataset], weights: Sequence[float]):
@@ -74,7 +85,7 @@ class _Mixed(grain.MapDataset):
 
 
 class _Rows(grain.MapDataset):
-    """Chosen rows of every batch of a dataset: elements first + k * batch_size + rows[j]."""
+    """Some rows of every batch of a dataset: elements first + k * batch_size + rows[j]."""
 
     def __init__(self, parent: grain.MapDataset, first: int, batch_size: int, rows: np.ndarray):
         super().__init__(parent)
@@ -99,17 +110,17 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Batches of consecutive elements of ``dataset``, read ahead in threads or processes.
 
-    Batch k holds elements ``position + k * batch_size`` and on, whatever ``threads``,
-    ``workers`` and ``prefetch`` are; with ``rows``, those rows of it alone. Threads and processes
-    end with the iterator: when it is collected, or closed by its method ``close``.
+    Batch k begins with element ``position + k * batch_size``, whatever ``threads``, ``workers`` and
+    ``prefetch`` are. Threads and processes end when the iterator is garbage-collected or its method
+    ``close`` is called.
 
     Args:
-      dataset: without end, from :func:`train_dataset`.
-      batch_size: windows a batch.
-      position: windows consumed before.
-      threads: that read ahead, in each worker if there are any; 0 reads in the caller's.
+      dataset: without end, from :func:`train_dataset` or :func:`mixed_dataset`.
+      batch_size: sequences a batch.
+      position: sequences consumed before.
+      threads: that read ahead, in each worker if there are any; 0: the caller's thread reads.
       prefetch: batches read ahead.
-      rows: of a batch, that this process needs; None: all.
+      rows: of each batch that this process reads; None: all.
       workers: processes that read ahead; 0: none.
 
     Returns:
@@ -121,7 +132,7 @@ def train_batches(
     batches = chosen.batch(len(rows), drop_remainder=True).to_iter_dataset(options)
     if workers:
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain's workers read flags: in a script there are none
+            flags.FLAGS.mark_as_parsed()  # grain's workers read them; a script may not parse any
         each = max(1, prefetch // workers)
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, each), follow_parent)
     return iter(batches)
@@ -131,7 +142,7 @@ def train_batches(
 
 
 def num_eval_batches(eval_set: EvalSet, context: int, batch_size: int) -> int:
-    """Batches that :func:`eval_batches` makes without a limit."""
+    """How many batches :func:`eval_batches` gives without a limit."""
     return -(-len(eval_set.stream) // (context * batch_size))
 
 
@@ -142,12 +153,19 @@ def eval_batches(
     limit: int | None = None,
     mask_documents: bool = False,
 ) -> Iterator[Batch]:
-    """Windows side by side in the order of the text, at most ``limit`` batches.
+    """Batches of sequences in the order of the text.
+
+    Args:
+      eval_set: held-out tokens, each a target once.
+      context: tokens of a sequence.
+      batch_size: sequences a batch.
+      limit: only the first so many batches; None: all.
+      mask_documents: also give segment_ids and positions.
 
     Returns:
       An iterator over {"inputs", "targets": int32, "weights": float32} and, with
-      ``mask_documents``, "segment_ids", "positions": int32, each (batch_size, context); a weight
-      is 1 for a target, 0 for the padding at the end.
+      ``mask_documents``, "segment_ids", "positions": int32, each (batch_size, context). The weight
+      of a target is 1, of the padding at the end 0.
     """
     shape, size, stream = (batch_size, context), batch_size * context, eval_set.stream
     batches = num_eval_batches(eval_set, context, batch_size)

@@ -7,36 +7,36 @@ Examples:
   python -m ngpt_jax.data.prepare --verify --out=web_llama2
 
 Training reads the folder with --config.data.source=bin --config.data.paths=web_llama2 and the
-same tokenizer. A preparation that was stopped goes on with the same command; the same text and
+same tokenizer. The same command continues a preparation that was stopped. The same text and
 tokenizer give the same bytes, whatever the number of workers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig, command
-from ngpt_jax.data import manifest as manifest_lib
-from ngpt_jax.data.corpus_files import parse_path
-from ngpt_jax.data.preparing.preparation import SHARD_TOKENS, prepare
-from ngpt_jax.data.text.sources import open_source
-from ngpt_jax.data.tokenizers.loading import load_tokenizer
-from ngpt_jax.terminal import Terminal
+from ngpt_jax.config.sources import TOKEN_FORMATS
+
+if TYPE_CHECKING:  # imported where they are used, so that --help is quick
+    from etils import epath
+
+    from ngpt_jax.data.manifest import Manifest
+    from ngpt_jax.terminal import Terminal
 
 _OUT = flags.DEFINE_string("out", None, "Folder of the shards, local or gs://.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "As --config.data.tokenizer of training.")
 _END = flags.DEFINE_string("end_of_document", None, "As --config.data.end_of_document.")
-_FORMAT = flags.DEFINE_enum("format", "bin", manifest_lib.FORMATS, "Of the shards.")
+_FORMAT = flags.DEFINE_enum("format", "bin", TOKEN_FORMATS, "Of the shards.")
 _SHARD_TOKENS = flags.DEFINE_integer(
-    "shard_tokens", SHARD_TOKENS, "Tokens of a training shard.", lower_bound=1
+    "shard_tokens", None, "Tokens of a training shard; default: 100 million.", lower_bound=1
 )
-_WORKERS = flags.DEFINE_integer("workers", None, "Processes; one a core by default.", lower_bound=1)
+_WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one a core.", lower_bound=1)
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with its manifest.")
 
 
@@ -55,56 +55,63 @@ _SOURCE_FLAGS = {
 
 
 def _command(overrides: list[tuple[str, str]]) -> int:
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        return _main(overrides)
-    except ConfigError as e:  # the same fields are called otherwise here
-        message = str(e).replace("--config.data.", "--")
-        raise ConfigError(re.sub(r"\bdata\.(?=[a-z_]+\b)", "--", message)) from e
-
-
-def _main(overrides: list[tuple[str, str]]) -> int:
     if overrides:
         raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
-    out = parse_path(_OUT.value, "--out")
-    terminal = Terminal()
-    if _VERIFY.value:
-        if not (out / manifest_lib.NAME).exists():
-            raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
-        manifest = manifest_lib.read_manifest(out, "--out")
-        manifest_lib.check_shards(manifest, out, "--out")
-        manifest_lib.verify(manifest, out, "--out")
-        terminal.say(f"{out}: all shards are as the manifest says")
-    else:
-        values = {name: flag.value for name, flag in _SOURCE_FLAGS.items()}
-        values |= {name: tuple(v) for name, v in values.items() if isinstance(v, list)}
-        source = SourceConfig(**values)
-        config_lib.check_source(source, "data", ("stdlib", "text", "tfds", "array_record"))
-        if source.token_dtype is not None:
-            raise ConfigError("--token_dtype: token ids are read by training as they are.")
-        config = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
-        load_tokenizer(config)
-        try:
-            manifest = prepare(
-                open_source(source), source.held_out, config, out, format=_FORMAT.value,
-                shard_tokens=_SHARD_TOKENS.value, workers=_WORKERS.value, terminal=terminal,
-            )  # fmt: skip
-        except KeyboardInterrupt:
-            terminal.close()
-            terminal.say("stopped; the same command goes on from the last whole shard")
-            return 130
+    from ngpt_jax.data.list_files import parse_path
+    from ngpt_jax.terminal import Terminal
+
+    out, terminal = parse_path(_OUT.value, "--out"), Terminal()
+    try:
+        manifest = _verify(out, terminal) if _VERIFY.value else _prepare(out, terminal)
+    except KeyboardInterrupt:
         terminal.close()
+        terminal.say("stopped; run the same command again to continue")
+        return 130
     for name, facts in manifest.sets.items():
         terminal.say(
             f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"
             f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
         )
     return 0
+
+
+def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
+    from ngpt_jax.data import manifest as manifest_lib
+
+    if not (out / manifest_lib.NAME).exists():
+        raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
+    manifest = manifest_lib.read_manifest(out, "--out")
+    manifest_lib.verify(manifest, out, "--out")
+    terminal.say(f"{out}: all shards are as the manifest says")
+    return manifest
+
+
+def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
+    from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder
+    from ngpt_jax.data.text.sources import OPENERS, open_source
+    from ngpt_jax.data.tokenizers.load import load_tokenizer
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    given = {name: flag.value for name, flag in _SOURCE_FLAGS.items()}
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
+    source = SourceConfig(**given)
+    config_lib.check_source(source, "--", tuple(OPENERS))
+    if source.token_dtype is not None:
+        raise ConfigError("--token_dtype: training reads token ids as they are; leave it out.")
+    named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
+    tokenizer = load_tokenizer(named, "--")
+    manifest = prepare_folder(
+        open_source(source, "--"), source.held_out, tokenizer, out,
+        format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
+        workers=_WORKERS.value, terminal=terminal,
+    )  # fmt: skip
+    terminal.close()
+    return manifest
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Token ids in files: read at random, from bin files (nanoGPT, llm.c) and from array_record."""
+"""Token ids in files with random access: bin files (nanoGPT, llm.c) and array_record."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from etils import epath
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.corpus_files import read_range, stamp
-from ngpt_jax.data.text.sources import ArrayRecord
-from ngpt_jax.files import is_remote, reason
+from ngpt_jax.data.list_files import stamp
+from ngpt_jax.data.open_files import RecordFile, read_range
+from ngpt_jax.files import digest_of, is_remote, reason
 
-# llm.c: int32 magic, version, number of tokens; 256 int32 in all.
+# llm.c's header is 256 int32: magic, version, number of tokens, zeros.
 _HEADER_BYTES = 1024
-_HEADERS: dict[tuple[int, int], np.dtype] = {
-    (20240520, 1): np.dtype("<u2"),
-    (20240801, 7): np.dtype("<u4"),
-}
+_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 _SAMPLE_BYTES = 2**20
 _TOKENS_AT_ONCE = 2**22
 
@@ -33,22 +30,6 @@ _TOKENS_AT_ONCE = 2**22
 def token_dtype(vocab_size: int) -> np.dtype:
     """The smaller of uint16 and uint32 that holds ids below ``vocab_size``."""
     return np.dtype("<u2") if vocab_size <= 2**16 else np.dtype("<u4")
-
-
-class Shard(Protocol):
-    """Tokens of one file."""
-
-    @property
-    def name(self) -> str:
-        """Of the file."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop): (stop - start,), uint16 or uint32."""
-
-    def fingerprint(self) -> str:
-        """The same for copies of a file at other places."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +46,14 @@ class BinShard:
         return self.tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop): (stop - start,), uint16 or uint32."""
         size = self.dtype.itemsize
         first, last = self.offset + start * size, self.offset + stop * size
         try:
             if is_remote(self.name):
                 data = read_range(self.name, first, last)
             else:
-                file = _opened(self.name, self.stamp)  # held while it is read
+                file = _open_file(self.name, self.stamp)  # this reference keeps it open
                 data = os.pread(file.fileno(), last - first, first)
         except OSError as e:
             raise ConfigError(f"data: {self.name!r} cannot be read: {reason(e)}.") from e
@@ -80,18 +62,17 @@ class BinShard:
         return np.frombuffer(data, self.dtype)
 
     def fingerprint(self) -> str:
-        """Of size, first and last MiB: a hash of all would take hours."""
-        ends = min(self.tokens, _SAMPLE_BYTES // self.dtype.itemsize)
-        digest = hashlib.sha256(f"{self.dtype} {self.tokens} ".encode())
-        digest.update(self.read(0, ends).tobytes())
-        digest.update(self.read(self.tokens - ends, self.tokens).tobytes())
-        return digest.hexdigest()
+        """Hex SHA-256 that copies of a file share.
+
+        It is of the size, the first and the last MiB: hashing the whole file may take hours.
+        """
+        return _fingerprint(self, self.dtype)
 
 
 @functools.lru_cache(maxsize=256)
-def _opened(path: str, stamp: str) -> IO[bytes]:
-    """A file that stays open for a while; one dropped from here closes when no thread reads it."""
-    del stamp  # another file under the same name is opened anew
+def _open_file(path: str, stamp: str) -> IO[bytes]:
+    """A file that stays open while it is cached or a thread reads it."""
+    del stamp  # in the key, so that a changed file is opened anew
     return open(path, "rb", buffering=0)
 
 
@@ -100,18 +81,18 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
 
     Args:
       file: to read.
-      field: of the config, for messages.
+      field: that names the file, for messages.
       dtype: of a file without a header; None: uint16.
 
-    Raises ConfigError: empty, cut short, or of a kind that is not known.
+    Raises ConfigError: the file is empty, cut short, or of an unknown kind.
     """
     size, name = file.stat().length, str(file)
-    head = read_range(name, 0, 12) if is_remote(name) else _first_bytes(name, 12)
+    head = read_range(name, 0, 12)
     magic, version, count = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
     if magic in (known for known, _ in _HEADERS):
         if (magic, version) not in _HEADERS:
             raise ConfigError(f"{field}: {name!r} has llm.c's header in version {version}.")
-        kind, offset = _HEADERS[magic, version], _HEADER_BYTES
+        kind, offset = np.dtype(_HEADERS[magic, version]).newbyteorder("<"), _HEADER_BYTES
         if dtype not in (None, kind.name):
             raise ConfigError(f"{field}: {name!r} holds {kind.name}, not data.token_dtype={dtype}.")
         tokens = max(size - offset, 0) // kind.itemsize
@@ -141,13 +122,16 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
     return shard
 
 
-def _first_bytes(name: str, count: int) -> bytes:
-    with open(name, "rb") as f:
-        return f.read(count)
+def _fingerprint(shard: Shard, dtype: np.dtype, more: bytes = b"") -> str:
+    tokens, ends = len(shard), min(len(shard), _SAMPLE_BYTES // dtype.itemsize)
+    digest = hashlib.sha256(f"{dtype} {tokens} ".encode() + more)
+    digest.update(shard.read(0, ends).tobytes())
+    digest.update(shard.read(tokens - ends, tokens).tobytes())
+    return digest.hexdigest()
 
 
 class ArrayRecordShard:
-    """Token ids in records, a document each, little-endian.
+    """Little-endian token ids in records, a document a record.
 
     Args:
       records: of the file.
@@ -155,7 +139,7 @@ class ArrayRecordShard:
       lengths: (records,) tokens of each record, as :func:`record_lengths` makes them.
     """
 
-    def __init__(self, records: ArrayRecord, dtype: np.dtype, lengths: np.ndarray):
+    def __init__(self, records: RecordFile, dtype: np.dtype, lengths: np.ndarray):
         self.name = str(records.file)
         self._records, self._dtype = records, dtype
         self._ends = np.cumsum(lengths, dtype=np.int64)
@@ -164,6 +148,7 @@ class ArrayRecordShard:
         return int(self._ends[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """As of :class:`BinShard`."""
         if start >= stop:
             return np.zeros(0, self._dtype)
         first = int(np.searchsorted(self._ends, start, "right"))
@@ -176,36 +161,31 @@ class ArrayRecordShard:
         return tokens[start:stop]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self._dtype} {len(self)} ".encode())
-        digest.update(self._ends.tobytes())
-        ends = min(len(self), _SAMPLE_BYTES // self._dtype.itemsize)
-        digest.update(self.read(0, ends).tobytes())
-        digest.update(self.read(len(self) - ends, len(self)).tobytes())
-        return digest.hexdigest()
+        """Of the lengths of records, the first and the last MiB."""
+        return _fingerprint(self, self._dtype, self._ends.tobytes())
 
 
-def record_lengths(records: ArrayRecord, dtype: np.dtype) -> np.ndarray:
-    """Tokens of each record, (records,) int64: one pass over the file."""
-    lengths = np.zeros(len(records), np.int64)
-    for start in range(0, len(records), 1024):
-        stop = min(start + 1024, len(records))
-        sizes = np.array([len(record) for record in records.read(start, stop)])
-        if (sizes % dtype.itemsize).any():
-            raise ConfigError(
-                f"{records.field}: a record of {str(records.file)!r} is no whole number of"
-                f" {dtype.name}; set token_dtype (None: the records are text)."
-            )
-        lengths[start:stop] = sizes // dtype.itemsize
-    return lengths
+def record_lengths(records: RecordFile, dtype: np.dtype) -> np.ndarray:
+    """Tokens of each record, (records,) int64; reads the whole file. Raises ConfigError."""
+    sizes = np.fromiter(map(len, records), np.int64, len(records))
+    if (sizes % dtype.itemsize).any():
+        raise ConfigError(
+            f"{records.field}: a record of {str(records.file)!r} is no whole number of"
+            f" {dtype.name}; set token_dtype (None: the records are text)."
+        )
+    return sizes // dtype.itemsize
+
+
+Shard = BinShard | ArrayRecordShard
 
 
 class TokenStream:
-    """Shards one after another as one long text of tokens, or a part of it.
+    """The tokens of shards one after another, or a part of them.
 
     Args:
       shards: at least one.
       vocab_size: ids have to be below it.
-      start, stop: the part; all by default.
+      start, stop: of the part; all tokens by default.
     """
 
     def __init__(
@@ -219,11 +199,11 @@ class TokenStream:
         return self._stop - self._start
 
     def part(self, start: int, stop: int) -> TokenStream:
-        """Tokens [start, stop) as a stream of its own."""
+        """Tokens [start, stop) as a stream."""
         return TokenStream(self.shards, self.vocab_size, self._start + start, self._start + stop)
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop): (stop - start,) int32; raises ConfigError for wrong ids."""
+        """Tokens [start, stop): (stop - start,) int32. Raises ConfigError for ids out of range."""
         out = np.empty(stop - start, np.int32)
         start, stop, filled = start + self._start, stop + self._start, 0
         i = bisect.bisect_right(self._ends, start)
@@ -242,11 +222,11 @@ class TokenStream:
         return out
 
     def chunks(self) -> Iterator[np.ndarray]:
-        """All of it in order, (tokens,) int32 each."""
+        """All tokens in order, in arrays (tokens,) int32."""
         for start in range(0, len(self), _TOKENS_AT_ONCE):
             yield self.read(start, min(start + _TOKENS_AT_ONCE, len(self)))
 
     def fingerprint(self) -> str:
-        lines = [shard.fingerprint() for shard in self.shards]
-        text = "\n".join([f"{self._start} {self._stop}", *lines])
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Hex SHA-256 that streams of copies of the files share."""
+        shards = [shard.fingerprint() for shard in self.shards]
+        return digest_of([f"{self._start} {self._stop}", *shards])

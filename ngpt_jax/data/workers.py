@@ -1,6 +1,4 @@
-"""Worker processes that do as their parent does."""
-
-from __future__ import annotations
+"""What worker processes do about signals and about the end of their parent."""
 
 import multiprocessing
 import os
@@ -9,7 +7,7 @@ import threading
 
 
 def follow_parent(*_: object) -> None:
-    """Called in a worker: leaves signals to the parent, and ends with it, SIGKILL included."""
+    """Called in a worker: it ignores signals, and ends when its parent ends, even by SIGKILL."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 

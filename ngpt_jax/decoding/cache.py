@@ -1,15 +1,12 @@
-"""Keys and values of earlier positions, kept for decoding token by token.
+"""The KV cache: keys and values of earlier tokens, kept for decoding token by token.
 
-Slot i of a row holds its token i, counted from the row's first one: rows of different lengths end
-in the same slot and begin in different ones (padding is on the left), so that a step writes one
-slot for all rows.
+Prompts are padded on the left. So rows of different lengths begin in different slots and end in the
+same one, and a step writes one slot for all rows.
 
-The newest tokens lie in a small cache of their own, which is emptied into the large one every few
-steps: a loop that wrote to the large one in each step would copy it, as XLA sees that it is read
-and written at once (on a CPU a token took 15 times as long with 2,000 slots).
+The newest tokens lie in a small cache of their own, which is emptied into the large one after every
+CHUNK tokens. A loop that writes to the large cache in each step copies it in each step, because XLA
+sees it read and written at once. On a CPU with 2,000 slots a token then took 15 times as long.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -19,11 +16,13 @@ import jax.numpy as jnp
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.parallel import rules
 
+CHUNK = 16  # tokens that the small cache holds, and that one call of decoding draws at most
+
 
 class KeysValues(NamedTuple):
-    """In the compute dtype, laid out for the two products of a step.
+    """Keys and values in the compute dtype, laid out for the two products of a step.
 
-    A CPU takes five times as long where keys lie as values do.
+    A CPU takes five times as long with keys laid out as values are.
     """
 
     key: jax.Array  # (B, kv_heads, head_dim, slots)
@@ -31,37 +30,37 @@ class KeysValues(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Of one layer: the slots, and the newest tokens, which are not in them yet."""
+    """The cache of one layer: all slots, and the newest tokens, which are not in them yet."""
 
     all: KeysValues
     newest: KeysValues
 
 
+Caches = tuple[LayerCache, ...]  # one a layer
+
+
 class Slots(NamedTuple):
     """Which slots hold tokens.
 
-    ``first`` (B,) is each row's first one, ``end`` () how many are filled, ``newest`` () how many
-    tokens came after them; ``end`` None: the cache is empty, and attention needs no more than the
-    call itself.
+    Attributes:
+      first: (B,) the first slot of each row; before it there is padding.
+      end: () how many slots are filled.
+      newest: () how many tokens came after them and lie in the small cache.
     """
 
     first: jax.Array
-    end: jax.Array | None
+    end: jax.Array
     newest: jax.Array | int = 0
 
-    @property
-    def empty(self) -> bool:
-        return self.end is None
 
-
-def empty_cache(config: ModelConfig, batch: int, slots: int, newest: int) -> tuple[LayerCache, ...]:
-    """A cache a layer, laid out on the current mesh.
+def empty_cache(config: ModelConfig, batch: int, slots: int, newest: int) -> Caches:
+    """A cache of zeros for each layer, laid out on the current mesh.
 
     Args:
       config: resolved.
       batch: rows.
-      slots: room for that many tokens, and for a spill of ``newest``.
-      newest: tokens until it has to be emptied.
+      slots: tokens that the large cache has room for, besides one more load of the small one.
+      newest: tokens that the small cache holds.
     """
     assert config.kv_heads is not None and config.head_dim is not None
     heads, dim = (batch, config.kv_heads), config.head_dim
@@ -87,38 +86,31 @@ def _put(old: KeysValues, new: KeysValues, place: jax.Array | int) -> KeysValues
     )
 
 
-def write(cache: LayerCache, key: jax.Array, value: jax.Array, slots: Slots) -> LayerCache:
-    """The cache with keys and values (B, T, kv_heads, head_dim) of the next T tokens."""
-    dtype = cache.all.key.dtype
+def write(old: KeysValues, key: jax.Array, value: jax.Array, place: jax.Array | int) -> KeysValues:
+    """A cache with keys and values (B, T, kv_heads, head_dim) in its T slots from ``place`` on."""
+    dtype = old.key.dtype
     new = KeysValues(jnp.moveaxis(key, 1, 3).astype(dtype), jnp.moveaxis(value, 1, 2).astype(dtype))
-    if slots.empty:
-        return cache._replace(all=_put(cache.all, new, 0))
-    return cache._replace(newest=_put(cache.newest, new, slots.newest))
+    return _put(old, new, place)
 
 
-def empty_newest(
-    caches: tuple[LayerCache, ...], slots: Slots
-) -> tuple[tuple[LayerCache, ...], Slots]:
-    """Moves the newest tokens into the slots."""
-    assert slots.end is not None
-    end = slots.end
-    caches = tuple(c._replace(all=_put(c.all, c.newest, end)) for c in caches)
-    return caches, Slots(slots.first, end + slots.newest, 0)
+def empty_newest(caches: Caches, slots: Slots) -> tuple[Caches, Slots]:
+    """Moves the newest tokens into the large cache; returns the caches and their slots."""
+    caches = tuple(c._replace(all=_put(c.all, c.newest, slots.end)) for c in caches)
+    return caches, Slots(slots.first, slots.end + slots.newest)
 
 
 def attend_to_cache(query: jax.Array, cache: LayerCache, scale: float, slots: Slots) -> jax.Array:
-    """softmax(scale * q k^T) v over the tokens that each position can see, its own among them.
+    """softmax(scale * q k^T) v over each position's own token and all tokens before it.
 
     Args:
-      query: (B, T, heads, head_dim), of the T tokens after those that ``slots`` tells of.
-      cache: with the keys and values of these positions already written.
-      scale: of the logits.
-      slots: before these positions.
+      query: (B, T, heads, head_dim), of the T tokens that follow those of ``slots``.
+      cache: with the keys and values of these T tokens already written.
+      scale: of q k^T.
+      slots: before these T tokens.
 
     Returns:
       (B, T, heads, head_dim); the softmax is in at least float32.
     """
-    assert slots.end is not None
     batch, length, heads, head_dim = query.shape
     kv_heads, size = cache.all.value.shape[1:3]
     group = heads // kv_heads

@@ -1,7 +1,5 @@
 """Drawing a token from logits: temperature, then top-k, top-p and min-p."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import jax

@@ -1,9 +1,7 @@
-"""The figures of `diagnose`, each drawn from the rows of its table; one colour a run."""
-
-from __future__ import annotations
+"""The figures of ``diagnose``, each drawn from the rows of its table; one colour a run."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,7 @@ from ngpt_jax import plots
 from ngpt_jax.model.inspect import BLOCKS, HEAD_KERNELS, MLP_KERNELS, TABLES
 
 Rows = list[dict[str, Any]]
-Draw = Callable[[Any, Rows, str], None]  # (axes, one run's rows, its colour)
+Draw = Callable[[Any, Rows, str, str], None]  # (axes, one run's rows, its label, its colour)
 
 _KERNELS = (*HEAD_KERNELS, *MLP_KERNELS)
 _DEPTH = "layer / (layers - 1)"
@@ -30,14 +28,15 @@ def _title(name: str) -> str:
     return name.removesuffix("_kernel").replace("_", " ")
 
 
-def _each_run(rows: Rows, labels: Sequence[str], axes: Any, draw: Draw) -> None:
+def _runs(rows: Rows, labels: Sequence[str]) -> Iterator[tuple[Rows, str, str]]:
+    """(rows, label, colour) of each run that has some."""
     for label, color in zip(labels, plots.COLORS):
         if own := _only(rows, run=label):
-            draw(axes, own, color)
+            yield own, label, color
 
 
 def _legend(fig: Any, axes: Sequence[Any]) -> None:
-    """One for all panels, below them."""
+    """A legend for all panels, below them."""
     named: dict[str, Any] = {}
     for panel in axes:
         named |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels())}
@@ -52,8 +51,8 @@ def _line(axes: Any, rows: Rows, name: str, color: str, **how: Any) -> None:
     axes.plot(_column(rows, "depth"), _column(rows, name), color=color, marker="o", ms=3, **how)
 
 
-def _band(axes: Any, rows: Rows, low: str, high: str, color: str) -> None:
-    where = _column(rows, "depth")
+def _band(axes: Any, rows: Rows, low: str, high: str, color: str, x: str = "depth") -> None:
+    where = _column(rows, x)
     axes.fill_between(where, _column(rows, low), _column(rows, high), color=color, alpha=0.15, lw=0)
 
 
@@ -72,16 +71,13 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
     }
     for i, (table, quantity) in enumerate((t, q) for t in TABLES for q in quantities):
         what, sorted_ = quantities[quantity]
-
-        def draw(panel, own, color):
-            values = _column(own, "value")
-            # Eigenvalues of 0 have no place on a logarithmic axis.
-            values = np.where(values > 0, values, math.nan) if log else values  # noqa: B023
-            panel.plot(_column(own, "position"), values, color=color, label=own[0]["run"])
-
         log = quantity == "eigenvalue_over_median"
         some = _only(rows, table=table, quantity=quantity)
-        _each_run(some, labels, axes[i], draw)
+        for own, label, color in _runs(some, labels):
+            values = _column(own, "value")
+            # A logarithmic axis cannot show eigenvalues of 0.
+            values = np.where(values > 0, values, math.nan) if log else values
+            axes[i].plot(_column(own, "position"), values, color=color, label=label)
         axes[i].set(title=_title(table), xlabel=f"{sorted_} (0 to 1)", ylabel=what)
         if log:
             found = _column(some, "value")
@@ -96,18 +92,15 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
 def condition_numbers(rows: Rows, labels: Sequence[str]) -> Any:
     """Median over heads by depth; dotted with the vectors renormalized (figures 5 and 10)."""
     fig, axes = plots.figure(2, 4, 3.2, 2.8)
-    # One scale for all panels; what is infinite has no place on it.
+    # One scale for all panels; infinite values are not shown.
     found = np.concatenate([_column(rows, name) for name in ("condition", "renormalized")])
     top = max(found[np.isfinite(found)], default=1)
-
-    def draw(panel, own, color):
-        _line(panel, own, "condition", color, label=own[0]["run"])
-        if own[0]["renormalized"] is not None:
-            again = f"{own[0]['run']}, renormalized"
-            _line(panel, own, "renormalized", color, ls=":", label=again)
-
     for panel, name in zip(axes, _KERNELS):
-        _each_run(_only(rows, matrix=name, head="median"), labels, panel, draw)
+        for own, label, color in _runs(_only(rows, matrix=name, head="median"), labels):
+            _line(panel, own, "condition", color, label=label)
+            if own[0]["renormalized"] is not None:
+                again = f"{label}, renormalized"
+                _line(panel, own, "renormalized", color, ls=":", label=again)
         panel.set(title=_title(name), xlabel=_DEPTH, ylabel="condition number")
         panel.set(yscale="log", ylim=(1, 1.3 * max(10, top)))
     axes[-1].set_axis_off()
@@ -121,12 +114,8 @@ def scales(rows: Rows, labels: Sequence[str]) -> Any:
     panels = {"|alpha|": ("alpha_a", "alpha_m"), "s_qk": ("s_qk",), "s_u, s_v": ("s_u", "s_v")}
     for panel, (what, names) in zip(axes, panels.items()):
         for name, style in zip(names, ("-", "--")):
-
-            def draw(panel, own, color):
-                label = f"{own[0]['run']}: {own[0]['scale']}"
-                _line(panel, own, "mean_abs", color, ls=style, label=label)  # noqa: B023
-
-            _each_run(_only(rows, scale=name), labels, panel, draw)
+            for own, label, color in _runs(_only(rows, scale=name), labels):
+                _line(panel, own, "mean_abs", color, ls=style, label=f"{label}: {name}")
         panel.set(title=f"mean {what}", xlabel=_DEPTH)
         _from_zero(panel)
         panel.legend()
@@ -163,28 +152,21 @@ def query_and_key(rows: Rows, labels: Sequence[str]) -> Any:
     chosen = sorted({(r["layer"], r["matrix"]) for r in rows}, key=lambda c: (c[0], c[1][0] == "k"))
     fig, axes = plots.figure(2, len(chosen), 3.4, 3.0)
     for i, (layer, matrix) in enumerate(chosen):
-        some = _only(rows, layer=layer, matrix=matrix)
-
-        def draw_norms(panel, own, color):
-            panel.plot(_column(own, "position"), _column(own, "value"), color=color,
-                       label=own[0]["run"])  # fmt: skip
-
-        def draw_singular(panel, own, color):
-            where, condition = _column(own, "position"), own[0]["median_condition"]
-            panel.plot(where, _column(own, "value"), color=color,
-                       label=f"{own[0]['run']}, cond. {condition:.3g}")  # fmt: skip
-            panel.fill_between(
-                where, _column(own, "least"), _column(own, "greatest"), color=color, alpha=0.15,
-                lw=0,
-            )  # fmt: skip
-
+        norms, singular = (
+            _only(rows, layer=layer, matrix=matrix, quantity=quantity)
+            for quantity in ("norm", "singular_value")
+        )
         above, below = axes[i], axes[i + len(chosen)]
-        _each_run(_only(some, quantity="norm"), labels, above, draw_norms)
-        _each_run(_only(some, quantity="singular_value"), labels, below, draw_singular)
+        for own, label, color in _runs(norms, labels):
+            above.plot(_column(own, "position"), _column(own, "value"), color=color, label=label)
+        for own, label, color in _runs(singular, labels):
+            label = f"{label}, cond. {own[0]['median_condition']:.3g}"
+            below.plot(_column(own, "position"), _column(own, "value"), color=color, label=label)
+            _band(below, own, "least", "greatest", color, x="position")
         above.set(title=f"layer {layer}: {_title(matrix)}", xlabel="vector, sorted (0 to 1)")
         _from_zero(above)
         below.set(xlabel="singular value, sorted (0 to 1)")
-        if max(_column(_only(some, quantity="singular_value"), "greatest")) > 0:
+        if max(_column(singular, "greatest")) > 0:
             below.set_yscale("log")
         below.legend()
     axes[0].set_ylabel("norm along embed")
@@ -197,13 +179,10 @@ def angles(rows: Rows, labels: Sequence[str]) -> Any:
     """Mean and 10 % to 90 % of tokens: angle to the proposal above, of the step below."""
     fig, axes = plots.figure(2, 2, 4.2, 2.8)
     panels = [(quantity, block) for quantity in ("proposal", "step") for block in BLOCKS]
-
-    def draw(panel, own, color):
-        _line(panel, own, "mean", color, label=own[0]["run"])
-        _band(panel, own, "p10", "p90", color)
-
     for panel, (quantity, block) in zip(axes, panels):
-        _each_run(_only(rows, quantity=quantity, block=block), labels, panel, draw)
+        for own, label, color in _runs(_only(rows, quantity=quantity, block=block), labels):
+            _line(panel, own, "mean", color, label=label)
+            _band(panel, own, "p10", "p90", color)
         between = "h and its proposal" if quantity == "proposal" else "h before and after"
         panel.set(title=block, xlabel=_DEPTH, ylabel=f"degrees: {between}")
         _from_zero(panel)
@@ -216,15 +195,12 @@ def entropy(rows: Rows, labels: Sequence[str]) -> Any:
     fig, axes = plots.figure(1, 2)
     titles = {"nats": "entropy (nats)", "normalized": "entropy / log(visible positions)"}
     for panel, (name, what) in zip(axes, titles.items()):
-
-        def draw(panel, own, color):
-            where, values = _column(own, "depth"), _column(own, name)  # noqa: B023
+        for own, label, color in _runs(rows, labels):
+            where, values = _column(own, "depth"), _column(own, name)
             panel.scatter(where, values, color=color, s=8, alpha=0.5, lw=0)
             places = np.unique(where)
             means = [values[where == place].mean() for place in places]
-            panel.plot(places, means, color=color, label=own[0]["run"])
-
-        _each_run(rows, labels, panel, draw)
+            panel.plot(places, means, color=color, label=label)
         panel.set(title="attention", xlabel=_DEPTH, ylabel=what)
         _from_zero(panel)
     _legend(fig, axes)
@@ -235,10 +211,11 @@ def _by_matrix(rows: Rows, labels: Sequence[str], draw: Draw, tables: Draw, what
     """A panel for each kernel of a block by depth, and one for both tables."""
     fig, axes = plots.figure(2, 4, 3.2, 2.8)
     for panel, name in zip(axes, _KERNELS):
-        _each_run(_only(rows, matrix=name), labels, panel, draw)
+        for own, label, color in _runs(_only(rows, matrix=name), labels):
+            draw(panel, own, label, color)
         panel.set(title=_title(name), xlabel=_DEPTH, ylabel=what)
-    of_tables = [r for r in rows if r["matrix"] in TABLES]
-    _each_run(of_tables, labels, axes[-1], tables)
+    for own, label, color in _runs([r for r in rows if r["matrix"] in TABLES], labels):
+        tables(axes[-1], own, label, color)
     axes[-1].set(title="embeddings", ylabel=what, xlim=(-0.5, 1.5))
     axes[-1].set_xticks([0, 1], [_title(name).split()[0] for name in TABLES])
     for panel in axes:
@@ -250,13 +227,13 @@ def _by_matrix(rows: Rows, labels: Sequence[str], draw: Draw, tables: Draw, what
 def rotation(rows: Rows, labels: Sequence[str]) -> Any:
     """Degrees a step at the peak rate, mean and 10 % to 90 % of vectors; dashed at the own rate."""
 
-    def draw(panel, own, color):
+    def draw(panel, own, label, color):
         peak, now = _only(own, rate="peak"), _only(own, rate="own")
-        _line(panel, peak, "mean", color, label=f"{own[0]['run']}, peak rate")
+        _line(panel, peak, "mean", color, label=f"{label}, peak rate")
         _band(panel, peak, "p10", "p90", color)
-        _line(panel, now, "mean", color, ls="--", label=f"{own[0]['run']}, rate of the step")
+        _line(panel, now, "mean", color, ls="--", label=f"{label}, rate of the step")
 
-    def tables(panel, own, color):
+    def tables(panel, own, _, color):
         for rate, fill in (("peak", color), ("own", "none")):
             some = _only(own, rate=rate)
             mean, low, high = (_column(some, name) for name in ("mean", "p10", "p90"))
@@ -271,11 +248,20 @@ def rotation(rows: Rows, labels: Sequence[str]) -> Any:
 def gradient(rows: Rows, labels: Sequence[str]) -> Any:
     """Share of the gradient's squared norm that is radial."""
 
-    def draw(panel, own, color):
-        _line(panel, own, "radial_share", color, label=own[0]["run"])
+    def draw(panel, own, label, color):
+        _line(panel, own, "radial_share", color, label=label)
 
-    def tables(panel, own, color):
+    def tables(panel, own, _, color):
         values = _column(own, "radial_share")
         panel.plot(range(len(values)), values, color=color, ls="", marker="o")
 
     return _by_matrix(rows, labels, draw, tables, "radial share of |g|^2")
+
+
+# How the rows of each table are drawn, by the name of its files.
+FIGURES: dict[str, Callable[[Rows, Sequence[str]], Any]] = {
+    "embeddings": embeddings, "condition": condition_numbers,
+    "scales": scales, "scale_histograms": scale_histograms, "query_key": query_and_key,
+    "angles": angles, "entropy": entropy,
+    "rotation": rotation, "gradient": gradient,
+}  # fmt: skip

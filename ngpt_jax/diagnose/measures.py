@@ -1,102 +1,56 @@
-"""What `diagnose` measures on one run: its checkpoint and text, and a table for each figure.
+"""What is measured on one run: a table for each figure, a list of rows by column.
 
-A table is a list of rows by column; layers count from 0, ``depth`` is layer / (layers - 1).
+Layers count from 0; ``depth`` is layer / (layers - 1).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 
-from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data import pipeline
-from ngpt_jax.data.corpus import Corpus, load_corpus
-from ngpt_jax.files import reason
-from ngpt_jax.model import inspect as d
+from ngpt_jax.data.corpus import Corpus
+from ngpt_jax.diagnose.run_state import RunState, held_out_sequences, next_batch
+from ngpt_jax.model import inspect
 from ngpt_jax.optim import recipes
-from ngpt_jax.parallel.mesh import make_mesh
-from ngpt_jax.training import layout
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import make_dataset, with_tokenizer
 from ngpt_jax.training.step import TrainState, make_train_step
 
 Row = dict[str, Any]
-_QUANTILES = 201  # of what is too much to list
+_QUANTILES = 201  # of a distribution with too many values to list
 
 
-class Opened(NamedTuple):
-    """A run's checkpoint: ``label`` names it in tables, ``progress`` says where its data are."""
-
-    label: str
-    workdir: epath.Path
-    config: Config
-    state: TrainState
-    progress: dict[str, Any]
+def _place(run: RunState, layer: int | None) -> Row:
+    """The columns for a layer, None for what is in no layer."""
+    depth = None if layer is None else layer / max(run.config.model.layers - 1, 1)
+    return {"layer": layer, "depth": depth}
 
 
-def open_run(label: str, path: str, config: Config, checkpoint: epath.Path) -> Opened:
-    """Reads a checkpoint onto the first device here."""
-    enable_x64_if_used(config)
-    mesh = make_mesh(config, jax.devices()[:1])
-    config, _ = layout.for_mesh(config, mesh)
-    like = layout.abstract_state(config, recipes.make_optimizer(config)[0], mesh)
-
-    def tell(difference: str) -> str:
-        return (
-            f"{checkpoint} is not of the model and optimizer in {path}/config.json: {difference}."
-        )
-
-    state, progress = restore(checkpoint, like._asdict(), tell)
-    return Opened(label, epath.Path(path), config, like._replace(**state), progress)
-
-
-def load_text(run: Opened) -> Corpus:
-    """The run's own text; raises ConfigError where it is not here, or is another one."""
-    try:
-        config, tokenizer = with_tokenizer(run.config)
-        if tokenizer.fingerprint != run.progress["tokenizer"]:
-            raise ConfigError("the tokenizer here is not the one that the run was trained with.")
-        corpus = load_corpus(config.data, tokenizer, config.model.context)
-    except OSError as e:
-        raise ConfigError(f"{e.filename or 'the text'} cannot be read: {reason(e)}.") from e
-    if corpus.fingerprint != run.progress["data"]:
-        raise ConfigError("the text here is not the one that the run was trained on.")
-    return corpus
-
-
-def _depth(run: Opened, layer: int) -> float:
-    return layer / max(run.config.model.layers - 1, 1)
-
-
-def _place(run: Opened, layer: int) -> Row:
-    return {"layer": layer, "depth": _depth(run, layer)}
+def _deciles(values: np.ndarray) -> Row:
+    return dict(zip(("p10", "p50", "p90"), np.quantile(values, (0.1, 0.5, 0.9))))
 
 
 # ---------------------------------------------------------------------------- from parameters alone
 
 
-def embeddings(run: Opened) -> list[Row]:
-    """Rows' norms, eigenvalues of the covariance over their median, cosines of pairs of rows.
+def embeddings(run: RunState) -> list[Row]:
+    """For both tables: norms of rows, eigenvalues of their covariance, cosines of pairs of rows.
 
-    Sorted; ``position`` goes from 0 to 1. Of the cosines, those of normalized rows, 201 quantiles.
+    Eigenvalues are divided by their median. Values are sorted and ``position`` goes from 0 to 1;
+    the cosines are given as 201 quantiles.
     """
     rows: list[Row] = []
-    for name, _, table in d.matrices(run.config.model, run.state.params):
-        if name not in d.TABLES:
+    for name, _, table in inspect.matrices(run.config.model, run.state.params):
+        if name not in inspect.TABLES:
             break
-        quantiles = np.quantile(d.pairwise_cosines(table), np.linspace(0, 1, _QUANTILES))
+        quantiles = np.quantile(inspect.pairwise_cosines(table), np.linspace(0, 1, _QUANTILES))
         measured = {
-            "norm": np.sort(d.norms(table)),
-            "eigenvalue_over_median": d.eigenvalues_over_median(table),
+            "norm": np.sort(inspect.norms(table)),
+            "eigenvalue_over_median": inspect.eigenvalues_over_median(table),
             "cosine": quantiles,
         }
         for quantity, values in measured.items():
@@ -106,50 +60,48 @@ def embeddings(run: Opened) -> list[Row]:
     return rows
 
 
-def condition_numbers(run: Opened) -> list[Row]:
-    """Of each head's matrix and the median over heads, of each matrix of the MLP.
+def condition_numbers(run: RunState) -> list[Row]:
+    """For each matrix of each layer: a row with the median over heads, and a row a head.
 
-    ``renormalized``: with every vector along embed made a unit vector; GPT's alone.
+    The MLP's matrices count as one head. ``renormalized`` is the condition number with every vector
+    along embed made a unit vector, for models whose weights are free; else None.
     """
     model, rows = run.config.model, list[Row]()
-    for matrix in d.matrices(model, run.state.params):
+    for matrix in inspect.matrices(model, run.state.params):
         if matrix.layer is None:
             continue
-        heads = d.head_matrices(model, matrix)
-        found = d.condition_numbers(d.singular_values(heads))
-        again: np.ndarray | None = None
-        if model.kind == "gpt":
-            again = d.condition_numbers(d.singular_values(d.unit(heads)))
+        heads = inspect.head_matrices(model, matrix)
+        found = inspect.condition_numbers(inspect.singular_values(heads))
+        again: Any = [None] * len(found)
+        middle: Any = None
+        if model.weights == "free":
+            again = inspect.condition_numbers(inspect.singular_values(inspect.unit(heads)))
+            middle = np.median(again)
         head = {"run": run.label, "matrix": matrix.name, **_place(run, matrix.layer)}
-        summary = {"head": "median", "condition": np.median(found)}
-        rows.append(head | summary | {"renormalized": None if again is None else np.median(again)})
-        if matrix.name in d.HEAD_KERNELS:
-            rows += [
-                head | {"head": i, "condition": x, "renormalized": None if again is None else y}
-                for i, (x, y) in enumerate(zip(found, found if again is None else again))
-            ]
+        summary = {"head": "median", "condition": np.median(found), "renormalized": middle}
+        rows.append(head | summary)
+        if matrix.name in inspect.HEAD_KERNELS:
+            for i, (x, y) in enumerate(zip(found, again)):
+                rows.append(head | {"head": i, "condition": x, "renormalized": y})
     return rows
 
 
-def scales(run: Opened) -> list[Row]:
-    """Mean over channels of each effective scale by layer, with quantiles; alphas are |alpha|."""
+def scales(run: RunState) -> list[Row]:
+    """For each effective scale and layer: mean and quantiles over channels; alphas are |alpha|."""
     rows: list[Row] = []
-    for name, values in d.effective_scales(run.config.model, run.state.params).items():
+    for name, values in inspect.effective_scales(run.config.model, run.state.params).items():
         for layer, channel in enumerate(np.atleast_2d(values)):
-            of_layer = name != "s_z"
-            low, middle, high = np.quantile(channel, (0.1, 0.5, 0.9))
             rows.append({
-                "run": run.label, "scale": name, "layer": layer if of_layer else None,
-                "depth": _depth(run, layer) if of_layer else None, "mean": channel.mean(),
-                "mean_abs": np.abs(channel).mean(), "p10": low, "p50": middle, "p90": high,
+                "run": run.label, "scale": name, **_place(run, None if name == "s_z" else layer),
+                "mean": channel.mean(), "mean_abs": np.abs(channel).mean(), **_deciles(channel),
             })  # fmt: skip
     return rows
 
 
-def scale_histograms(run: Opened) -> list[Row]:
-    """Densities of each effective scale over channels by layer, of s_z over the vocabulary."""
+def scale_histograms(run: RunState) -> list[Row]:
+    """For each effective scale and layer: density over channels, for s_z over the vocabulary."""
     rows: list[Row] = []
-    for name, values in d.effective_scales(run.config.model, run.state.params).items():
+    for name, values in inspect.effective_scales(run.config.model, run.state.params).items():
         bins = np.clip(np.sqrt(values.shape[-1]), 10, 40)
         edges = np.histogram_bin_edges(values, int(bins))
         for layer, channel in enumerate(np.atleast_2d(values)):
@@ -161,22 +113,22 @@ def scale_histograms(run: Opened) -> list[Row]:
     return rows
 
 
-def query_and_key(run: Opened, layers: Sequence[int]) -> list[Row]:
-    """Of chosen layers: norms of the vectors along embed, and singular values of the heads.
+def query_and_key(run: RunState, layers: Sequence[int]) -> list[Row]:
+    """For chosen layers: norms of the vectors along embed, and singular values of the heads.
 
-    Sorted, falling; of singular values the median over heads, and the least and greatest.
+    Values fall. Singular values are medians over heads, with the least and the greatest.
     """
     model, rows = run.config.model, list[Row]()
-    for matrix in d.matrices(model, run.state.params):
+    for matrix in inspect.matrices(model, run.state.params):
         if matrix.layer not in layers or matrix.name not in ("query_kernel", "key_kernel"):
             continue
-        length = np.sort(d.norms(matrix.vectors))[::-1]
-        singular = d.singular_values(d.head_matrices(model, matrix))
+        length = np.sort(inspect.norms(matrix.vectors))[::-1]
+        singular = inspect.singular_values(inspect.head_matrices(model, matrix))
         measured = {
             "norm": (length, length, length),
             "singular_value": (np.median(singular, 0), singular.min(0), singular.max(0)),
         }
-        condition = float(np.median(d.condition_numbers(singular)))
+        condition = float(np.median(inspect.condition_numbers(singular)))
         for quantity, values in measured.items():
             places = np.linspace(0, 1, len(values[0]))
             for position, middle, least, greatest in zip(places, *values):
@@ -191,53 +143,45 @@ def query_and_key(run: Opened, layers: Sequence[int]) -> list[Row]:
 # ------------------------------------------------------------------------------- from held-out text
 
 
-def held_out_windows(run: Opened, corpus: Corpus, windows: int) -> Iterator[dict[str, np.ndarray]]:
-    """The first windows of the first held-out set, one at a time."""
-    return pipeline.eval_batches(
-        corpus.held_out[0], run.config.model.context, 1, windows, run.config.data.mask_documents
-    )
+def angles(run: RunState, corpus: Corpus, sequences: int) -> list[Row]:
+    """For each layer: degrees between h and each proposal, and between h before and after it.
 
-
-def angles(run: Opened, corpus: Corpus, windows: int) -> list[Row]:
-    """Degrees between h and each proposal, and between h before and after each step.
-
-    Over the tokens of held-out text, by layer.
+    Means and quantiles are over the tokens of ``sequences`` held-out sequences.
     """
-    fn = jax.jit(functools.partial(d.block_angles, run.config.model))
-    found: dict[str, list[np.ndarray]] = {name: [] for name in d.BLOCKS}
-    for batch in held_out_windows(run, corpus, windows):
+    fn = jax.jit(functools.partial(inspect.block_angles, run.config.model))
+    found: dict[str, list[np.ndarray]] = {name: [] for name in inspect.BLOCKS}
+    for batch in held_out_sequences(run, corpus, sequences):
         real = batch["weights"] > 0
         for name, values in jax.device_get(fn(run.state.params, batch)).items():
             found[name].append(values[:, real])
     rows = []
-    for name in d.BLOCKS:
+    for name in inspect.BLOCKS:
         values = np.concatenate(found[name], axis=1).astype(np.float64)  # (layers, tokens, 2)
         for layer in range(run.config.model.layers):
             for i, quantity in enumerate(("proposal", "step")):
                 x = values[layer, :, i]
-                low, middle, high = np.quantile(x, (0.1, 0.5, 0.9))
                 rows.append({
                     "run": run.label, "block": name, "quantity": quantity, **_place(run, layer),
-                    "mean": x.mean(), "std": x.std(), "p10": low, "p50": middle, "p90": high,
-                    "tokens": x.size,
+                    "mean": x.mean(), "std": x.std(), **_deciles(x), "tokens": x.size,
                 })  # fmt: skip
     return rows
 
 
-def attention_entropy(run: Opened, corpus: Corpus, windows: int) -> list[Row]:
-    """Mean over positions of each head's entropy: nats, and over the log of visible positions.
+def attention_entropy(run: RunState, corpus: Corpus, sequences: int) -> list[Row]:
+    """For each head: mean over positions of its entropy, in nats and ``normalized``.
 
-    The second mean is over positions that see more than themselves.
+    The latter is divided by the log of the number of visible positions; its mean is over positions
+    that see more than themselves.
     """
-    fn = jax.jit(functools.partial(d.attention_entropies, run.config.model))
-    nats: Any = 0.0
+    fn = jax.jit(functools.partial(inspect.attention_entropies, run.config.model))
+    nats: Any = 0.0  # sums of shape (layers, heads)
     shares: Any = 0.0
     tokens = choices = 0
-    for batch in held_out_windows(run, corpus, windows):
+    for batch in held_out_sequences(run, corpus, sequences):
         entropies, seen = jax.device_get(fn(run.state.params, batch))
         real = batch["weights"] > 0
         several = real & (seen > 1)
-        nats = nats + entropies[:, real].sum(1, dtype=np.float64)  # (layers, heads)
+        nats = nats + entropies[:, real].sum(1, dtype=np.float64)
         share = entropies[:, several] / np.log(seen[several])[:, None]
         shares = shares + share.sum(1, dtype=np.float64)
         tokens, choices = tokens + int(real.sum()), choices + int(several.sum())
@@ -252,40 +196,27 @@ def attention_entropy(run: Opened, corpus: Corpus, windows: int) -> list[Row]:
 # ----------------------------------------------------------------------------- from a step's batch
 
 
-def next_batch(run: Opened, corpus: Corpus) -> dict[str, np.ndarray]:
-    """The training batch that the run would see next."""
-    batches = pipeline.train_batches(
-        make_dataset(run.config, corpus), run.config.train.batch_size, run.progress["position"],
-        threads=0, prefetch=1,
-    )  # fmt: skip
-    try:
-        return next(batches)
-    finally:
-        batches.close()
-
-
 def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
-    """Jitted (state, batch, rate) -> parameters after the run's own step, gradients, if it was ok.
+    """A jitted function (state, batch, rate) -> (parameters, gradients, ok).
 
-    It is the training step with its optimizer at a learning rate of choice; gradients are those of
-    the mean loss before clipping. Spikes are not refused.
+    The parameters are those after the run's own training step with the constant learning rate
+    ``rate``; spikes are not refused. The gradients are those of the mean loss, before clipping. The
+    step was ok if loss and gradients were finite.
     """
-    recipe = {"ngpt": recipes.ngpt, "gpt": recipes.gpt}[config.model.kind]
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, spike_deviations=0.0)
-    )
 
-    def keep(updates, state, params=None, **extra):
-        del state, params, extra
+    def keep(updates, *_, **__):
         return updates, updates
 
     first = optax.GradientTransformationExtraArgs(optax.init_empty_state, keep)
 
     def probe(state: TrainState, batch, rate):
-        def schedule(step):
-            return rate
-
-        step = make_train_step(config, optax.chain(first, recipe(config, schedule)), schedule)
+        optimizer = dataclasses.replace(
+            config.optimizer, schedule="constant", warmup_steps=0, learning_rate=rate
+        )
+        train = dataclasses.replace(config.train, spike_deviations=0.0)
+        constant = dataclasses.replace(config, optimizer=optimizer, train=train)
+        tx, schedule = recipes.make_optimizer(constant)
+        step = make_train_step(constant, optax.chain(first, tx), schedule)
         state = state._replace(opt_state=(optax.EmptyState(), state.opt_state))
         after, metrics = step(state, batch)
         return after.params, after.opt_state[0], metrics["skipped_in_row"] == 0
@@ -293,15 +224,18 @@ def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
     return jax.jit(probe)
 
 
-def rotation_and_gradient(run: Opened, corpus: Corpus) -> tuple[list[Row], list[Row]]:
-    """How far one step turns each vector along embed, in degrees, and its gradient's parts.
+def rotation_and_gradient(run: RunState, corpus: Corpus) -> tuple[list[Row], list[Row]]:
+    """Degrees by which one step turns each vector along embed, and the parts of its gradient.
 
-    The step is the next one of the run, with its optimizer's moments: ``own`` at the rate that the
-    schedule has for it, ``peak`` at optimizer.learning_rate, which also tells something where
-    the schedule has come to 0, and compares checkpoints of different age. Quantiles over vectors.
-    Radial is the part of the gradient along its vector, which a projection takes away again.
+    The step is the next one of the run, with its optimizer's moments, at two learning rates:
+    ``own`` is that which the schedule has for it, ``peak`` is optimizer.learning_rate. The latter
+    also tells something where the schedule has come to 0, and makes checkpoints of different age
+    comparable. Quantiles are over vectors. The radial part of a gradient is the one along its
+    vector, which a projection removes.
 
-    Raises ConfigError where the step has no finite gradient.
+    Returns:
+      Rows about the rotation, and about the gradient. Raises ConfigError where the step has no
+      finite loss or gradient.
     """
     config, state = run.config, run.state
     _, schedule = recipes.make_optimizer(config)
@@ -313,15 +247,14 @@ def rotation_and_gradient(run: Opened, corpus: Corpus) -> tuple[list[Row], list[
         raise ConfigError("the next step has no finite loss or gradient.")
     rotation, gradient = list[Row](), list[Row]()
     trees = (state.params, after_own, after_peak, gradients)
-    for w, a, p, g in zip(*(d.matrices(config.model, tree) for tree in trees)):
-        head = {"run": run.label, "matrix": w.name}
-        head |= {"layer": None, "depth": None} if w.layer is None else _place(run, w.layer)
+    for w, a, p, g in zip(*(inspect.matrices(config.model, tree) for tree in trees)):
+        head = {"run": run.label, "matrix": w.name, **_place(run, w.layer)}
         for which, rate, moved in (("own", own, a), ("peak", peak, p)):
-            turned = d.angles_between(w.vectors, moved.vectors)
-            low, middle, high = np.quantile(turned, (0.1, 0.5, 0.9))
-            rotation.append(head | {"rate": which, "learning_rate": rate, "mean": turned.mean(),
-                                    "p10": low, "p50": middle, "p90": high})  # fmt: skip
-        parts = d.radial_and_tangential(w.vectors, g.vectors)
+            turned = inspect.angles_between(w.vectors, moved.vectors)
+            rotation.append(head | {
+                "rate": which, "learning_rate": rate, "mean": turned.mean(), **_deciles(turned),
+            })  # fmt: skip
+        parts = inspect.radial_and_tangential(w.vectors, g.vectors)
         off = parts.angles()
         gradient.append(head | {
             "radial_share": parts.share(),

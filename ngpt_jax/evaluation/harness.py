@@ -1,4 +1,4 @@
-"""EleutherAI's lm-evaluation-harness with a trained model of ours; needs 'ngpt-jax[eval]'.
+"""Runs EleutherAI's lm-evaluation-harness on a trained model; needs 'ngpt-jax[eval]'.
 
 Examples:
   >>> import lm_eval, ngpt_jax  # doctest: +SKIP
@@ -10,8 +10,6 @@ Importing this module makes the model known to the harness as "ngpt_jax", with t
 workdir, step and batch_size: ``simple_evaluate(model="ngpt_jax", model_args="workdir=RUN", ...)``.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -19,7 +17,8 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ngpt_jax.config import ConfigError, did_you_mean
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
 from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.evaluation.tasks import Task
@@ -41,16 +40,16 @@ except ImportError as e:
 
 @register_model("ngpt_jax")
 class NgptLM(TemplateLM):
-    """A loaded model as the harness wants it.
+    """A loaded model with the harness's interface.
 
     Texts begin with the end-of-document token, as in training. A continuation longer than the
-    context is scored in windows, as a text is. Prompts to generate from lose their start where
-    max_gen_toks would not fit behind them, but never more than half of the context.
+    context is scored in windows, as a text is. A prompt to generate from loses its start where
+    max_gen_toks would not fit behind it, but at least half of the context is kept.
 
     Args:
       model: from ``ngpt_jax.load``.
-      batch_size: windows of the training context at one time; auto: 16.
-      workdir, step: of a model to be loaded, where ``model`` is None.
+      batch_size: sequences of the training context at one time; auto is 16.
+      workdir, step: the run to load the model from, where ``model`` is None.
     """
 
     def __init__(
@@ -74,12 +73,12 @@ class NgptLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Of the context, in tokens."""
+        """The context, in tokens."""
         return self.model.config.model.context
 
     @property
     def max_gen_toks(self) -> int:
-        """Where a task does not say it."""
+        """For tasks that do not say it."""
         return min(256, self.max_length // 2)
 
     @property
@@ -105,7 +104,7 @@ class NgptLM(TemplateLM):
         for (_, text), _, continuation in requests:
             if not continuation:
                 raise ConfigError(
-                    f"The continuation {text!r:.60} has no token of its own, the tokenizer merges"
+                    f"The continuation {text!r:.60} has no token of its own: the tokenizer merges"
                     " it into the context; begin it with a space."
                 )
         cut = [scorers.windows(c, t, self.max_length) for _, c, t in requests]
@@ -129,7 +128,7 @@ class NgptLM(TemplateLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
         """Texts up to a stop string, the end of the document, or max_gen_toks.
 
-        Of a task's generation_kwargs it heeds until, max_gen_toks and its aliases, do_sample,
+        From a task's generation_kwargs it reads until, max_gen_toks and its aliases, do_sample,
         temperature, top_k, top_p, min_p and seed.
         """
         groups: dict[str, list[int]] = {}  # how to generate -> requests
@@ -158,11 +157,11 @@ class NgptLM(TemplateLM):
 
 
 def task_config(task: Task, cache: str) -> dict[str, Any]:
-    """A local file as a task of the harness, which reads it itself.
+    """The harness's description of a local task; the harness reads the file itself.
 
     Args:
-      task: of the file.
-      cache: a folder for what the harness makes of it.
+      task: the local task.
+      cache: a folder for the harness's own copy.
     """
     config: dict[str, Any] = {
         "task": task.name, "test_split": "test", "dataset_path": "json",
@@ -171,15 +170,13 @@ def task_config(task: Task, cache: str) -> dict[str, Any]:
     }  # fmt: skip
     acc = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
     if task.kind == "completion":
-        perplexity = {
-            "metric": "perplexity",
-            "aggregation": "perplexity",
-            "higher_is_better": False,
-        }
         return config | {
             "output_type": "loglikelihood", "doc_to_text": "context",
             "doc_to_target": lambda doc: doc["continuations"][0],
-            "metric_list": [acc, perplexity],
+            "metric_list": [
+                acc,
+                {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            ],
         }  # fmt: skip
     config |= {"output_type": "multiple_choice", "target_delimiter": task.delimiter}
     cut = len(task.delimiter)
@@ -196,13 +193,13 @@ def task_config(task: Task, cache: str) -> dict[str, Any]:
 
 
 class Harnessed(NamedTuple):
-    """What the harness says.
+    """The harness's results.
 
     Attributes:
-      results: by task, as :func:`.scorers.summarize` has them; measures under a filter are called
-        measure,filter.
-      scored: examples of the local tasks.
-      samples: of its own tasks, columns and rows.
+      results: by task, with the names of :func:`.scorers.summarize`; a measure under a filter is
+        called measure,filter.
+      scored: the examples of the local tasks.
+      samples: columns and rows of the examples of its own tasks.
     """
 
     results: dict[str, dict[str, Any]]
@@ -220,16 +217,17 @@ def run_harness(
     """Runs tasks through ``lm_eval.simple_evaluate``.
 
     Args:
-      model: to ask.
+      model: that is evaluated.
       tasks: of local files, which need no network.
       names: of the harness's own tasks, whose data it gets from the network.
-      limit: only the first so many examples of each, with which the tasks were read; None: all.
-      batch_size: windows of the training context at one time.
+      limit: only the first so many examples of each; the local tasks were read with the same limit.
+        None: all.
+      batch_size: sequences of the training context at one time.
 
-    Raises ConfigError for an unknown name, and for data that cannot be had.
+    Raises ConfigError for an unknown name, and for data that cannot be loaded.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # The bootstrap of a perplexity would fork, which JAX's threads do not survive.
+    # The bootstrap of a perplexity would fork processes, which does not go with JAX's threads.
     os.environ["DISABLE_MULTIPROC"] = "1"
     for task in tasks:
         if task.kind == "contexts":

@@ -1,145 +1,214 @@
-"""How a model fares on texts longer than its training windows, RoPE unchanged (figure 13)."""
+"""Perplexity of texts longer than the training context, RoPE unchanged (figure 13 of the paper)."""
 
-from __future__ import annotations
-
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ngpt_jax import plots
-from ngpt_jax.config import ConfigError
-from ngpt_jax.inference.loading import LoadedModel, check_finite
+from ngpt_jax.config import ConfigError, command
+from ngpt_jax.config.presets import title
+from ngpt_jax.data.corpus import load_corpus
+from ngpt_jax.evaluation.scorers import read_text, rolling_windows
+from ngpt_jax.files import reason, writing
+from ngpt_jax.inference.loading import LoadedModel, check_finite, open_model
+from ngpt_jax.terminal import Terminal, format_table
 
-Row = dict[str, Any]
+LengthRow = dict[str, Any]  # a line of length.csv or position.csv
 _PER_OCTAVE = 2  # groups of positions
 
 
+def compare(
+    folders: Mapping[str, str],
+    overrides: Sequence[tuple[str, str]],
+    text: str | None,
+    factor: int,
+    most: int,
+    out: str | None,
+) -> str:
+    """Measures one or two runs on the same tokens; writes length.csv, position.csv, length.png.
+
+    Args:
+      folders: of the runs, by the flag that names each.
+      overrides: (dotted name, text) of config fields.
+      text: a file, a folder or a glob; None: the first run's held-out text.
+      factor: the longest sequence over the training context, a power of two.
+      most: the longest sequences to read, at most.
+      out: the folder; None: length/ in the first run's folder.
+
+    Returns:
+      The table and where the files lie. Raises ConfigError.
+    """
+    plots.require_matplotlib()
+    lengths_of(1, factor)  # refused before models are read
+    folder = command.output_folder(next(iter(folders.values())), out, "length")
+    labels = plots.run_labels(list(folders.values()))
+    models = [open_model(flag, path, None, overrides) for flag, path in folders.items()]
+    first = models[0]
+    if len({(m.config.model.context, m.tokenizer.fingerprint) for m in models}) > 1:
+        raise ConfigError(
+            "--against: the runs were trained with different contexts or tokenizers; compare runs"
+            " that share both."
+        )
+    context, eod = first.config.model.context, first.tokenizer.eod
+    lengths = lengths_of(context, factor)
+    sequences = cut_sequences(_documents(first, text), eod, lengths[-1], most)
+    terminal = Terminal()
+    rows, positions, names = [], [], []
+    for label, model in zip(labels, models):
+        names.append(label := f"{title(model.config)} {label}")
+        terminal.show(label, 0.0)
+        progress = functools.partial(terminal.show, label)
+        scored = score_lengths(model, sequences, lengths, progress)
+        rows += by_length(label, scored, len(sequences))
+        positions += by_position(label, scored[lengths[-1]])
+    terminal.close()
+    with writing(folder):
+        plots.write_csv(folder / "length.csv", list(rows[0]), rows)
+        plots.write_csv(folder / "position.csv", list(positions[0]), positions)
+        plots.save(figure(rows, positions, names, context), folder / "length.png")
+    summary = f"{len(sequences)} sequences of {lengths[-1]:,} tokens -> {folder}"
+    return f"{format_table(table(rows, names))}\n{summary}"
+
+
+def _documents(model: LoadedModel, text: str | None) -> list[np.ndarray]:
+    """Token ids of each document."""
+    config = model.config
+    if text is not None:
+        return model.tokenizer.encode_batch(read_text(text, config.data.text_key))
+    try:
+        corpus = load_corpus(config.data, model.tokenizer, config.model.context)
+    except (ConfigError, OSError) as e:
+        raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e
+    documents = []
+    for held_out in corpus.held_out:
+        ids = held_out.stream.read(0, len(held_out.stream))
+        documents += np.split(ids, np.flatnonzero(ids == model.tokenizer.eod))
+    return [ids[ids != model.tokenizer.eod] for ids in documents]
+
+
 def lengths_of(context: int, factor: int) -> list[int]:
-    """context, 2 context, ... to factor * context, which is a power of two times as long."""
+    """context, 2 context, ... to factor * context; ``factor`` is a power of two."""
     if factor < 1 or factor & (factor - 1):
         raise ConfigError(f"--factor={factor} must be a power of two, 32 for example.")
     return [context << i for i in range(factor.bit_length())]
 
 
-def cut_windows(documents: Iterable[np.ndarray], eod: int, length: int, most: int) -> np.ndarray:
-    """Windows (n, length + 1) that lie within one document each, at most ``most`` of them.
+def cut_sequences(documents: Iterable[np.ndarray], eod: int, length: int, most: int) -> np.ndarray:
+    """Sequences (n, length + 1), each of one document, at most ``most`` of them.
 
-    The first window of a document begins with ``eod``, as in training. What is left at the end of a
+    The first one of a document begins with ``eod``, as in training. What is left at the end of a
     document, and documents that are too short, are left out. Raises ConfigError where none is long
     enough.
     """
-    found: list[np.ndarray] = []
-    longest = 0
-    for document in documents:
-        ids = np.concatenate([[eod], document])
-        longest = max(longest, len(ids) - 1)
-        for start in range(0, len(ids) - length, length):
-            found.append(ids[start : start + length + 1])
-            if len(found) == most:
-                return np.stack(found)
+    found, longest = [], 0
+    for ids in documents:
+        longest = max(longest, len(ids))
+        found += [row for row, count in rolling_windows(ids, eod, length) if count == length]
+        if len(found) >= most:
+            break
     if not found:
         raise ConfigError(
-            f"No document has the {length} tokens of the longest window (the longest document has"
+            f"No document has the {length} tokens of the longest sequence (the longest document has"
             f" {longest}); give longer ones with --text, or a smaller --factor."
         )
-    return np.stack(found)
+    return np.array(found[:most])
 
 
-def score_windows(
+def score_lengths(
     model: LoadedModel,
-    windows: np.ndarray,
+    sequences: np.ndarray,
     lengths: Sequence[int],
     progress: Callable[[float], None] = lambda share: None,
 ) -> dict[int, np.ndarray]:
-    """Nats of every token of the same text, read in windows of each length.
+    """Nats of every token of the same text, read in sequences of each length.
 
     Args:
-      model: to ask.
-      windows: (n, longest + 1) ids; a length divides the longest one.
-      lengths: of the windows that they are cut into.
+      model: that reads them.
+      sequences: (n, longest + 1) ids; each length divides ``longest``.
+      lengths: of the sequences that they are cut into.
       progress: called with the share that is done.
 
     Returns:
       By length, (n * longest / length, length) nats. Raises ConfigError where they are not finite.
     """
-    longest, out = windows.shape[1] - 1, dict[int, np.ndarray]()
+    out = dict[int, np.ndarray]()
     for length in lengths:
-        starts = range(0, longest, length)
-        rows = [w[i : i + length + 1].tolist() for w, i in itertools.product(windows, starts)]
-        batch = max(1, 16 * model.config.model.context // length)
-        out[length] = -np.stack([log_probs for log_probs, _ in model.score(rows, batch)])
+        rows = [row for ids in sequences for row, _ in rolling_windows(ids[1:], ids[0], length)]
+        batch_size = max(1, 16 * model.config.model.context // length)
+        out[length] = -np.stack([log_probs for log_probs, _ in model.score(rows, batch_size)])
         check_finite(float(out[length].sum()))
         progress(len(out) / len(lengths))
     return out
 
 
-def _measured(windows: np.ndarray) -> dict[str, float | None]:
-    """Mean, its standard error over windows (n, tokens), and the perplexity."""
-    means = windows.mean(axis=1, dtype=np.float64)
-    nats = float(means.mean())
+def _measured(nats: np.ndarray) -> dict[str, float | None]:
+    """Mean of nats (n, tokens), its standard error over the n sequences, and the perplexity."""
+    means = nats.mean(axis=1, dtype=np.float64)
+    mean = float(means.mean())
     error = float(means.std(ddof=1)) / math.sqrt(len(means)) if len(means) > 1 else None
-    return {"nats": nats, "error": error, "perplexity": math.exp(min(nats, 700))}
+    return {"nats": mean, "error": error, "perplexity": math.exp(min(mean, 700))}
 
 
-def by_length(label: str, scored: dict[int, np.ndarray], windows: int) -> list[Row]:
-    """A row a length: the mean over the whole text; errors are those over the longest windows."""
+def by_length(label: str, scored: dict[int, np.ndarray], count: int) -> list[LengthRow]:
+    """A row a length: the mean over the text, its error over the ``count`` longest sequences."""
     return [
-        {"run": label, "length": length, **_measured(nats.reshape(windows, -1))}
+        {"run": label, "length": length, **_measured(nats.reshape(count, -1))}
         for length, nats in scored.items()
     ]
 
 
-def by_position(label: str, nats: np.ndarray) -> list[Row]:
-    """A row a group of positions of the longest windows (n, length): from ``first`` to ``last``.
+def by_position(label: str, nats: np.ndarray) -> list[LengthRow]:
+    """A row a group of positions of the longest sequences (n, length), ``first`` to ``last``.
 
-    Groups grow by a factor of the square root of 2; positions count from 1, the tokens read.
+    Positions count from 1. Groups grow by a factor of the square root of 2.
     """
     length = nats.shape[1]
     steps = _PER_OCTAVE * math.log2(length)
     ends = sorted({round(2 ** (i / _PER_OCTAVE)) for i in range(int(steps) + 1)} | {length})
-    rows = []
-    for start, end in itertools.pairwise([0, *ends]):
-        rows.append({"run": label, "first": start + 1, "last": end,
-                     **_measured(nats[:, start:end])})  # fmt: skip
-    return rows
+    return [
+        {"run": label, "first": start + 1, "last": end, **_measured(nats[:, start:end])}
+        for start, end in itertools.pairwise([0, *ends])
+    ]
 
 
-def figure(lengths: Sequence[Row], positions: Sequence[Row], contexts: dict[str, int]) -> Any:
-    """Perplexity by the length of the window, and by the position in the longest one."""
+def figure(
+    lengths: Sequence[LengthRow],
+    positions: Sequence[LengthRow],
+    labels: Sequence[str],
+    context: int,
+) -> Any:
+    """Perplexity by the length of the sequence, and by the position in the longest one."""
     fig, axes = plots.figure(1, 2)
-    for place, (label, context) in enumerate(contexts.items()):
-        look: dict[str, Any] = {"color": plots.COLORS[place], "label": label, "markersize": 4}
-        mine = [r for r in lengths if r["run"] == label]
-        axes[0].plot(
-            [r["length"] for r in mine], [r["perplexity"] for r in mine],
-            marker=plots.MARKERS[place], **look,
-        )  # fmt: skip
-        mine = [r for r in positions if r["run"] == label]
-        axes[1].plot(
-            [math.sqrt(r["first"] * r["last"]) for r in mine], [r["perplexity"] for r in mine],
-            marker=plots.MARKERS[place], **look,
-        )  # fmt: skip
-        for axis in axes:
-            axis.axvline(context, color=plots.COLORS[place], linewidth=0.8, linestyle=":")
-    axes[0].set(xlabel="tokens of a window", title="whole windows")
-    axes[1].set(xlabel="position in the longest window", title="by position")
+    for place, label in enumerate(labels):
+        look: dict[str, Any] = {
+            "color": plots.COLORS[place], "marker": plots.MARKERS[place], "label": label,
+            "markersize": 4,
+        }  # fmt: skip
+        for axis, rows in zip(axes, (lengths, positions)):
+            mine = [r for r in rows if r["run"] == label]
+            x = [r["length"] if "length" in r else math.sqrt(r["first"] * r["last"]) for r in mine]
+            axis.plot(x, [r["perplexity"] for r in mine], **look)
+    axes[0].set(xlabel="tokens of a sequence", title="whole sequences")
+    axes[1].set(xlabel="position in the longest sequence", title="by position")
     for axis in axes:
+        axis.axvline(context, color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log", ylabel="perplexity a token")
         axis.legend()
     return fig
 
 
-def table(lengths: Sequence[Row], labels: Sequence[str]) -> list[tuple[str, ...]]:
+def table(lengths: Sequence[LengthRow], labels: Sequence[str]) -> list[tuple[str, ...]]:
     """A line a length: perplexity of each run, with the nats a token and their standard error."""
-    rows = [("tokens of a window", *labels)]
+    lines = [("tokens of a sequence", *labels)]
     for length in dict.fromkeys(r["length"] for r in lengths):
         cells = []
         for label in labels:
             (row,) = [r for r in lengths if (r["run"], r["length"]) == (label, length)]
             error = "" if row["error"] is None else f" ± {row['error']:.3f}"
             cells.append(f"{row['perplexity']:.4g}  ({row['nats']:.3f}{error} nats)")
-        rows.append((f"{length:,}", *cells))
-    return rows
+        lines.append((f"{length:,}", *cells))
+    return lines

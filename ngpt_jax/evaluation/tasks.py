@@ -1,35 +1,35 @@
 """Evaluation tasks in local files: a context, and continuations to choose from.
 
-A file NAME.jsonl or NAME.jsonl.gz holds an example a line, all of one of these kinds:
+A file NAME.jsonl or NAME.jsonl.gz holds an example a line. All are of one of these kinds:
 
-  choices     {"id", "context", "continuations": [two or more], "label"}: the index of the right one
-  completion  {"id", "context", "continuations": [one], "label": 0}: LAMBADA's last word, say
+  choices     {"id", "context", "continuations": [two or more], "label"}
+  completion  {"id", "context", "continuations": [one], "label": 0}, as LAMBADA's last word
   contexts    {"id", "contexts": [two or more], "continuation", "label"}: the continuation is scored
               under each context, as in WinoGrande
+
+"label" is the index of the right continuation or context.
 """
 
-from __future__ import annotations
-
-import json
+import itertools
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
-from ngpt_jax.config import ConfigError, did_you_mean
-from ngpt_jax.data.corpus_files import Opened, parse_path
-from ngpt_jax.files import reason
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import did_you_mean
+from ngpt_jax.data.list_files import parse_path
+from ngpt_jax.data.open_files import check_key, read_jsonl
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
 
 class Example(NamedTuple):
-    """What a model is asked.
+    """One line of a task's file.
 
     Attributes:
-      id: the file's own, a number or a text.
+      id: a number or a text.
       pairs: (context, continuation) of each choice; a completion has one.
       label: index of the right pair.
     """
@@ -47,7 +47,7 @@ class Task(NamedTuple):
       path: of the file.
       kind: choices, completion or contexts.
       examples: at least one.
-      delimiter: " " where each continuation begins with one, else "". The harness takes it for a
+      delimiter: " " where each continuation begins with one, else "". The harness treats it as
         part of the prompt's format: it is scored, but not counted in a continuation's length.
     """
 
@@ -58,12 +58,41 @@ class Task(NamedTuple):
     delimiter: str
 
 
-def find_task(name: str, folder: str | None) -> epath.Path | None:
-    """The file of a task: the name is a path, or NAME.jsonl or NAME.jsonl.gz lies in ``folder``.
+def find_tasks(
+    names: Sequence[str], folder: str | None, limit: int | None, harness: bool
+) -> tuple[list[Task], list[str]]:
+    """The tasks that are local files, and the names that are left to the harness.
 
-    None where there is no such name; raises ConfigError for a path or a folder that is not there.
+    Args:
+      names: of tasks in ``folder``, or paths.
+      folder: of the files; None: all names are paths, or left to the harness.
+      limit: only the first so many examples of each; None: all.
+      harness: whether names that are no file are left to it, and not refused.
+
+    Raises ConfigError.
     """
-    if is_path(name):
+    found, others = [], []
+    for name in names:
+        path = find_task(name, folder)
+        if path is not None:
+            found.append(read_task(path, limit))
+        elif harness:
+            others.append(name)
+        else:
+            raise unknown_task(name, folder)
+    several = [*(task.name for task in found), *others]
+    if twice := [name for name in several if several.count(name) > 1]:
+        raise ConfigError(f"--tasks: {twice[0]} is given twice; rename a file, or drop one.")
+    return found, others
+
+
+def find_task(name: str, folder: str | None) -> epath.Path | None:
+    """The file of a task: a path, or NAME.jsonl or NAME.jsonl.gz in ``folder``.
+
+    None where the folder has no such file. Raises ConfigError for a path or a folder that is
+    missing.
+    """
+    if "/" in name or name.lower().endswith(SUFFIXES):
         path = parse_path(name, "--tasks")
         if not path.is_file():
             raise ConfigError(f"--tasks: there is no file {name!r}; check the path.")
@@ -83,29 +112,20 @@ def _folder(folder: str) -> epath.Path:
     return path
 
 
-def is_path(name: str) -> bool:
-    return "/" in name or name.lower().endswith(SUFFIXES)
-
-
 def unknown_task(name: str, folder: str | None) -> ConfigError:
-    """The error for a task that was not found, with what there is."""
+    """The error for a task that was not found; it names the tasks that exist."""
     if folder is None:
         return ConfigError(
             f"--tasks={name}: there is no such file; give --tasks_dir, the folder of"
             f" {name}.jsonl, or the path of a .jsonl file."
         )
-    known = tasks_in(folder)
+    names = (p.name for p in _folder(folder).iterdir() if not p.name.startswith("."))
+    known = sorted({_stem(name) for name in names if name.endswith(SUFFIXES)})
     there = f"there are {', '.join(known)}" if known else f"there is no {SUFFIXES[0]} file at all"
     return ConfigError(
         f"--tasks={name}: --tasks_dir={folder} holds no {name}.jsonl or {name}.jsonl.gz;"
         f" {there}.{did_you_mean(name, known)}"
     )
-
-
-def tasks_in(folder: str) -> list[str]:
-    """Names of the tasks in a folder, sorted; raises ConfigError."""
-    names = (p.name for p in _folder(folder).iterdir() if not p.name.startswith("."))
-    return sorted({_stem(name) for name in names if name.endswith(SUFFIXES)})
 
 
 def _stem(name: str) -> str:
@@ -117,32 +137,22 @@ def read_task(path: epath.Path, limit: int | None = None) -> Task:
 
     Args:
       path: .jsonl or .jsonl.gz, UTF-8.
-      limit: only the first so many examples; None: all.
+      limit: read only the first so many examples; None: all.
 
-    Raises ConfigError, which names the file, the line and the field.
+    Raises ConfigError, with the file, the line and the field.
     """
     examples: list[Example] = []
     kind = ""
-    try:
-        with Opened(path) as opened:
-            for number, line in enumerate(opened.text(), start=1):
-                if len(examples) == limit:
-                    break
-                if not line.strip():
-                    continue
-                where = f"--tasks: {str(path)!r}, line {number}"
-                found, example = _parse(line, where)
-                kind = kind or found
-                if found != kind:
-                    raise ConfigError(
-                        f"{where} is of the kind {found!r}, those above are {kind!r}; a file holds"
-                        " one kind: one continuation each, or several, or contexts."
-                    )
-                examples.append(example)
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"--tasks: {str(path)!r} is not UTF-8; convert it to UTF-8.") from e
-    except (OSError, EOFError, zlib.error) as e:
-        raise ConfigError(f"--tasks: cannot read {str(path)!r}: {reason(e)}; mend it.") from e
+    records = read_jsonl(path, "--tasks", "with id, context and so on")
+    for where, record, _ in itertools.islice(records, limit):
+        found, example = _parse(record, where)
+        kind = kind or found
+        if found != kind:
+            raise ConfigError(
+                f"{where} is of the kind {found!r}, those above are {kind!r}; a file holds one"
+                " kind: one continuation each, or several, or contexts."
+            )
+        examples.append(example)
     if not examples:
         raise ConfigError(f"--tasks: {str(path)!r} holds no examples; give another file.")
     return Task(_stem(path.name), path, kind, examples, _delimiter(examples))
@@ -153,20 +163,12 @@ def _delimiter(examples: Sequence[Example]) -> str:
     return " " if all(text.startswith(" ") and len(text) > 1 for text in texts) else ""
 
 
-def _parse(line: str, where: str) -> tuple[str, Example]:
+def _parse(record: Mapping[str, Any], where: str) -> tuple[str, Example]:
     """Kind and example of a line."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{where} is not JSON ({e}); mend it.") from e
-    if not isinstance(record, dict):
-        raise ConfigError(f"{where} is not a JSON object with id, context and so on; mend it.")
     several = "contexts" in record
     names = ("contexts", "continuation") if several else ("context", "continuations")
     for name in ("id", *names, "label"):
-        if name not in record:
-            there = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
-            raise ConfigError(f"{where} has no {name!r} but {there}; see the format in --help.")
+        check_key(record, name, where, "see the format in --help")
     if isinstance(record["id"], bool) or not isinstance(record["id"], int | str):
         raise ConfigError(f"{where}: 'id' must be a number or a text, got {record['id']!r}.")
     if re.search("[\ud800-\udfff]", str(record["id"])):

@@ -1,4 +1,6 @@
-"""Config of the PyTorch models that ``ngpt_jax.tools.convert`` writes; lies beside the weights."""
+"""Config of the PyTorch models that ``ngpt_jax.tools.convert`` writes: a copy of this file lies
+beside the weights.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +8,54 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+# A config.json without choices was written before they were fields of the config. It is of nGPT or
+# of the GPT baseline, and only nGPT has learned scales. Choice: (nGPT's, GPT's).
+_OLD_CHOICES = {
+    "residual": ("lerp", "add"),
+    "pre_norm": ("none", "rms"),
+    "branch_norm": ("unit", "none"),
+    "final_norm": ("none", "rms"),
+    "qk_form": ("unit_after_rope", "rms_before_rope"),
+    "softmax_scale": ("sqrt", "rsqrt"),
+    "weights": ("sphere", "free"),
+    **{
+        f"{n}.form": ("vector", "none") for n in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+    },
+}
+
 
 class NGPTConfig(PretrainedConfig):
-    """Of nGPT (https://arxiv.org/abs/2410.01131) and of its paper's GPT baseline.
+    """Config of nGPT (https://arxiv.org/abs/2410.01131), of its GPT baseline and of variants.
 
-    Args:
-      kind: ngpt, or gpt.
+    Every field but use_cache comes from config.json and has no default here.
+
+    Attributes:
+      kind: name of the model, for people; the code does not read it.
+      choices: what the model computes, by the names that the fields have in the training's config
+        below ``model``: residual, pre_norm, branch_norm, final_norm, qk_norm, qk_form,
+        softmax_scale, weights, and NAME.form of each learned scale.
       vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
         num_key_value_heads, head_dim, max_position_embeddings: as in other models.
       rope_base: of the rotary position embedding; channel j turns with channel j + head_dim/2.
-      qk_norm: normalize q and k per head.
-      rms_norm_eps: of GPT's RMSNorm.
-      folded: nGPT's scales are multiplied into the matrices.
-      normalize_on_read: each matrix of nGPT is normalized where it is read.
-      scale_factors: of nGPT's learned scales by name: effective = stored * factor.
-      ngpt_jax: what ``convert --from_hf`` wants to know: the training config, the tokenizer.
+      rms_norm_eps: epsilon of every RMSNorm.
+      folded: all scales but the alphas are multiplied into the matrices.
+      normalize_on_read: each matrix is normalized where it is read.
+      scale_factors: by the name of each learned scale; effective value = stored value * factor.
+      ngpt_jax: what ``convert --from_hf`` reads: the training's config, the tokenizer.
     """
 
     model_type = "ngpt_jax"
 
     def __init__(
         self,
-        kind: str = "ngpt",
-        vocab_size: int = 257,
-        hidden_size: int = 128,
-        intermediate_size: int = 512,
-        num_hidden_layers: int = 4,
-        num_attention_heads: int = 4,
-        num_key_value_heads: int = 4,
-        head_dim: int = 32,
-        max_position_embeddings: int = 128,
-        rope_base: float = 10000.0,
-        qk_norm: bool = True,
-        rms_norm_eps: float = 1e-6,
-        folded: bool = False,
-        normalize_on_read: bool = False,
+        choices: dict[str, Any] | None = None,
         scale_factors: dict[str, float] | None = None,
-        ngpt_jax: dict[str, Any] | None = None,
+        qk_norm: bool = True,  # of a config.json without choices
         use_cache: bool = True,
-        **kwargs: Any,
+        **fields: Any,
     ):
-        self.kind = kind
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.max_position_embeddings = max_position_embeddings
-        self.rope_base = rope_base
-        self.qk_norm = qk_norm
-        self.rms_norm_eps = rms_norm_eps
-        self.folded = folded
-        self.normalize_on_read = normalize_on_read
+        old = {name: a if scale_factors else b for name, (a, b) in _OLD_CHOICES.items()}
+        self.choices = choices or {**old, "qk_norm": qk_norm}
         self.scale_factors = scale_factors or {}
-        self.ngpt_jax = ngpt_jax or {}
         self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": False, **kwargs})
+        super().__init__(**{"tie_word_embeddings": False, **fields})

@@ -1,6 +1,4 @@
-"""What conversions read, and output that is whole or not there."""
-
-from __future__ import annotations
+"""What conversions read, and how they write: complete output, or none."""
 
 import contextlib
 import os
@@ -10,12 +8,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.files import is_remote, reason
 
 
 class Imported(NamedTuple):
-    """What a run's folder is made of; ``config`` is resolved."""
+    """The content of a run's folder, read from another format; ``config`` is resolved."""
 
     config: Config
     params: Any
@@ -23,30 +21,30 @@ class Imported(NamedTuple):
 
 
 def check_new(flag: str, path: str, remote: bool = False) -> None:
-    """Refuses, before work starts, output that is there already or has no place to be."""
+    """Refuses, before work starts, a path that is in use already or has no parent folder."""
     if is_remote(path):
         if not remote:
-            raise ConfigError(f"--{flag}={path} must be local; copy it from there.")
+            raise ConfigError(f"--{flag}={path} must be a local path; copy the output yourself.")
         return
     target = Path(path).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         empty = ", and not empty" if target.is_dir() else ""
-        raise ConfigError(f"--{flag}={path} is there already{empty}; choose another name.")
+        raise ConfigError(f"--{flag}={path} exists already{empty}; choose another name.")
     if not target.parent.is_dir():
         raise ConfigError(f"--{flag}={path}: there is no folder {target.parent}.")
 
 
 @contextlib.contextmanager
 def new_output(flag: str, path: str) -> Iterator[Path]:
-    """A temporary place beside ``path``, for a file or folder; renamed to it at a good end.
+    """Yields a temporary path beside ``path`` for a file or folder, and renames it on success.
 
-    Raises ConfigError where it cannot be written.
+    Raises ConfigError where the output cannot be written.
     """
     target = Path(path).expanduser()
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     try:
         yield temporary
-        os.replace(temporary, target)  # an empty folder may be there
+        os.replace(temporary, target)  # which may be an empty folder
     except OSError as e:
         raise ConfigError(f"--{flag}={path} cannot be written: {reason(e)}.") from e
     finally:

@@ -1,11 +1,9 @@
-"""The tokenizer of a Hugging Face folder: what transformers' AutoTokenizer reads, and the original.
+"""The tokenizer of a Hugging Face folder: files for transformers' AutoTokenizer, and the original.
 
-``tokenizer.json`` gives the ids of the training and adds none of its own. A document begins after
-the end of another: put ``eos_token`` before a prompt, as training does. Unlike in training, a text
+``tokenizer.json`` gives the token ids of the training and adds none of its own. In training each
+document follows an end of document: put ``eos_token`` before a prompt. Unlike in training, a text
 that spells a special token is read as that token, unless ``split_special_tokens=True`` is given.
 """
-
-from __future__ import annotations
 
 import json
 import re
@@ -16,18 +14,15 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tokenizers.loading import (
-    ByteTokenizer,
-    JsonTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-)
+from ngpt_jax.config import DataConfig, command
+from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
+from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
+from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
 
-ORIGINAL = "original_tokenizer"  # folder of the files as the training read them
+ORIGINAL = "original_tokenizer"  # folder with the files that the training read
 EOD_OF_BYTES = "<|endoftext|>"
-# What a tokenizer that was made anew must encode as the original does.
+# Texts that a rebuilt tokenizer must encode as the original does.
 _PROBES = (
     "Hello world, it's 12345.67 o'clock; WE'LL see: don't!",
     "def f(x):\n    return x ** 2  # two\n\n\n\tand\ttabs  \n",
@@ -44,32 +39,35 @@ def write(
 
     Args:
       folder: that of the model.
-      data: says where the original lies.
-      tokenizer: loaded from it.
-      context: of the training, in tokens.
+      data: data.tokenizer is the path of the original.
+      tokenizer: loaded from there.
+      context: length of a training sequence in tokens.
 
     Returns:
-      What --from_hf wants to know: fingerprint and file (from the folder on; None for bytes); and
-      notes on what transformers cannot read.
+      What --from_hf reads: fingerprint, and file, the path of the original in the folder (None:
+      bytes need no file); and notes on what transformers cannot read.
     """
-    eos, readable = EOD_OF_BYTES, True
-    notes = []
+    eos, readable, notes = EOD_OF_BYTES, True, []
     built: tokenizers.Tokenizer | None = None
     if isinstance(tokenizer, ByteTokenizer):
         built = _of_bytes()
     elif isinstance(tokenizer, JsonTokenizer):
-        eos, built = _token(tokenizer.tokenizer, tokenizer.eod), _plain(tokenizer.tokenizer)
+        eos = str(tokenizer.tokenizer.id_to_token(tokenizer.eod))
+        built = _plain(tokenizer.tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         eos = tokenizer.processor.id_to_piece(tokenizer.eod)
         shutil.copyfile(Path(data.tokenizer).expanduser(), folder / "tokenizer.model")
         notes = ["AutoTokenizer reads this SentencePiece model from transformers 5 on."]
     elif isinstance(tokenizer, TiktokenTokenizer):
         eos, built = tokenizer.encoding.decode([tokenizer.eod]), _of_tiktoken(tokenizer)
-        readable = _agree(built, tokenizer)
+        readable = all(
+            built.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+            for text in _PROBES
+        )
     if not readable:
         notes = [
-            "AutoTokenizer finds no tokenizer: what the tokenizers library makes of this one of"
-            f" tiktoken's does not encode alike; use the file in {ORIGINAL} with tiktoken."
+            "AutoTokenizer finds no tokenizer: this tiktoken file, rebuilt with the tokenizers"
+            f" library, gives other token ids; use the file in {ORIGINAL} with tiktoken."
         ]
     else:
         if built is not None:
@@ -84,14 +82,13 @@ def write(
             "model_input_names": ["input_ids", "attention_mask"],
             "clean_up_tokenization_spaces": False,
         }
-        text = json.dumps(values, indent=2) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        command.write_json(str(folder / "tokenizer_config.json"), values)
     file = _copy_original(folder, data.tokenizer)
     return {"fingerprint": tokenizer.fingerprint, "file": file}, notes
 
 
 def _copy_original(folder: Path, path: str) -> str | None:
-    """Where the copy lies in the folder."""
+    """Copies the original; returns the copy's path in the folder, None for bytes."""
     if path == "byte":
         return None
     source, place = Path(path).expanduser(), folder / ORIGINAL
@@ -105,14 +102,14 @@ def _copy_original(folder: Path, path: str) -> str | None:
 
 
 def _byte_names() -> dict[int, str]:
-    """The printable character that byte-level tokenizers write for each byte."""
+    """The printable character that stands for each byte in byte-level tokenizers."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in set(printable)]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    # A word that is a token is not put together from its parts, which may lead elsewhere.
+    # ignore_merges: a word that is a token is that token; merging its parts may give others.
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=True))
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -126,20 +123,14 @@ def _of_bytes() -> tokenizers.Tokenizer:
 
 
 def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Without the tokens that a file adds to a text, its truncation and its padding."""
+    """A copy that adds no tokens to a text, and neither truncates nor pads it."""
     values = json.loads(tokenizer.to_str())
     values |= {"post_processor": None, "truncation": None, "padding": None}
     return tokenizers.Tokenizer.from_str(json.dumps(values))
 
 
-def _token(tokenizer: tokenizers.Tokenizer, i: int) -> str:
-    token = tokenizer.id_to_token(i)
-    assert token is not None
-    return token
-
-
 def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
-    """Merges from ranks: any two tokens that make a third one, the lowest ranks first."""
+    """The same tokenizer: a merge for each pair of tokens that makes a third, sorted by its id."""
     encoding, names = tokenizer.encoding, _byte_names()
     ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
     special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
@@ -164,16 +155,9 @@ def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
 
 
 def _pattern(pattern: str) -> str:
-    """tiktoken's pattern as the tokenizers library reads it.
+    """tiktoken's pattern in the syntax of the tokenizers library.
 
-    There $ is the end of a line, and {1,3}+ is not possessive. None of the patterns needs to be
-    possessive: what comes after begins with other characters.
+    In that syntax $ is the end of a line, and {1,3}+ is not possessive. No pattern needs its
+    possessive quantifiers: what follows each of them begins with other characters.
     """
     return re.sub(r"([+*?}])\+", r"\1", pattern).replace("$", r"\z")
-
-
-def _agree(built: tokenizers.Tokenizer, tokenizer: TiktokenTokenizer) -> bool:
-    return all(
-        built.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
-        for text in _PROBES
-    )

@@ -7,20 +7,21 @@ Names in model.safetensors, N counting layers from 0 (matrices are torch's, (out
   model.layers.N.self_attn.o_proj.weight         (embed, heads * head_dim)
   model.layers.N.mlp.{up,gate}_proj.weight       (mlp, embed): u and v of SwiGLU(u, v) = u SiLU(v)
   model.layers.N.mlp.down_proj.weight            (embed, mlp)
-  nGPT: model.layers.N.{alpha_a, alpha_m}; model.layers.N.self_attn.s_qk (kv_heads, head_dim),
-    model.layers.N.mlp.{s_u, s_v} and s_z, or, where scales are folded,
-    model.layers.N.self_attn.folded_qk_scale (heads, head_dim)
-  GPT: model.layers.N.{attention_norm, mlp_norm}.weight, model.norm.weight; with QK-norm
-    model.layers.N.self_attn.{q_norm, k_norm}.weight
+and, where the model has them,
+  model.layers.N.{alpha_a, alpha_m}, model.layers.N.self_attn.s_qk (kv_heads, head_dim),
+    model.layers.N.mlp.{s_u, s_v}, s_z: learned scales
+  model.layers.N.self_attn.folded_qk_scale (heads, head_dim): where scales are folded
+  model.layers.N.{attention_norm, mlp_norm}.weight, model.norm.weight,
+    model.layers.N.self_attn.{q_norm, k_norm}.weight: gains of RMSNorm
 
-Scales are the raw ones: config.json has the factors (scale_factors), and the whole config of the
-training under ngpt_jax.
+Scales are stored as the training stores them. config.json has the factors that give their
+effective values (scale_factors), and under ngpt_jax the whole config of the training.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,24 +33,25 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ngpt_jax import __version__
 from ngpt_jax import config as config_lib
-from ngpt_jax.config import ConfigError, ModelConfig, experiment
+from ngpt_jax.config import ConfigError, ModelConfig, command, experiment
+from ngpt_jax.config.fields import SCALES
+from ngpt_jax.config.presets import PRESETS
+from ngpt_jax.data.tokenizers.base import check_tokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding
 from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
-from ngpt_jax.inference.opening import OpenedRun, check_tokenizer
-from ngpt_jax.model.transformer import FOLDED_MARK, axis_sizes, is_matrix, real_vocab
-from ngpt_jax.training.layout import named_params
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
+from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
+from ngpt_jax.parallel.backend import enable_x64_if_used
+from ngpt_jax.training.workdir import versions
 
 MODEL_TYPE = "ngpt_jax"
 WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"  # of weights that transformers saved in parts
-_SCALES = ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+_INDEX = "model.safetensors.index.json"  # there where transformers saved the weights in parts
 _NAMES = {
     "input_embedding": "model.embed_tokens.weight",
     "output_embedding": "lm_head.weight",
@@ -76,51 +78,47 @@ _NAMES = {
 
 
 class _Tensor(NamedTuple):
-    """One of theirs: our parameter, its layer (None outside the blocks), axes and sizes in it."""
+    """A tensor of the folder: our parameter, and its layer (None outside the blocks)."""
 
-    ours: str
+    param: Param
     layer: int | None
-    axes: tuple[str, ...]
-    sizes: tuple[int, ...]
+    sizes: tuple[int, ...]  # of our parameter in one layer, without rows of padding
 
     @property
-    def turned(self) -> bool:
-        """Whether it is a Linear's weight: all axes but embed are made one, out comes first."""
-        return is_matrix(self.axes) and "vocab" not in self.axes
+    def is_linear(self) -> bool:
+        """Whether it is a Linear's weight: (out, in), where all axes but embed are made one."""
+        return self.param.is_matrix and "vocab" not in self.param.axes
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of theirs."""
-        if not self.turned:
+        """In the folder."""
+        if not self.is_linear:
             return self.sizes
-        first, rest = self.sizes[0], int(np.prod(self.sizes[1:]))
-        if self.axes[0] != "embed":
-            first, rest = int(np.prod(self.sizes[:-1])), self.sizes[-1]
-        return rest, first
+        split = -1 if self.param.axes[-1] == "embed" else 1
+        return math.prod(self.sizes[split:]), math.prod(self.sizes[:split])
 
 
 def _tensors(config: ModelConfig) -> Iterator[tuple[str, _Tensor]]:
-    """Every tensor of theirs by its name."""
-    sizes = axis_sizes(config) | {"vocab": config.vocab_size}
-    for path, axes in named_params(config).items():
-        ours = path.removeprefix("layers/")
-        if ours == path:
-            yield _NAMES[ours], _Tensor(path, None, axes, tuple(sizes[a] for a in axes))
+    """Every tensor of a folder by its name."""
+    exact = dataclasses.replace(config, vocab_multiple=1)
+    for param in param_list(config):
+        name, sizes = _NAMES[param.name], param.shape(exact)
+        if "layers" not in param.axes:
+            yield name, _Tensor(param, None, sizes)
             continue
-        shape = tuple(sizes[a] for a in axes[1:])
         for layer in range(config.layers):
-            name = f"model.layers.{layer}.{_NAMES[ours]}"
-            yield name, _Tensor(ours, layer, axes[1:], shape)
+            yield f"model.layers.{layer}.{name}", _Tensor(param, layer, sizes[1:])
 
 
 def to_torch(config: ModelConfig, params: Any, dtype: str) -> dict[str, np.ndarray]:
-    """Parameters under their names; scales and gains are float32 whatever the dtype."""
+    """The tensors of a folder by name: matrices in ``dtype``, scales and gains in float32."""
     out = {}
     for name, t in _tensors(config):
-        w = params[t.ours] if t.layer is None else params["layers"][t.ours][t.layer]
-        w = np.asarray(real_vocab(w, t.axes, config))
-        w = w.reshape(t.shape[::-1]).T if t.turned else w
-        wanted = dtype if is_matrix(t.axes) else "float32"
+        tree = params if t.layer is None else params["layers"]
+        w = np.asarray(real_vocab(tree[t.param.name], t.param.axes, config))
+        w = w if t.layer is None else w[t.layer]
+        w = w.reshape(t.shape[::-1]).T if t.is_linear else w
+        wanted = dtype if t.param.is_matrix else "float32"
         out[name] = np.ascontiguousarray(w.astype(jnp.dtype(wanted)))
     return out
 
@@ -128,20 +126,18 @@ def to_torch(config: ModelConfig, params: Any, dtype: str) -> dict[str, np.ndarr
 def from_torch(where: str, config: ModelConfig, theirs: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """The inverse of :func:`to_torch`; raises ConfigError for other names or shapes.
 
-    Rows of padding are made anew: in nGPT's tables the first basis vector, else 0 (in s_z its
-    starting value); their logits are masked out.
+    Rows of padding are made anew, see :func:`pad_vocab`.
     """
     check_tensors(where, {name: t.shape for name, t in _tensors(config)}, theirs)
     dtype = jnp.dtype(config.param_dtype)
     params: dict[str, Any] = {"layers": {}}
     for name, t in _tensors(config):
-        w = np.asarray(theirs[name])
-        w = (w.T.reshape(t.sizes) if t.turned else w).astype(dtype)
+        w, ours = np.asarray(theirs[name]), t.param.name
+        w = (w.T.reshape(t.sizes) if t.is_linear else w).astype(dtype)
         if t.layer is not None:
-            params["layers"].setdefault(t.ours, []).append(w)
+            params["layers"].setdefault(ours, []).append(w)
         else:
-            fill = config.s_z.scale if t.ours == "s_z" else 0
-            params[t.ours] = pad_vocab(w, config, fill or 0) if "vocab" in t.axes else w
+            params[ours] = pad_vocab(ours, w, t.param.axes, config)
     params["layers"] = {ours: np.stack(ws) for ours, ws in params["layers"].items()}
     return params
 
@@ -149,7 +145,7 @@ def from_torch(where: str, config: ModelConfig, theirs: Mapping[str, np.ndarray]
 def check_tensors(
     where: str, wanted: Mapping[str, tuple[int, ...]], there: Mapping[str, Any]
 ) -> None:
-    """Refuses the first tensor that is missing, too much or of another shape."""
+    """Refuses the first tensor that is missing, not wanted or of another shape."""
     for name in [*wanted, *there]:
         if name not in there:
             raise ConfigError(f"{where} lacks the tensor {name}, which is {wanted[name]} here.")
@@ -160,12 +156,22 @@ def check_tensors(
             raise ConfigError(f"{where}: the tensor {name} is {shape}, not {wanted[name]}.")
 
 
+def choices(config: ModelConfig) -> dict[str, Any]:
+    """What a model computes: its fields that presets fill in, by dotted name ("alpha_a.form").
+
+    init_std is left out: it has no effect on a trained model.
+    """
+    filled_in = dict.fromkeys(name for preset in PRESETS.values() for name in preset)
+    names = [n.removeprefix("model.") for n in filled_in if n.startswith("model.")]
+    return {n: operator.attrgetter(n)(config) for n in names if n != "init_std"}
+
+
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that the PyTorch model reads."""
-    scales = {name: getattr(config, name) for name in _SCALES}
-    raw = config.kind == "ngpt"
+    scales = {name: getattr(config, name) for name in SCALES}
     return {
         "kind": config.kind,
+        "choices": choices(config),
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.mlp_width,
@@ -175,16 +181,15 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "head_dim": config.head_dim,
         "max_position_embeddings": config.context,
         "rope_base": config.rope_base,
-        "qk_norm": config.qk_norm,
         "rms_norm_eps": config.rms_eps,
         "folded": config.folded,
         "normalize_on_read": config.normalize_on_read,
-        "scale_factors": {n: s.init / s.scale for n, s in scales.items()} if raw else {},
+        "scale_factors": {n: s.init / s.scale for n, s in scales.items() if s.form != "none"},
     }
 
 
 def write_folder(
-    run: OpenedRun, path: str, dtype: str = "float32", fold: bool = False
+    run: LoadedModel, path: str, dtype: str = "float32", fold: bool = False
 ) -> list[str]:
     """Writes ``--to_hf``.
 
@@ -192,19 +197,22 @@ def write_folder(
       run: opened.
       path: of the folder, new or empty.
       dtype: of the matrices, float32 or bfloat16.
-      fold: multiply nGPT's scales into them.
+      fold: multiply the scales into them.
 
     Returns:
-      Notes on what is not as one may expect.
+      Notes on what a user may not expect.
 
-    Raises ConfigError: GPT cannot be folded; it cannot be written.
+    Raises ConfigError: there are no scales to fold; the folder cannot be written.
     """
     config, params = run.config, run.params
-    if fold and config.model.kind == "gpt":
-        raise ConfigError("--folded: GPT (model.kind=gpt) has no scales to fold; leave it out.")
     if fold and not config.model.folded:
-        params = folding.fold(config.model, params)
         model = folding.folded_config(config.model)
+        if not model.folded:
+            raise ConfigError(
+                f"--folded: this model (model.kind={model.kind}) has no scales to fold; leave it"
+                " out."
+            )
+        params = folding.fold(config.model, params)
         config = dataclasses.replace(config, model=model)
     tensors = to_torch(config.model, params, dtype)
     eod = run.tokenizer.eod
@@ -223,39 +231,36 @@ def write_folder(
                 "AutoModelForCausalLM": "modeling_ngpt.NGPTForCausalLM",
             },
             "dtype": dtype,
-            "torch_dtype": dtype,  # as it was called before
+            "torch_dtype": dtype,  # its name in older versions of transformers
             **_architecture(config.model),
             **ids,
             "tie_word_embeddings": False,
             "ngpt_jax": {
-                "version": __version__,
+                "version": versions()["ngpt-jax"],
                 "step": run.step,
                 "tokenizer": facts,
                 "config": dataclasses.asdict(config),
             },
         }
-        _write_json(folder / "config.json", values)
-        _write_json(folder / "generation_config.json", {**ids, "pad_token_id": eod})
+        command.write_json(str(folder / "config.json"), values)
+        command.write_json(str(folder / "generation_config.json"), ids | {"pad_token_id": eod})
         for name in ("configuration_ngpt.py", "modeling_ngpt.py"):
             shutil.copyfile(Path(__file__).with_name(name), folder / name)
         try:
             safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            shutil.copymode(folder / "config.json", folder / WEIGHTS)  # which is for the user alone
-        except safetensors.SafetensorError as e:  # of a full disk too
+            # safetensors writes a file that its owner alone can read.
+            shutil.copymode(folder / "config.json", folder / WEIGHTS)
+        except safetensors.SafetensorError as e:  # a full disk, too
             raise ConfigError(f"--to_hf={path} cannot be written: {reason(e)}.") from e
     return notes
 
 
-def _write_json(path: Path, values: Any) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
 def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Imported:
-    """Reads ``--from_hf``: a folder of :func:`write_folder`, also one that transformers saved anew.
+    """Reads ``--from_hf``: a folder of :func:`write_folder`, or one that transformers saved.
 
     Args:
       path: of the folder.
-      overrides: (dotted name, text), where another copy of the tokenizer lies, say.
+      overrides: (dotted name, text) of fields of the config, such as data.tokenizer.
 
     Raises ConfigError.
     """
@@ -268,11 +273,11 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
         )
     facts = values.get("ngpt_jax") or {}
     try:
-        saved = config_lib.from_config_dict(facts["config"])
+        saved = config_lib.from_saved(json.dumps(facts["config"]))
         fingerprint, file = facts["tokenizer"]["fingerprint"], facts["tokenizer"]["file"]
         if not (isinstance(fingerprint, str) and isinstance(file, str | None)):
-            raise TypeError("tokenizer is not told by texts")
-    except (KeyError, TypeError, AttributeError, ConfigError) as e:
+            raise TypeError("tokenizer: fingerprint and file must be texts")
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ConfigError(
             f"{where}: what config.json has under ngpt_jax cannot be read ({reason(e)}); give a"
             " folder that --to_hf wrote."
@@ -285,11 +290,11 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
         if values.get(name, value) != value:
             raise ConfigError(
                 f"{where}: config.json says {name} = {values[name]!r}, but the config of the"
-                f" training, under ngpt_jax, {value!r}; they must be of one model."
+                f" training, under ngpt_jax, says {value!r}; they must be of one model."
             )
     config, tokenizer = with_tokenizer(config)
-    check_tokenizer(where, config, tokenizer, fingerprint)
-    enable_x64_if_used(config)
+    check_tokenizer(tokenizer, fingerprint, where)
+    enable_x64_if_used(config.model)
     params = from_torch(where, config.model, _read_weights(where, folder))
     return Imported(config, jax.tree.map(jnp.asarray, params), tokenizer)
 
@@ -307,7 +312,7 @@ def _read_json(where: str, file: Path) -> dict[str, Any]:
 
 
 def _read_weights(where: str, folder: Path) -> dict[str, np.ndarray]:
-    """All tensors, of one file or of the parts that an index names."""
+    """All tensors, from one file or from the parts that an index names."""
     names = [WEIGHTS]
     if not (folder / WEIGHTS).exists() and (folder / _INDEX).exists():
         parts = _read_json(where, folder / _INDEX).get("weight_map")
@@ -319,8 +324,8 @@ def _read_weights(where: str, folder: Path) -> dict[str, np.ndarray]:
         try:
             tensors |= safetensors.numpy.load_file(folder / name)
         except FileNotFoundError:
-            raise ConfigError(f"{where} is not whole: {name} must be in it.") from None
+            raise ConfigError(f"{where} is not complete: {name} must be in it.") from None
         except (OSError, safetensors.SafetensorError, AttributeError, KeyError) as e:
-            # The last two: of a dtype that numpy has not.
+            # The last two: numpy lacks the dtype.
             raise ConfigError(f"{where}: {name} cannot be read ({reason(e)}).") from e
     return tensors

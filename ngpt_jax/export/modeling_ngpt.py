@@ -1,56 +1,61 @@
-"""nGPT and its GPT baseline in PyTorch: a copy of this file lies beside the weights.
+"""nGPT, its GPT baseline and variants in PyTorch: a copy of this file lies beside the weights.
 
 Written by ``ngpt_jax.tools.convert``; load it with
 ``AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)``. Attention is torch's
-scaled_dot_product_attention. Equation numbers are those of https://arxiv.org/abs/2410.01131.
+scaled_dot_product_attention. What a model computes is told by the choices of its config. Equation
+numbers are those of https://arxiv.org/abs/2410.01131.
 
-For inference and for training on: ``transformers`` trains, but does not put the matrices back onto
-the sphere after each step.
+The model can be trained further, but ``transformers`` does not put its matrices back onto the
+sphere after each step.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .configuration_ngpt import NGPTConfig
 
-# The cache of keys and values is called so by the transformers that runs this.
+Tables = tuple[Tensor, Tensor]  # cosines and sines of RoPE
+
+# What the installed version of transformers calls the KV cache.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """In at least float32."""
+def _wide(x: Tensor) -> Tensor:
+    """x in at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _normalize(x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+def _normalize(x: Tensor, dim: int = -1) -> Tensor:
     """Norm(x) = x / ||x|| (section 2.1), computed in at least float32; zero stays zero."""
     return F.normalize(_wide(x), dim=dim).to(x.dtype)
 
 
-def _scaled(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return (_wide(x) * scale).to(x.dtype)
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """x * scale, computed in at least float32; x where there is no scale."""
+    return x if scale is None else (_wide(x) * scale).to(x.dtype)
 
 
 class NGPTLinear(nn.Linear):
-    """Without bias; its vectors along ``unit_dim`` are normalized on read, where that is given."""
+    """No bias. With normalize_on_read its vectors along ``embed_dim`` are normalized on read."""
 
-    def __init__(self, size: int, out: int, unit_dim: int | None):
+    def __init__(self, config: NGPTConfig, size: int, out: int, embed_dim: int = 1):
         super().__init__(size, out, bias=False)
-        self.unit_dim = unit_dim
+        self.unit_dim = embed_dim if config.normalize_on_read else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.matrix())
 
-    def matrix(self) -> torch.Tensor:
+    def matrix(self) -> Tensor:
         return self.weight if self.unit_dim is None else _normalize(self.weight, self.unit_dim)
 
 
@@ -62,31 +67,82 @@ class NGPTRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x32 = _wide(x)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight).to(x.dtype)
 
 
-def _effective(module: nn.Module, name: str) -> torch.Tensor:
-    """A learned scale of nGPT (section 2.5): stored * factor, in at least float32."""
-    return _wide(getattr(module, name)) * module.config.scale_factors[name]
+def _scale(config: NGPTConfig, name: str, *size: int) -> nn.Parameter | None:
+    """The stored values of a learned scale (section 2.5); None: the model has no such scale."""
+    raw = name in ("alpha_a", "alpha_m") or not config.folded
+    there = {"none": False, "vector": raw}[config.choices[f"{name}.form"]]
+    return nn.Parameter(torch.ones(size)) if there else None
 
 
-def _rope_tables(
-    positions: torch.Tensor, config: NGPTConfig, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _effective(module: nn.Module, name: str, factor: float = 1.0) -> Tensor | None:
+    """A learned scale times ``factor``, in at least float32; None: there is no such scale."""
+    stored = getattr(module, name)
+    return None if stored is None else _wide(stored) * module.config.scale_factors[name] * factor
+
+
+def _add(h: Tensor, f: Tensor, alpha: None) -> Tensor:
+    """h + f (equations 4 and 5)."""
+    return h + f
+
+
+def _lerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+    """Norm(h + |alpha| (f - h)) (equations 10 and 11)."""
+    h = _wide(h)
+    return _normalize(h + alpha.abs() * (f - h))
+
+
+def _slerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
+    """Norm(sin((1 - a) t) h + sin(a t) f), a = |alpha|, t the angle between the unit vectors h, f.
+
+    This is equation 6 where alpha is one number: its divisor sin(t) has no effect on the norm.
+    torch.sinc(x) = sin(pi x) / (pi x) is smooth at 0, so that t may be 0 or pi.
+    """
+    h, f, alpha = _wide(h), _wide(f), alpha.abs()
+    angle = 2 * torch.atan2((h - f).norm(dim=-1, keepdim=True), (h + f).norm(dim=-1, keepdim=True))
+
+    def weight(share: Tensor) -> Tensor:
+        return share * torch.sinc(share * angle / math.pi)
+
+    return _normalize(weight(1 - alpha) * h + weight(alpha) * f)
+
+
+def _unit(f: Tensor) -> Tensor:
+    return _normalize(_wide(f))
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+# What the choices of a config mean.
+_RESIDUALS: dict[str, Callable[..., Tensor]] = {"add": _add, "lerp": _lerp, "slerp": _slerp}
+_NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "rms": NGPTRMSNorm}
+_BRANCH_NORMS = {"none": _unchanged, "unit": _unit}
+_QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
+    False: (nn.Identity, _unchanged),
+    "rms_before_rope": (NGPTRMSNorm, _unchanged),
+    "unit_after_rope": (nn.Identity, _normalize),
+}
+_SOFTMAX_SCALES = {"sqrt": math.sqrt, "rsqrt": lambda head_dim: 1 / math.sqrt(head_dim)}
+
+
+def _rope_tables(positions: Tensor, config: NGPTConfig, dtype: torch.dtype) -> Tables:
     """Cosines and sines of t * base^(-2j/head_dim), each (B, 1, T, head_dim/2)."""
     size = config.head_dim
-    frequencies = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
+    powers = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
     dtype = torch.promote_types(dtype, torch.float32)
-    angles = positions[:, None, :, None].to(dtype) * torch.tensor(
-        frequencies, dtype=dtype, device=positions.device
-    )
+    frequencies = torch.tensor(powers, dtype=dtype, device=positions.device)
+    angles = positions[:, None, :, None].to(dtype) * frequencies
     return angles.cos(), angles.sin()
 
 
-def _rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def _rotate(x: Tensor, tables: Tables) -> Tensor:
     """RoPE on x (B, heads, T, head_dim): channel j turns with channel j + head_dim/2."""
     cos, sin = tables
     a, b = _wide(x).chunk(2, dim=-1)
@@ -94,57 +150,44 @@ def _rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch
 
 
 class NGPTAttention(nn.Module):
-    """softmax(sqrt(head_dim) q k^T) v in nGPT, 1/sqrt(head_dim) in GPT."""
+    """softmax(softmax_scale q k^T) v, with q and k normalized and scaled as the config says."""
 
     def __init__(self, config: NGPTConfig, layer: int):
         super().__init__()
         c = self.config = config
         self.layer = layer
-        unit_in, unit_out = (1, 0) if c.normalize_on_read else (None, None)
         heads, kv_heads = (n * c.head_dim for n in (c.num_attention_heads, c.num_key_value_heads))
-        self.q_proj = NGPTLinear(c.hidden_size, heads, unit_in)
-        self.k_proj = NGPTLinear(c.hidden_size, kv_heads, unit_in)
-        self.v_proj = NGPTLinear(c.hidden_size, kv_heads, unit_in)
-        self.o_proj = NGPTLinear(heads, c.hidden_size, unit_out)
-        if c.kind == "gpt":
-            self.softmax_scale = 1 / math.sqrt(c.head_dim)
-            if c.qk_norm:
-                self.q_norm = NGPTRMSNorm(c.head_dim, c.rms_norm_eps)
-                self.k_norm = NGPTRMSNorm(c.head_dim, c.rms_norm_eps)
-        elif c.folded:  # sqrt(head_dim) is in the factor
+        self.q_proj = NGPTLinear(c, c.hidden_size, heads)
+        self.k_proj = NGPTLinear(c, c.hidden_size, kv_heads)
+        self.v_proj = NGPTLinear(c, c.hidden_size, kv_heads)
+        self.o_proj = NGPTLinear(c, heads, c.hidden_size, embed_dim=0)
+        before_rope, self.after_rope = _QK_FORMS[c.choices["qk_norm"] and c.choices["qk_form"]]
+        self.q_norm = before_rope(c.head_dim, c.rms_norm_eps)
+        self.k_norm = before_rope(c.head_dim, c.rms_norm_eps)
+        self.s_qk = _scale(c, "s_qk", c.num_key_value_heads, c.head_dim)
+        self.softmax_scale = _SOFTMAX_SCALES[c.choices["softmax_scale"]](c.head_dim)
+        if c.folded:  # the softmax's scale is in the factor
             self.softmax_scale = 1.0
             self.folded_qk_scale = nn.Parameter(torch.ones(c.num_attention_heads, c.head_dim))
-        else:
-            self.softmax_scale = math.sqrt(c.head_dim)
-            self.s_qk = nn.Parameter(torch.ones(c.num_key_value_heads, c.head_dim))
 
     def forward(
-        self,
-        h: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: Cache | None,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
+        self, h: Tensor, tables: Tables, mask: Tensor | None, cache: Cache | None, slots: Tensor
+    ) -> Tensor:
         c = self.config
         q, k, v = (  # (B, heads, T, head_dim)
             f(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
             for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if c.kind == "gpt":
-            if c.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
-            q, k = _rotate(q, tables), _rotate(k, tables)
-        else:  # equations 15, 16; the same s_qk scales q and k: (q s) . (k s) = q . (k s^2)
-            q, k = _rotate(q, tables), _rotate(k, tables)
-            if c.qk_norm:
-                q, k = _normalize(q), _normalize(k)
-            if c.folded:
-                q = _scaled(q, self.folded_qk_scale[:, None])
-            else:
-                k = _scaled(k, _effective(self, "s_qk").square()[:, None])
+        q, k = _rotate(self.q_norm(q), tables), _rotate(self.k_norm(k), tables)
+        q, k = self.after_rope(q), self.after_rope(k)
+        if c.folded:
+            q = _scaled(q, self.folded_qk_scale[:, None])
+        s_qk = _effective(self, "s_qk")
+        if s_qk is not None:  # it scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2)
+            k = _scaled(k, s_qk.square()[:, None])
         if cache is not None:
-            k, v = cache.update(k, v, self.layer, {"cache_position": slots})  # read by 4.x alone
+            # transformers 4 alone reads the positions.
+            k, v = cache.update(k, v, self.layer, {"cache_position": slots})
         group = c.num_attention_heads // c.num_key_value_heads
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -160,55 +203,46 @@ class NGPTMLP(nn.Module):
     def __init__(self, config: NGPTConfig):
         super().__init__()
         c = self.config = config
-        unit_in, unit_out = (1, 0) if c.normalize_on_read else (None, None)
-        self.up_proj = NGPTLinear(c.hidden_size, c.intermediate_size, unit_in)
-        self.gate_proj = NGPTLinear(c.hidden_size, c.intermediate_size, unit_in)
-        self.down_proj = NGPTLinear(c.intermediate_size, c.hidden_size, unit_out)
-        self.scaled = c.kind == "ngpt" and not c.folded
-        if self.scaled:
-            self.s_u = nn.Parameter(torch.ones(c.intermediate_size))
-            self.s_v = nn.Parameter(torch.ones(c.intermediate_size))
+        self.up_proj = NGPTLinear(c, c.hidden_size, c.intermediate_size)
+        self.gate_proj = NGPTLinear(c, c.hidden_size, c.intermediate_size)
+        self.down_proj = NGPTLinear(c, c.intermediate_size, c.hidden_size, embed_dim=0)
+        self.s_u = _scale(c, "s_u", c.intermediate_size)
+        self.s_v = _scale(c, "s_v", c.intermediate_size)
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        u, v = self.up_proj(h), self.gate_proj(h)
-        if self.scaled:  # equations 20, 21
-            u = _scaled(u, _effective(self, "s_u"))
-            v = _scaled(v, _effective(self, "s_v") * math.sqrt(self.config.hidden_size))
+    def forward(self, h: Tensor) -> Tensor:  # equations 20, 21
+        s_u, s_v = _effective(self, "s_u"), _effective(self, "s_v", math.sqrt(h.shape[-1]))
+        u, v = _scaled(self.up_proj(h), s_u), _scaled(self.gate_proj(h), s_v)
         return self.down_proj(u * F.silu(v))
 
 
 class NGPTBlock(nn.Module):
-    """nGPT: h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11). GPT: h <- h + f(RMSNorm(h)) (4, 5)."""
+    """Attention and MLP, each followed by a step of the hidden state h: residual(h, f(h), alpha).
+
+    nGPT: h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11). GPT: h <- h + f(RMSNorm(h)) (4, 5).
+    """
 
     def __init__(self, config: NGPTConfig, layer: int):
         super().__init__()
         c = self.config = config
         self.self_attn = NGPTAttention(c, layer)
         self.mlp = NGPTMLP(c)
-        if c.kind == "gpt":
-            self.attention_norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
-            self.mlp_norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
-        else:
-            self.alpha_a = nn.Parameter(torch.ones(c.hidden_size))
-            self.alpha_m = nn.Parameter(torch.ones(c.hidden_size))
+        pre_norm = _NORMS[c.choices["pre_norm"]]
+        self.attention_norm = pre_norm(c.hidden_size, c.rms_norm_eps)
+        self.mlp_norm = pre_norm(c.hidden_size, c.rms_norm_eps)
+        self.alpha_a = _scale(c, "alpha_a", c.hidden_size)
+        self.alpha_m = _scale(c, "alpha_m", c.hidden_size)
+        self.branch_norm = _BRANCH_NORMS[c.choices["branch_norm"]]
+        self.residual = _RESIDUALS[c.choices["residual"]]
 
-    def forward(
-        self,
-        h: torch.Tensor,
-        tables: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: Cache | None,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
-        if self.config.kind == "gpt":
-            h = h + self.self_attn(self.attention_norm(h), tables, mask, cache, slots)
-            return h + self.mlp(self.mlp_norm(h))
-        h = self._step(_normalize(h), self.self_attn(h, tables, mask, cache, slots), "alpha_a")
-        return self._step(h, self.mlp(h), "alpha_m")
+    def forward(self, h: Tensor, *how: Any) -> Tensor:
+        f = self.self_attn(self.attention_norm(h), *how)
+        if self.config.choices["residual"] != "add":  # the others start from a unit vector
+            h = _normalize(h)
+        h = self._step(h, f, "alpha_a")
+        return self._step(h, self.mlp(self.mlp_norm(h)), "alpha_m")
 
-    def _step(self, h: torch.Tensor, proposal: torch.Tensor, name: str) -> torch.Tensor:
-        h32, alpha = _wide(h), _effective(self, name).abs()
-        return _normalize(h32 + alpha * (_normalize(_wide(proposal)) - h32)).to(h.dtype)
+    def _step(self, h: Tensor, f: Tensor, name: str) -> Tensor:
+        return self.residual(h, self.branch_norm(f), _effective(self, name)).to(h.dtype)
 
 
 class NGPTPreTrainedModel(PreTrainedModel):
@@ -218,7 +252,7 @@ class NGPTPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def post_init(self) -> None:
-        """Scales and gains are few: they stay float32 where the matrices are of half the size."""
+        """Keeps scales and gains, which are few, in float32 where the matrices are bfloat16."""
         matrices = ("_proj.weight", "embed_tokens.weight", "lm_head.weight")
         small = [n for n, _ in self.named_parameters() if not n.endswith(matrices)]
         names = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in small}
@@ -234,18 +268,17 @@ class NGPTModel(NGPTPreTrainedModel):
         c = config
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(NGPTBlock(c, i) for i in range(c.num_hidden_layers))
-        if c.kind == "gpt":
-            self.norm = NGPTRMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = _NORMS[c.choices["final_norm"]](c.hidden_size, c.rms_norm_eps)
         self.post_init()
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -272,22 +305,18 @@ class NGPTModel(NGPTPreTrainedModel):
         if mask is None or mask.dim() == 2:
             mask = _visible(mask, past, length, h.device)
         tables = _rope_tables(position_ids, c, h.dtype)
-        states: tuple[torch.Tensor, ...] | None = None
-        if c.output_hidden_states if output_hidden_states is None else output_hidden_states:
-            states = ()
+        keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: tuple[Tensor, ...] | None = () if keep else None
         for layer in self.layers:
             states = None if states is None else (*states, h)
             h = layer(h, tables, mask, cache, slots)
-        if c.kind == "gpt":
-            h = self.norm(h)
+        h = self.norm(h)
         states = None if states is None else (*states, h)
         out = BaseModelOutputWithPast(last_hidden_state=h, hidden_states=states, **{_CACHE: cache})
         return out.to_tuple() if return_dict is False else out
 
 
-def _visible(
-    mask: torch.Tensor | None, past: int, length: int, device: torch.device
-) -> torch.Tensor | None:
+def _visible(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
     """Which positions each of the ``length`` new ones attends to; None: all before it and itself.
 
     Args:
@@ -312,10 +341,8 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         super().__init__(config)
         c = config
         self.model = NGPTModel(c)
-        self.lm_head = NGPTLinear(c.hidden_size, c.vocab_size, 1 if c.normalize_on_read else None)
-        self.scaled = c.kind == "ngpt" and not c.folded
-        if self.scaled:
-            self.s_z = nn.Parameter(torch.ones(c.vocab_size))
+        self.lm_head = NGPTLinear(c, c.hidden_size, c.vocab_size)
+        self.s_z = _scale(c, "s_z", c.vocab_size)
         self.post_init()
 
     def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
@@ -323,17 +350,17 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """As other models of transformers; ``labels`` are ``input_ids``, -100 where left out."""
@@ -350,9 +377,8 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # A product in float32: in bfloat16 it would round each logit.
         h = _wide(out.last_hidden_state[:, kept])
-        logits = F.linear(h, self.lm_head.matrix().to(h.dtype))
-        if self.scaled:
-            logits = logits * _effective(self, "s_z")
+        product = F.linear(h, self.lm_head.matrix().to(h.dtype))
+        logits = _scaled(product, _effective(self, "s_z"))
         loss = None
         if labels is not None:
             loss = self.loss_function(

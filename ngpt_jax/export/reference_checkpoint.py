@@ -1,14 +1,12 @@
 """Checkpoints in the layout of the authors' PyTorch code, read and written.
 
-A file is what torch.save makes of the state dict itself, or of a dict with it under "model" and the
-shape under "model_args", as code of nanoGPT's kind saves it. Names may carry torch.compile's
-prefix. It is never unpickled but with ``weights_only=True``.
+A file is what torch.save makes of the state dict, or of a dict that has the state dict under
+"model" and its shape under "model_args", as nanoGPT saves it. Names may have torch.compile's
+prefix. Files are read with ``weights_only=True`` alone, which runs no code of theirs. The layout
+has a place for the paper's nGPT and GPT, and for no other choices of the config.
 """
 
-from __future__ import annotations
-
 import dataclasses
-import pickle
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +18,17 @@ import numpy as np
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import sphere
-from ngpt_jax.config import Config, ConfigError, ModelConfig, Scale, experiment
-from ngpt_jax.data.tokenizers.loading import ByteTokenizer
+from ngpt_jax.config import Config, ConfigError, ModelConfig, experiment
+from ngpt_jax.config.fields import Scale
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
-from ngpt_jax.export.huggingface import check_tensors
+from ngpt_jax.export.huggingface import check_tensors, choices
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
-from ngpt_jax.inference.opening import OpenedRun
-from ngpt_jax.model.transformer import axis_sizes, is_axes, is_matrix, param_axes
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
+from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.model.params import Param, param_tree
+from ngpt_jax.parallel.backend import enable_x64_if_used
 
 POSITION_NOTE = (
     "the released code's own position operator is not RoPE: weights trained with it do not"
@@ -59,44 +58,43 @@ def read(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Imported:
 
     Args:
       path: of the file.
-      overrides: (dotted name, text): what the file does not say (model.heads, model.context,
-        data.tokenizer), and all else of the config.
+      overrides: (dotted name, text) of fields of the config, above all of those that the file
+        does not tell: model.heads, model.context, data.tokenizer.
 
     Raises ConfigError.
     """
     where = f"--from_reference={path}"
     state, arguments = _load(where, Path(path).expanduser())
     config = _config(where, state, arguments, overrides)
+    _check_choices(where, config.model)
     config, tokenizer = with_tokenizer(config)
     check_tensors(where, _shapes(config.model), state)
-    enable_x64_if_used(config)
+    enable_x64_if_used(config.model)
     params = from_reference(state, config.model)
     params = jax.tree.map(lambda w: jnp.asarray(w, config.model.param_dtype), params)
     return Imported(config, params, tokenizer)
 
 
 def _load(where: str, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Tensors by their plain names, and model_args."""
+    """Tensors by name, without torch.compile's prefix, and model_args."""
     torch = require_torch("from_reference")
     if not file.is_file():
         raise ConfigError(f"{where}: there is no such file.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a file that is no checkpoint: told below
+            warnings.simplefilter("ignore")  # a file that is no checkpoint is told below
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        if "Unsupported global" in str(e):  # not "Unsupported operand", of what is no pickle
+    except OSError as e:
+        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
+    except Exception as e:  # a damaged file raises many kinds
+        if "Unsupported global" in str(e):  # a file that is no pickle: "Unsupported operand"
             raise ConfigError(
                 f"{where} holds other objects than tensors, numbers and texts, which are not"
                 " loaded, as they may run any code; save the state dict alone."
             ) from e
         raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except Exception as e:  # of the zip reader, and of what a damaged file gives it
-        raise ConfigError(f"{where} is not a file of torch.save, or is damaged.") from e
-    state = content.get("model", content) if isinstance(content, Mapping) else None
-    arguments = content.get("model_args") if isinstance(content, Mapping) else None
+    content = content if isinstance(content, Mapping) else {}
+    state, arguments = content.get("model", content), content.get("model_args")
     tensors = {
         str(name).removeprefix("_orig_mod."): w
         for name, w in (state.items() if isinstance(state, Mapping) else ())
@@ -104,8 +102,8 @@ def _load(where: str, file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]
     }
     if not {"transformer.wte.weight", "lm_head.weight"} <= set(tensors):
         raise ConfigError(
-            f"{where} has no tensors transformer.wte.weight and lm_head.weight, be it at the top or"
-            " under 'model': it is not of the authors' layout."
+            f"{where} has no tensors transformer.wte.weight and lm_head.weight, neither at the top"
+            " nor under 'model': it is not of the authors' layout."
         )
     for name, w in tensors.items():
         if w.layout != torch.strided or w.is_meta or not w.dtype.is_floating_point:
@@ -126,8 +124,8 @@ def _config(
     arguments: Mapping[str, Any],
     overrides: Sequence[tuple[str, str]],
 ) -> Config:
-    """From shapes, then model_args, then overrides; they may not contradict one another."""
-    given = dict(overrides)
+    """From shapes, model_args and overrides, which may not contradict one another."""
+    given, scaled = dict(overrides), "sz" in state
     known = _from_shapes(where, state)
     for name, field in _ARGUMENTS.items():
         value = arguments.get(name)
@@ -140,10 +138,10 @@ def _config(
                 f"{where}: model_args has {name} = {value}, but its tensors are of {known[field]}."
             )
     use = arguments.get("use_nGPT")
-    if use is not None and bool(use) != (known["kind"] == "ngpt"):
-        there = "are" if known["kind"] == "ngpt" else "are no"
+    if use is not None and bool(use) != scaled:
+        there = "are" if scaled else "are no"
         raise ConfigError(f"{where}: model_args has use_nGPT = {use}, but there {there} scales sz.")
-    for field, meaning in (("heads", "query heads"), ("context", "tokens of a training window")):
+    for field, meaning in (("heads", "query heads"), ("context", "tokens of a training sequence")):
         if field not in known and f"model.{field}" not in given:
             raise ConfigError(
                 f"--config.model.{field} is needed: {where} does not tell the number of {meaning}."
@@ -165,25 +163,24 @@ def _config(
                 " out."
             )
     values = config_lib.default_config()
-    values.train.steps = 1  # of no effect: there are no moments to go on with
+    values.train.steps = 1  # no effect: a run cannot be resumed from here
     values.model.update(known)
     base = arguments.get("base_scale")
-    if known["kind"] == "ngpt" and isinstance(base, float):
+    if scaled and isinstance(base, float):
         for name in ("alpha_a", "alpha_m", "s_qk", "s_z"):
             values.model[name].scale = base
     return experiment.load_config(values, overrides)
 
 
 def _from_shapes(where: str, state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Fields of model that need nothing else."""
+    """Fields of model that the shapes alone tell."""
     table, down = (_matrix(where, state, n) for n in ("wte", "h.0.mlp_c_proj"))
     (vocab_size, width), mlp_width = table.shape, down.shape[1]
     blocks = [n.split(".") for n in state if n.startswith("transformer.h.")]
     layers = 1 + max((int(b[2]) for b in blocks if b[2].isdecimal()), default=-1)
-    kind = "ngpt" if "sz" in state else "gpt"
     return {
-        "kind": kind, "layers": layers, "width": width, "vocab_size": vocab_size,
-        "mlp_width": mlp_width, "qk_norm": kind == "ngpt", "folded": False,
+        "kind": "ngpt" if "sz" in state else "gpt", "layers": layers, "width": width,
+        "vocab_size": vocab_size, "mlp_width": mlp_width, "folded": False,
     }  # fmt: skip
 
 
@@ -206,52 +203,64 @@ def _matrix(where: str, state: Mapping[str, np.ndarray], name: str) -> np.ndarra
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Of every tensor of theirs; those of one layer are made, of bytes, and counted for all."""
+    """Shapes of all tensors of a file, from a small stand-in: one layer, one byte a number."""
     one = dataclasses.replace(config, layers=1)
-    sizes = axis_sizes(one)
-    params = jax.tree.map(
-        lambda axes: np.zeros([sizes[a] for a in axes], bool), param_axes(one), is_leaf=is_axes
-    )
-    first = "transformer.h.0."
+    params = jax.tree.map(lambda p: np.zeros(p.shape(one), bool), param_tree(one))
     shapes = {name: w.shape for name, w in to_reference(params, one).items()}
-    out = {name: shape for name, shape in shapes.items() if not name.startswith(first)}
-    for layer in range(config.layers):
-        of_block = {n: s for n, s in shapes.items() if n.startswith(first)}
-        out |= {n.replace(".0.", f".{layer}.", 1): s for n, s in of_block.items()}
-    return out
+    return {
+        name.replace(".h.0.", f".h.{layer}."): shape
+        for layer in range(config.layers)
+        for name, shape in shapes.items()
+    }
 
 
-def write(run: OpenedRun, path: str) -> list[str]:
+def _check_choices(where: str, model: ModelConfig) -> None:
+    """Refuses a model whose choices are not exactly those of the paper's nGPT or of its GPT."""
+    differences = []
+    for preset in ("ngpt", "gpt"):
+        known = config_lib.from_config_dict({"model": {"kind": preset}, "train": {"steps": 1}})
+        theirs, own = choices(known.model), choices(model)
+        differences.append([f"model.{n}={own[n]} in {preset}" for n in own if own[n] != theirs[n]])
+    nearest = min(differences, key=len)
+    if nearest:
+        raise _no_place(where, nearest[0])
+
+
+def _no_place(where: str, what: str) -> ConfigError:
+    return ConfigError(f"{where}: the authors' layout has no place for {what}.")
+
+
+def write(run: LoadedModel, path: str) -> list[str]:
     """Writes ``--to_reference``: {"model": state dict, "model_args": its shape}, in float32.
 
-    Scales are told as the authors' code reads them (init 0.05 or 1, scale base_scale or 1), which
-    changes the raw numbers where this run has others.
+    The authors' code has constants for init and scale of each learned scale (init 0.05 or 1, scale
+    base_scale or 1). Where this run has others, the stored numbers are converted.
 
     Returns:
       Notes on what the authors' code cannot load.
 
-    Raises ConfigError: what the layout has no place for; it cannot be written.
+    Raises ConfigError: the layout has no place for this model; the file cannot be written.
     """
-    torch, model = require_torch("to_reference"), run.config.model
-    for problem, what in (
-        (model.folded, "scales that are folded in (model.folded); convert the raw weights"),
-        (model.qk_norm != (model.kind == "ngpt"), f"model.qk_norm={model.qk_norm} in {model.kind}"),
-        (model.rope_base != 10000, f"model.rope_base={model.rope_base}, only for 10000"),
-        (model.kind == "gpt" and model.rms_eps != 1e-6, f"model.rms_eps={model.rms_eps}"),
-    ):
-        if problem:
-            raise ConfigError(f"--to_reference: the authors' layout has no place for {what}.")
+    flag, model = "--to_reference", run.config.model
+    torch = require_torch("to_reference")
+    if model.folded:
+        raise _no_place(flag, "scales that are folded in (model.folded); convert the raw weights")
+    _check_choices(flag, model)
+    if model.rope_base != 10000:
+        raise _no_place(flag, f"model.rope_base={model.rope_base}, only for 10000")
+    if model.pre_norm == "rms" and model.rms_eps != 1e-6:
+        raise _no_place(flag, f"model.rms_eps={model.rms_eps}, only for 1e-06")
     base_scale = model.width**-0.5
     state = to_reference(_as_theirs(model, run.params, base_scale), model)
     arguments: dict[str, Any] = {name: getattr(model, field) for name, field in _ARGUMENTS.items()}
-    arguments |= {"use_nGPT": int(model.kind == "ngpt"), "base_scale": base_scale}
+    arguments |= {"use_nGPT": int("sz" in state), "base_scale": base_scale}
     tensors = {
         name: torch.from_numpy(np.array(w, np.float32, order="C")) for name, w in state.items()
     }
     with new_output("to_reference", path) as file:
         try:
             torch.save({"model": tensors, "model_args": arguments}, file)
-        except RuntimeError as e:  # of torch's own writer
+        except RuntimeError as e:  # from torch's own writer
             raise ConfigError(f"--to_reference={path} cannot be written: {reason(e)}.") from e
     usual = (model.heads, model.width // model.heads, 4 * model.width)
     if (model.kv_heads, model.head_dim, model.mlp_width) == usual:
@@ -264,20 +273,17 @@ def write(run: OpenedRun, path: str) -> list[str]:
 
 def _as_theirs(model: ModelConfig, params: Any, base_scale: float) -> Any:
     """Parameters that give the same model under the authors' constants."""
-    if model.kind == "gpt":
-        return params
     constants = {name: Scale(1.0, base_scale) for name in ("s_qk", "s_z")}
     constants |= {name: Scale(0.05, base_scale) for name in ("alpha_a", "alpha_m")}
     constants |= {name: Scale(1.0, 1.0) for name in ("s_u", "s_v")}
 
-    def change(path: Any, w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-        name = path[-1].key
-        if model.normalize_on_read and is_matrix(axes):
-            return sphere.normalize(w, axes.index("embed"))
-        ours, theirs = getattr(model, name, None), constants.get(name)
+    def change(w: jax.Array, param: Param) -> jax.Array:
+        if model.normalize_on_read and param.unit_axis is not None:
+            return sphere.normalize(w, param.unit_axis)
+        ours, theirs = getattr(model, param.name, None), constants.get(param.name)
         if theirs is None or ours == theirs:
             return w
         assert ours is not None and theirs.scale is not None
         return w * (ours.init / ours.scale * theirs.scale / theirs.init)
 
-    return jax.tree_util.tree_map_with_path(change, params, param_axes(model))
+    return jax.tree.map(change, params, param_tree(model))

@@ -1,35 +1,29 @@
-"""Parameters in the names and layout of the authors' PyTorch code, to ours and back.
+"""Parameters from the names and layout of the authors' PyTorch code to ours, and back.
 
-Theirs are torch Linear weights (out, in), one entry a layer, RoPE on interleaved pairs,
-up and gate fused in one matrix. Ours are kernels with an axis for the heads, stacked over
-layers, RoPE on halves, tables padded. The raw scale parameters are the same numbers.
+They have torch Linear weights (out, in), one entry a layer, RoPE on interleaved pairs, up and gate
+fused in one matrix. We have kernels with an axis for the heads, stacked over layers, RoPE on
+halves, padded tables. The stored numbers of the scales are the same.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.model.params import padded_vocab_size, param_tree, real_vocab
 from ngpt_jax.model.rotary import interleaved_to_half
-from ngpt_jax.model.transformer import padded_vocab_size, real_vocab
 
 Array = np.ndarray
 
 
 class _Entry(NamedTuple):
-    """Our parameters (one, or up and gate) for a name of theirs, and the two maps."""
+    """A name of theirs, our parameters for it (one, or up and gate), and the two maps."""
 
     theirs: str
     ours: tuple[str, ...]
     read: Callable[[Array], tuple[Array, ...]]
     write: Callable[..., Array]
-
-
-def _transposed(theirs: str, ours: str) -> _Entry:
-    return _Entry(theirs, (ours,), lambda w: (w.T,), lambda w: w.T)
 
 
 def _same(theirs: str, ours: str) -> _Entry:
@@ -46,9 +40,9 @@ def _halves(theirs: str, ours: tuple[str, str]) -> _Entry:
     )
 
 
-def _heads(theirs: str, ours: str, heads: int, head_dim: int, rotated: bool) -> _Entry:
-    """(heads * head_dim, embed) <-> (embed, heads, head_dim), channels in our RoPE layout."""
-    order = interleaved_to_half(head_dim) if rotated else np.arange(head_dim)
+def _heads(theirs: str, ours: str, heads: int, order: Array) -> _Entry:
+    """(heads * head_dim, embed) <-> (embed, heads, head_dim); our channels are theirs[order]."""
+    head_dim = len(order)
     return _Entry(
         theirs,
         (ours,),
@@ -58,13 +52,14 @@ def _heads(theirs: str, ours: str, heads: int, head_dim: int, rotated: bool) -> 
 
 
 def _layer_entries(c: ModelConfig) -> list[_Entry]:
+    """Of the parameters that the blocks of this model have."""
     assert c.kv_heads is not None and c.head_dim is not None
     heads, kv_heads, head_dim = c.heads, c.kv_heads, c.head_dim
-    order = interleaved_to_half(head_dim)
+    order, same = interleaved_to_half(head_dim), np.arange(head_dim)
     entries = [
-        _heads("query.weight", "query_kernel", heads, head_dim, rotated=True),
-        _heads("key.weight", "key_kernel", kv_heads, head_dim, rotated=True),
-        _heads("value.weight", "value_kernel", kv_heads, head_dim, rotated=False),
+        _heads("query.weight", "query_kernel", heads, order),
+        _heads("key.weight", "key_kernel", kv_heads, order),
+        _heads("value.weight", "value_kernel", kv_heads, same),
         _Entry(
             "att_c_proj.weight",
             ("out_kernel",),
@@ -72,16 +67,9 @@ def _layer_entries(c: ModelConfig) -> list[_Entry]:
             lambda w: w.reshape(heads * head_dim, -1).T,
         ),
         _halves("c_fc.weight", ("up_kernel", "gate_kernel")),
-        _transposed("mlp_c_proj.weight", "down_kernel"),
-    ]
-    if c.kind == "gpt":
-        return [
-            *entries,
-            _same("rmsnorm_att.weight", "attention_norm"),
-            _same("rmsnorm_mlp.weight", "mlp_norm"),
-        ]
-    return [
-        *entries,
+        _Entry("mlp_c_proj.weight", ("down_kernel",), lambda w: (w.T,), lambda w: w.T),
+        _same("rmsnorm_att.weight", "attention_norm"),
+        _same("rmsnorm_mlp.weight", "mlp_norm"),
         _same("attn_alpha", "alpha_a"),
         _same("mlp_alpha", "alpha_m"),
         _Entry(
@@ -92,23 +80,36 @@ def _layer_entries(c: ModelConfig) -> list[_Entry]:
         ),
         _halves("suv", ("s_u", "s_v")),
     ]
+    there = param_tree(c)["layers"]
+    return [entry for entry in entries if set(entry.ours) <= set(there)]
+
+
+# Theirs and ours outside the blocks, of the same layout.
+_TOP = {
+    "transformer.wte.weight": "input_embedding",
+    "lm_head.weight": "output_embedding",
+    "sz": "s_z",
+    "rmsnorm_f.weight": "final_norm",
+}
 
 
 def _top_entries(c: ModelConfig) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(theirs, ours, axes) of the parameters outside the blocks, the same in both layouts."""
-    return [
-        ("transformer.wte.weight", "input_embedding", ("vocab", "embed")),
-        ("lm_head.weight", "output_embedding", ("vocab", "embed")),
-        ("sz", "s_z", ("vocab",))
-        if c.kind == "ngpt"
-        else ("rmsnorm_f.weight", "final_norm", ("embed",)),
-    ]
+    """(theirs, ours, axes) of the parameters that this model has outside the blocks."""
+    there = param_tree(c)
+    return [(theirs, ours, there[ours].axes) for theirs, ours in _TOP.items() if ours in there]
 
 
-def pad_vocab(w: Array, c: ModelConfig, fill: float) -> Array:
-    """Rows of padding: in nGPT's tables the first basis vector, else ``fill``."""
+def pad_vocab(name: str, w: Array, axes: Sequence[str], c: ModelConfig) -> Array:
+    """Our parameter ``name`` with rows of padding, where it has an axis of the vocabulary.
+
+    Rows of tables on the sphere are the first basis vector, those of s_z its starting value, others
+    0. Logits of padding are masked out.
+    """
+    if "vocab" not in axes:
+        return w
+    fill = (c.s_z.scale or 0) if name == "s_z" else 0
     extra = np.full((padded_vocab_size(c) - w.shape[0], *w.shape[1:]), fill, w.dtype)
-    if w.ndim == 2 and c.kind == "ngpt":
+    if w.ndim == 2 and c.weights == "sphere":
         extra[:, 0] = 1
     return np.concatenate([w, extra])
 
@@ -122,9 +123,7 @@ def from_reference(theirs: Mapping[str, Array], config: ModelConfig) -> dict[str
     """
     params: dict[str, Any] = {"layers": {}}
     for name, ours, axes in _top_entries(config):
-        w = np.asarray(theirs[name])
-        fill = config.s_z.scale if ours == "s_z" else 0
-        params[ours] = pad_vocab(w, config, fill or 0) if "vocab" in axes else w
+        params[ours] = pad_vocab(ours, np.asarray(theirs[name]), axes, config)
     for entry in _layer_entries(config):
         per_layer = [
             entry.read(np.asarray(theirs[f"transformer.h.{i}.{entry.theirs}"]))

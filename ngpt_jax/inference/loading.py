@@ -1,6 +1,4 @@
-"""A trained model, loaded to be used: text from it, and what it gives to a text."""
-
-from __future__ import annotations
+"""A trained model, loaded for use: it generates text, and gives log-probabilities of a text."""
 
 import functools
 import math
@@ -11,25 +9,31 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from ngpt_jax.checkpoint.folder import find_checkpoint
+from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.inference import opening, scoring
 from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.parallel.backend import enable_x64_if_used
+from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 
-Prompt = str | Sequence[int]
+Ids = Sequence[int] | np.ndarray
+Prompt = str | Ids
 _BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
 
 
 class LoadedModel:
-    """A model's weights, config and tokenizer, see :func:`load`.
+    """A model's weights, config and tokenizer, from :func:`load`.
 
     Attributes:
-      params: the parameters as trained, or as folded where the folder holds folded ones.
+      params: the parameters of the checkpoint: as trained, or folded where it holds folded ones.
       config: resolved, with the vocabulary filled in.
-      tokenizer: that of the training.
+      tokenizer: the one of the training.
       mesh: of the devices that hold the parameters.
       step: of the checkpoint.
     """
@@ -37,11 +41,10 @@ class LoadedModel:
     def __init__(self, config: Config, tokenizer: Tokenizer, params: Any, mesh: Mesh, step: int):
         self.config, self.tokenizer, self.params = config, tokenizer, params
         self.mesh, self.step = mesh, step
-        self._folded = folding.folded_config(config.model)
 
     @functools.cached_property
     def _weights(self) -> Any:
-        """Of ``_folded``; made when a text is first asked for, as scoring reads ``params``."""
+        """Folded weights, made for the first text to generate; scoring reads ``params``."""
         model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
             return jax.jit(
@@ -61,23 +64,24 @@ class LoadedModel:
         stop: str | Sequence[str] = (),
         context: int | None = None,
     ) -> Any:
-        """Goes on from prompts.
+        """Continues prompts.
 
         Args:
-          prompts: a text, or token ids (as they are: put ``tokenizer.eod`` first, as training
-            does, for the start of a document), or a list of such.
-          tokens: to generate for each, at most.
+          prompts: a text, or token ids, or a list of such. A text is read as the start of a
+            document. Token ids are taken as they are: for the start of a document, put
+            ``tokenizer.eod`` first, as training does.
+          tokens: to generate for each prompt, at most.
           temperature: 0 takes the likeliest token.
           top_k, top_p, min_p: filters, see :class:`ngpt_jax.decoding.sampling.Sampling`.
-          seed: of the draw, below 2^32; row i of a batch depends on it, its prompt and i alone.
+          seed: below 2^32; what row i of a batch draws depends on it, on the prompt and on i alone.
           stop: texts at which to stop.
           context: tokens of prompt and text together, at most; None: the training context.
 
         Returns:
           A :class:`ngpt_jax.inference.text.Generation` for one prompt, a list of them for a list.
 
-        Raises ConfigError: a prompt that is empty or too long, values out of range, weights that
-        give no finite numbers.
+        Raises ConfigError for a prompt that is empty or too long, for values out of range, and for
+        weights that give no finite numbers.
         """
         many, one = _as_list(prompts)
         how = Sampling(temperature, top_k, top_p, min_p)
@@ -100,17 +104,18 @@ class LoadedModel:
         stop: str | Sequence[str] = (),
         context: int | None = None,
     ) -> Streamed:
-        """Like :meth:`generate` for one prompt; iterate over the pieces of text as they come.
+        """Like :meth:`generate`, for one prompt: an iterator over the pieces of text as they come.
 
-        A piece is told once nothing to come can change it: characters are whole, and no stop
-        string begins in it. At the end ``result`` is the whole :class:`Generation`.
+        A piece comes when later tokens can no longer change it: its characters are whole, and no
+        stop string begins in it. After the last piece, ``result`` is the whole
+        :class:`Generation`.
         """
         text = TextStream(self.tokenizer, self._ids(prompt), _stops(stop))
         how = Sampling(temperature, top_k, top_p, min_p)
         return Streamed(text, self._run([text], tokens, how, seed, context, chunk=4))
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):  # a text is the start of a document, as in training
+        if isinstance(prompt, str):
             return [self.tokenizer.eod, *self.tokenizer.encode(prompt)]
         ids = [int(i) for i in prompt]
         assert self.config.model.vocab_size is not None
@@ -125,14 +130,14 @@ class LoadedModel:
 
     def _run(
         self, streams: list[TextStream], tokens: int, how: Sampling, seed: int,
-        context: int | None, chunk: int = generation.CHUNK,
+        context: int | None, chunk: int = generation.CHUNK
     ) -> Iterator[None]:  # fmt: skip
-        """Feeds streams with what is drawn, until all have ended."""
+        """Draws tokens and adds them to the streams, a chunk at a time, until all have ended."""
         if (problem := how.problem()) is not None:
             raise ConfigError(f"{problem}.")
         if tokens < 1:
             raise ConfigError(f"tokens must be positive, got {tokens}.")
-        if not 0 <= seed < 2**32:  # jax would take what is left of it in 32 bits
+        if not 0 <= seed < 2**32:  # jax would keep only its lowest 32 bits
             raise ConfigError(f"seed must lie in 0 to {2**32 - 1}, got {seed}.")
         if not streams:
             return
@@ -141,8 +146,8 @@ class LoadedModel:
         if longest >= limit:
             raise ConfigError(
                 f"A prompt has {longest} tokens, and the context {limit}: no room for more. Cut it,"
-                " or give a larger --context, as context= in Python (beyond the"
-                f" {self.config.model.context} of the training the model was not taught)."
+                " or give a larger --context (context= in Python); the model was trained on"
+                f" {self.config.model.context} tokens."
             )
         count = max(stream.limit(tokens, limit) for stream in streams)
         if longest + count >= 2**31:
@@ -151,10 +156,10 @@ class LoadedModel:
             )
         prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
         chunks = generation.generate(
-            self._folded, self._weights, prompts, count, how, seed, eod, chunk
+            self.config.model, self._weights, prompts, count, how, seed, eod, chunk
         )
         while not all(stream.stop_reason for stream in streams):
-            with jax.set_mesh(self.mesh):  # not while the caller has its turn
+            with jax.set_mesh(self.mesh):  # left before the yield: the caller has its own
                 ids, log_probs = next(chunks)
             check_finite(float(log_probs.sum()))
             for stream, row, probs in zip(streams, ids.tolist(), log_probs.tolist()):
@@ -162,17 +167,17 @@ class LoadedModel:
             yield
 
     def logprobs(self, texts: Prompt | Sequence[Prompt]) -> Any:
-        """What the model gives to texts.
+        """Log-probabilities of the tokens of texts.
 
         Args:
-          texts: a text (read as a whole document: the end-of-document token is put before it),
-            token ids (as they are), or a list of such.
+          texts: a text, or token ids, or a list of such. A text is read as a document: the
+            end-of-document token is put before it. Token ids are taken as they are.
 
         Returns:
-          A float32 array for one text, a list of them for a list: the log-probability of each
-          token after those before it, in nats; for ids, of all but the first.
+          A float32 array for one text, a list of them for a list: the log-probability in nats of
+          each token given those before it; for token ids, of all but the first.
 
-        Raises ConfigError: a text longer than the training context.
+        Raises ConfigError for a text longer than the training context.
         """
         many, one = _as_list(texts)
         rows = [self._ids(text) for text in many]
@@ -187,17 +192,20 @@ class LoadedModel:
 
     def score(
         self,
-        rows: Sequence[Sequence[int]],
+        rows: Sequence[Ids],
         batch_size: int = 16,
         progress: Callable[[float], None] | None = None,
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Log-probability of each token of a row but the first, and whether it was the likeliest.
 
         Args:
-          rows: token ids, of any length; batched by length, and returned in their order.
-          batch_size: rows of the training context at one time; of shorter rows there are as many
-            more as have no more tokens.
+          rows: token ids, of any length; rows of similar length are batched together.
+          batch_size: rows of the training context at one time; more of shorter rows, so that a
+            batch has as many tokens.
           progress: called after each batch with the share of the tokens that is done.
+
+        Returns:
+          For each row, in the order given, a float32 and a bool array of its length less one.
         """
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         left = total = sum(map(len, rows))
@@ -208,14 +216,14 @@ class LoadedModel:
                 length = _padded(len(rows[order[start]]) - 1)
                 size = batch_size * max(context // length, 1)
                 some = order[start : start + size]
-                # The last batch, the only one with rows to spare, is cut to a power of two.
+                # Only the last batch can have fewer rows: it is padded to a power of two.
                 size = min(size, 1 << (len(some) - 1).bit_length())
                 tokens = np.zeros((size, length + 1), np.int32)
                 for row, i in zip(tokens, some):
                     row[: len(rows[i])] = rows[i]
                 log_probs, likeliest = scoring.score(self.config.model, self.params, tokens)
                 log_probs, likeliest = np.asarray(log_probs), np.asarray(likeliest)
-                for place, i in enumerate(some):  # copies, which do not hold on to the batch
+                for place, i in enumerate(some):  # copies, as a view would keep the whole batch
                     end = len(rows[i]) - 1
                     found[i] = log_probs[place, :end].copy(), likeliest[place, :end].copy()
                     left -= len(rows[i])
@@ -226,7 +234,7 @@ class LoadedModel:
 
 
 def _as_list(prompts: Any) -> tuple[list[Prompt], bool]:
-    """A prompt alone in a list, and that it was alone; or the prompts of a list."""
+    """The prompts as a list, and whether it was a single prompt."""
     one = isinstance(prompts, str) or (
         len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
     )
@@ -234,7 +242,7 @@ def _as_list(prompts: Any) -> tuple[list[Prompt], bool]:
 
 
 def check_finite(log_prob: float) -> None:
-    """Refuses a log-probability that is not a number, or infinite."""
+    """Raises ConfigError for a log-probability that is infinite or not a number."""
     if not math.isfinite(log_prob):
         raise ConfigError(
             f"The model gives a log-probability of {log_prob}: its weights are not finite, or"
@@ -254,7 +262,7 @@ def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _shardings(config: Any, mesh: Mesh) -> Any:
-    """Of the weights that folding.for_inference makes: those of training, a tree a layer."""
+    """Shardings for the weights of folding.for_inference: as in training, with a tree a layer."""
     folded = folding.folded_config(config)
     placed = layout.param_shardings(folded, mesh)
 
@@ -274,7 +282,7 @@ def load(
       workdir: the folder of a run, or one that ``tools.convert`` made.
       step: of the checkpoint; None: the newest.
       overrides: config fields by dotted name: where the tokenizer lies here (data.tokenizer),
-        model.dtype, or mesh.tensor and the like to use more than one device.
+        model.dtype, or mesh.tensor and the others to use more than one device.
 
     Raises ConfigError.
 
@@ -289,6 +297,25 @@ def load(
 def open_model(
     flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
 ) -> LoadedModel:
-    """As :func:`load`, for a command with this flag."""
-    run = opening.open_run(flag, path, step, overrides)
-    return LoadedModel(run.config, run.tokenizer, run.params, run.mesh, run.step)
+    """As :func:`load`, for a command.
+
+    Args:
+      flag: that named the folder.
+      path: the folder.
+      step: of the checkpoint; None: the newest.
+      overrides: (dotted name, text). One device is used where none of mesh.* is among them.
+
+    Raises ConfigError.
+    """
+    config = opening.read_config(flag, path, overrides)
+    checkpoint = find_checkpoint(flag, path, step)
+    config, tokenizer = with_tokenizer(config)
+    enable_x64_if_used(config.model)
+    several = any(name.startswith("mesh.") for name, _ in overrides)
+    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
+    like = {"params": layout.abstract_params(config.model, mesh)}
+    where = f"{checkpoint} is not of the model in {path}/config.json"
+    mend = "put the config.json of its run there"
+    state, progress = restore(checkpoint, like, where, mend, only="params/")
+    check_tokenizer(tokenizer, progress["tokenizer"], f"--{flag}={path}")
+    return LoadedModel(config, tokenizer, state["params"], mesh, int(checkpoint.name))

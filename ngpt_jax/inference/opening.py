@@ -1,29 +1,18 @@
 """A finished (or stopped) run's folder, opened to look at it or to use its weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from etils import epath
-from jax.sharding import Mesh
 
 from ngpt_jax import config as config_lib
-from ngpt_jax.checkpoint import checksums
-from ngpt_jax.checkpoint.checkpoints import CheckpointError, Checkpoints
-from ngpt_jax.checkpoint.folder import CheckpointFolder
-from ngpt_jax.checkpoint.restoring import restore
-from ngpt_jax.config import CheckpointConfig, Config, ConfigError, MeshConfig, experiment
-from ngpt_jax.data.tokenizers.loading import Tokenizer
-from ngpt_jax.files import reason
-from ngpt_jax.parallel.mesh import device_mesh
-from ngpt_jax.training import layout
+from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
+from ngpt_jax.config import CheckpointConfig, Config, ConfigError, experiment
+from ngpt_jax.config.fields import MeshConfig
+from ngpt_jax.files import writing
 from ngpt_jax.training import workdir as workdir_lib
-from ngpt_jax.training.loop import enable_x64_if_used
-from ngpt_jax.training.setup import with_tokenizer
 
 
 def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -37,100 +26,19 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
     Raises ConfigError.
     """
     workdir = workdir_lib.open_workdir(path)
-    where, saved = f"--{flag}={path}", workdir / "config.json"
+    where = f"--{flag}={path}"
     if not workdir.exists():
         raise ConfigError(f"{where}: no such folder; give the --workdir of a training run.")
-    if not (saved.exists() and (workdir / "checkpoints").is_dir()):
+    if not ((workdir / "config.json").exists() and (workdir / "checkpoints").is_dir()):
         raise ConfigError(
             f"{where} is not the folder of a training run: config.json and checkpoints/ must be in"
             " it."
         )
-    try:
-        config = config_lib.from_saved(saved.read_text())
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-    except (ValueError, AttributeError, TypeError, RecursionError) as e:
-        raise ConfigError(f"{saved} cannot be read ({e}).") from e
+    config = workdir_lib.read_config(where, workdir)
     # Devices and kernel are those of this machine, not of the one that trained.
     model = dataclasses.replace(config.model, attention="auto")
     config = dataclasses.replace(config, model=model, mesh=MeshConfig())
     return experiment.load_config(config_lib.to_config_dict(config), overrides)
-
-
-def find_checkpoint(flag: str, path: str, step: int | None) -> epath.Path:
-    """Checkpoint ``step``, the newest where None, known to be whole; raises ConfigError."""
-    folder, where = CheckpointFolder(workdir_lib.open_workdir(path)), f"--{flag}={path}"
-    try:
-        if not (steps := folder.steps()):
-            raise ConfigError(f"{where} holds no checkpoint yet.")
-        if step is not None and step not in steps:
-            there = ", ".join(map(str, steps))
-            raise ConfigError(f"--step={step}: {where} has no such checkpoint; there are {there}.")
-        checkpoint = folder.checkpoint(steps[-1] if step is None else step)
-        checksums.verify(checkpoint)
-        return checkpoint
-    except checksums.Damaged as e:
-        raise ConfigError(f"{where}: {checkpoint} is damaged ({e}); give another --step.") from e
-    except OSError as e:
-        raise ConfigError(f"{where} cannot be read: {reason(e)}.") from e
-
-
-def read_params(
-    path: str, config: Config, checkpoint: epath.Path, mesh: Mesh
-) -> tuple[Any, dict[str, Any]]:
-    """The parameters of a checkpoint, laid out on the mesh, and the run's progress."""
-
-    def tell(difference: str) -> str:
-        return f"{checkpoint} is not of the model in {path}/config.json: {difference}."
-
-    like = {"params": layout.abstract_params(config.model, mesh)}
-    state, progress = restore(checkpoint, like, tell, only="params/")
-    return state["params"], progress
-
-
-class OpenedRun(NamedTuple):
-    """A checkpoint's weights; ``config`` is resolved, with the vocabulary filled in."""
-
-    config: Config
-    tokenizer: Tokenizer
-    params: Any
-    mesh: Mesh
-    step: int
-
-
-def open_run(
-    flag: str, path: str, step: int | None, overrides: Sequence[tuple[str, str]]
-) -> OpenedRun:
-    """The weights of a run's folder, or of one that :func:`write_weights` made.
-
-    Args:
-      flag: that named the folder.
-      path: the folder.
-      step: of the checkpoint; None: the newest.
-      overrides: (dotted name, text): where the tokenizer lies here, say. One device is used where
-        none of mesh.* is among them.
-
-    Raises ConfigError.
-    """
-    config = read_config(flag, path, overrides)
-    checkpoint = find_checkpoint(flag, path, step)
-    config, tokenizer = with_tokenizer(config)
-    enable_x64_if_used(config)
-    several = any(name.startswith("mesh.") for name, _ in overrides)
-    mesh = device_mesh(config.mesh, None if several else jax.devices()[:1])
-    params, progress = read_params(path, config, checkpoint, mesh)
-    check_tokenizer(f"--{flag}={path}", config, tokenizer, progress["tokenizer"])
-    return OpenedRun(config, tokenizer, params, mesh, int(checkpoint.name))
-
-
-def check_tokenizer(where: str, config: Config, tokenizer: Tokenizer, saved: str) -> None:
-    """Refuses a tokenizer that is not the one that the weights were trained with."""
-    if tokenizer.fingerprint != saved:
-        raise ConfigError(
-            f"{where}: data.tokenizer ({config.data.tokenizer}) is not the one that it was trained"
-            f" with ({saved[:8]}, not {tokenizer.fingerprint[:8]}); give that one with"
-            " --config.data.tokenizer."
-        )
 
 
 class _Weights(NamedTuple):
@@ -143,8 +51,8 @@ class _Weights(NamedTuple):
 def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> None:
     """Makes a folder like a run's, with weights that were trained elsewhere as checkpoint 0.
 
-    It can be opened, and a run can start from it (``init_from``); there are no moments to go on
-    with.
+    It can be opened, and a run can start from it (``init_from``). A run cannot go on in it, as the
+    optimizer's moments are missing.
 
     Args:
       workdir: new, or empty.
@@ -155,7 +63,7 @@ def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> 
     Raises ConfigError.
     """
     folder = workdir_lib.open_workdir(workdir)
-    try:
+    with writing(workdir):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError(f"{workdir} is there already, and not empty; choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,12 +71,10 @@ def write_weights(workdir: str, config: Config, params: Any, tokenizer: str) -> 
             "position": 0, "losses": [], "seconds": 0.0, "data": None, "tokenizer": tokenizer,
             "config": dataclasses.asdict(config), "versions": workdir_lib.versions(),
         }  # fmt: skip
-        checkpoints = Checkpoints(folder, CheckpointConfig())
-        checkpoints.save(_Weights(jnp.zeros((), jnp.int32), params), progress)
-        checkpoints.close()
-        workdir_lib.write_versions(folder, tokenizer=tokenizer)
-        workdir_lib.write_config(folder, config)  # last: without it the folder is no run's
-    except CheckpointError as e:
-        raise ConfigError(str(e)) from e
-    except OSError as e:
-        raise ConfigError(f"{e.filename or workdir} cannot be written: {reason(e)}.") from e
+        try:
+            checkpoints = Checkpoints(folder, CheckpointConfig())
+            checkpoints.save(_Weights(jnp.zeros((), jnp.int32), params), progress)
+            checkpoints.close()
+        except SaveError as e:
+            raise ConfigError(str(e)) from e
+        workdir_lib.write_start(folder, config, {"tokenizer": tokenizer})

@@ -1,7 +1,5 @@
 """Log-probabilities of given tokens, in chunks of positions: logits never exist as a whole."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

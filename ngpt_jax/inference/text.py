@@ -1,24 +1,22 @@
-"""Tokens to text while they come: stop strings, and characters that are not whole yet."""
-
-from __future__ import annotations
+"""Turns tokens into text as they come: stop strings, and characters that are not whole yet."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from ngpt_jax.data.tokenizers.loading import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
 
 
 class Generation(NamedTuple):
-    """What a model said after a prompt.
+    """The text that a model generated after a prompt.
 
     Attributes:
       text: without the prompt, up to the stop string where one was met.
-      ids: of all tokens drawn, the one that ends the document and those of a stop string too.
+      ids: of all tokens drawn, including the end-of-document token and those of a stop string.
       log_probs: of each of them, in nats, at temperature 1 and without filters.
-      stop_reason: tokens (as many as asked for), context (no room for more), document (it ended),
-        or stop (a stop string was met).
+      stop_reason: why it ended: tokens (as many as asked for), context (no room for more),
+        document (the end-of-document token), or stop (a stop string).
     """
 
     text: str
@@ -28,11 +26,11 @@ class Generation(NamedTuple):
 
 
 class TextStream:
-    """What comes after one prompt.
+    """The text after one prompt, as it grows.
 
     Attributes:
       prompt: its token ids.
-      stop_reason: "" as long as it goes on.
+      stop_reason: as of :class:`Generation`; "" before the end.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: Sequence[str]):
@@ -41,18 +39,18 @@ class TextStream:
         self._most, self._full = 0, ""
         self._ids: list[int] = []
         self._log_probs: list[float] = []
-        # A tokenizer may treat the start of a text in a way of its own: decode from the start.
+        # A tokenizer may treat the start of a text specially: always decode from the start.
         self._before = tokenizer.decode(prompt)
         self._text, self._told = "", 0
 
     def limit(self, tokens: int, context: int) -> int:
-        """Sets how many tokens may come: as many as asked for, or as the context has room for."""
+        """Sets and returns how many tokens may come: at most ``tokens`` that fit the context."""
         self._most = min(tokens, context - len(self.prompt))
         self._full = "tokens" if self._most == tokens else "context"
         return self._most
 
     def add(self, ids: Sequence[int], log_probs: Sequence[float]) -> None:
-        """Takes what was drawn; nothing after its end."""
+        """Adds tokens that were drawn; those after the end are ignored."""
         for i, log_prob in zip(ids, log_probs):
             if self.stop_reason:
                 break
@@ -71,7 +69,7 @@ class TextStream:
         text = self._tokenizer.decode(self.prompt + self._ids)
         if text.startswith(self._before):
             return text[len(self._before) :]
-        # A prompt of ids may end within a character, which comes out otherwise once it is whole.
+        # A prompt of ids may end inside a character, which changes once it is whole.
         pairs = enumerate(zip(self._before, text))
         return text[next((i for i, (a, b) in pairs if a != b), len(self._before)) :]
 
@@ -82,7 +80,7 @@ class TextStream:
             self._text, self.stop_reason = self._text[: min(places)], "stop"
 
     def news(self, last: bool = False) -> str:
-        """Text since the last call that nothing to come can change; all of it with ``last``."""
+        """Text since the last call that later tokens cannot change; with ``last`` all of it."""
         certain = self._text
         if not (last or self.stop_reason):
             certain = certain.rstrip(_UNFINISHED)
@@ -97,7 +95,7 @@ class TextStream:
 
 
 class Streamed:
-    """Pieces of the text after one prompt; when they have ended, ``result`` is all of it."""
+    """An iterator over pieces of the text after one prompt; afterwards ``result`` has all of it."""
 
     def __init__(self, text: TextStream, draws: Iterator[None]):
         self._text, self._draws = text, draws
@@ -119,5 +117,5 @@ class Streamed:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of a text with which a stop string may begin."""
+    """How many characters at the end of a text may be the beginning of a stop string."""
     return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)

@@ -9,10 +9,9 @@ all positions, gathered; for cuDNN, which knows no offset of positions, heads ar
 for positions instead.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
+import math
 import re
 from typing import Any
 
@@ -60,6 +59,15 @@ def choose_kernel(
     if (obstacle := obstacles[best]) is not None:
         return "xla", f"not {best}: {obstacle}"
     return best, f"auto on {platform}"
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """The factor on q k^T: sqrt(head_dim) or 1 / sqrt(head_dim). In folded weights q has it."""
+    assert config.head_dim is not None
+    if config.folded:
+        return 1.0
+    root = math.sqrt(config.head_dim)
+    return root if config.softmax_scale == "sqrt" else 1 / root
 
 
 def kernel_of(config: ModelConfig, length: int) -> str:

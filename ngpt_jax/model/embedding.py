@@ -4,8 +4,6 @@
 ``shard_map``, on a device's part of the table.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import jax

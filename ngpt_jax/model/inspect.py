@@ -6,9 +6,6 @@ nats. Zero vectors give finite numbers everywhere. Equation numbers are those of
 https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,20 +15,16 @@ import numpy as np
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.transformer import (
-    Transformer,
-    compute_params,
-    is_matrix,
-    param_axes,
-    real_vocab,
-)
+from ngpt_jax.model.attention import softmax_scale
+from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
+from ngpt_jax.model.transformer import Transformer
 
 Batch = dict[str, jax.Array]
 
-HEAD_KERNELS = ("query_kernel", "key_kernel", "value_kernel", "out_kernel")
-MLP_KERNELS = ("up_kernel", "gate_kernel", "down_kernel")
-TABLES = ("input_embedding", "output_embedding")
-SCALES = ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z")
+TABLES, HEAD_KERNELS, MLP_KERNELS = (
+    tuple(p.name for p in TABLE.values() if p.is_matrix and axis in p.axes)
+    for axis in ("vocab", "head_dim", "mlp")
+)
 BLOCKS = ("attention", "mlp")
 
 _PAIRED_ROWS = 2048  # of a table, of which all pairs are looked at
@@ -54,13 +47,12 @@ def matrices(config: ModelConfig, params: Any) -> Iterator[Matrix]:
     Args:
       params: parameters, or any tree like them: gradients, say.
     """
-    axes = param_axes(config)
-    stacked = {n: a for n, a in axes["layers"].items() if is_matrix(a)}
     for name in TABLES:
-        yield Matrix(name, None, _vectors(real_vocab(params[name], axes[name], config), axes[name]))
-    for name, names in stacked.items():
-        for layer in range(config.layers):
-            yield Matrix(name, layer, _vectors(params["layers"][name][layer], names[1:]))
+        axes = TABLE[name].axes
+        yield Matrix(name, None, _vectors(real_vocab(params[name], axes, config), axes))
+    for name in HEAD_KERNELS + MLP_KERNELS:
+        for layer, w in enumerate(params["layers"][name]):
+            yield Matrix(name, layer, _vectors(w, TABLE[name].module_axes))
 
 
 def _vectors(leaf: Any, axes: tuple[str, ...]) -> np.ndarray:
@@ -125,18 +117,13 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def effective_scales(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Effective values (section 2.5) by name: (layers, n), s_z (vocab,); alphas as read, |alpha|.
+    """Effective values (section 2.5) of the scales that a model has, by name.
 
-    Empty for GPT, which has none.
+    Each is (layers, n), s_z (vocab,). Alphas are given as the model reads them, |alpha|.
     """
-    if config.kind != "ngpt":
-        return {}
-    flat = params["layers"] | {"s_z": real_vocab(params["s_z"], ("vocab",), config)}
     out = {}
-    for name in SCALES:
-        spec = getattr(config, name)
-        assert spec.scale is not None
-        value = np.asarray(flat[name]).astype(np.float64) * (spec.init / spec.scale)
+    for name, stored in stored_scales(config, params).items():
+        value = np.asarray(stored).astype(np.float64) * scale_factor(config, name)
         value = np.abs(value) if name.startswith("alpha") else value
         out[name] = value if name == "s_z" else value.reshape(config.layers, -1)
     return out
@@ -188,7 +175,7 @@ def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) 
     variables = {"params": compute_params(config, params)}
     _, sown = Transformer(config).apply(
         variables, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
-        method="hidden", mutable=list(collections),
+        method="hidden_and_table", mutable=list(collections),
     )  # fmt: skip
     return sown
 
@@ -268,13 +255,10 @@ def attention_entropies(
     Returns:
       (layers, B, T, heads), and how many positions each position sees, (B, T).
     """
-    assert config.head_dim is not None
     sown = _forward(config, params, batch, "intermediates")["intermediates"]["layers"]
-    # As the block has it; s_qk is in the keys.
-    scale = math.sqrt(config.head_dim) if config.kind == "ngpt" else 1 / math.sqrt(config.head_dim)
 
-    def of_layer(query_and_key):
-        return entropy(*query_and_key, scale, batch.get("segment_ids"), block)
+    def of_layer(query_and_key):  # as the block has them: s_qk is in the keys
+        return entropy(*query_and_key, softmax_scale(config), batch.get("segment_ids"), block)
 
     nats, seen = jax.lax.map(of_layer, (sown["query"][0], sown["key"][0]))
     return nats, seen[0]
@@ -309,7 +293,7 @@ def summarize(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.A
         # |sum of n unit vectors|^2 = n + the sum over ordered pairs.
         pairs = max(n - 1, 1)
         out[f"cosine_{name}"] = (n * jnp.sum(jnp.square(mean)) - 1) / pairs
-        if config.kind == "gpt":
+        if config.weights == "free":
             length = sphere.safe_norm(table)
             average = jnp.sum(jnp.where(real, length, 0)) / n
             variance = jnp.sum(jnp.where(real, jnp.square(length - average), 0)) / n

@@ -8,8 +8,6 @@ before the loop and its gradient reduced once after it; where ``tensor`` cuts th
 loop exchanges a maximum and two sums a token, and nothing else.
 """
 
-from __future__ import annotations
-
 import functools
 
 import jax

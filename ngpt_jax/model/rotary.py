@@ -6,8 +6,6 @@ channels 2j and 2j+1; :func:`interleaved_to_half` says how the channels correspo
 the weights' channels reordered so, the logits are the same.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

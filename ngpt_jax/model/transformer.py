@@ -5,11 +5,10 @@ optimizer groups and the parameter table follow from the names. Equation numbers
 of https://arxiv.org/abs/2410.01131.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -18,16 +17,17 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
-from ngpt_jax.config import ConfigError, ModelConfig, Scale
-from ngpt_jax.decoding.cache import LayerCache, Slots, attend_to_cache, write
-from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of
+from ngpt_jax.config import ModelConfig
+from ngpt_jax.model import norms
+from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
 from ngpt_jax.model.embedding import embed_tokens
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_factor
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
 
-Axes = tuple[str, ...]
-# The one factor on q in weights whose scales are folded: by its name such weights are known.
-FOLDED_MARK = "folded_qk_scale"
+Ids = jax.Array | None  # (B, T) int32
+# (q, k, v, scale of q k^T) -> result (B, T, heads, head_dim), and what is to be kept of k and v.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Any]]
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -36,87 +36,69 @@ REMAT_POLICIES = {
 }
 
 
-def padded_vocab_size(config: ModelConfig) -> int:
-    """Rows of the tables: vocab_size rounded up to a multiple of vocab_multiple."""
-    assert config.vocab_size is not None
-    return -(-config.vocab_size // config.vocab_multiple) * config.vocab_multiple
-
-
-def axis_sizes(config: ModelConfig) -> dict[str, Any]:
-    """Length of every named axis."""
-    return {
-        "layers": config.layers,
-        "vocab": padded_vocab_size(config),
-        "embed": config.width,
-        "heads": config.heads,
-        "kv_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "mlp": config.mlp_width,
-    }
-
-
-def _declare(module: nn.Module, config: ModelConfig, name: str, axes: Axes, init: Any) -> Any:
-    sizes = axis_sizes(config)
-    shape = tuple(sizes[axis] for axis in axes)
+def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
+    """A parameter with the axes that the table of parameters gives it."""
+    axes = TABLE[name].module_axes
     boxed = nn.with_logical_partitioning(init, axes)
+    shape = TABLE[name].shape(config)[-len(axes) :]
     return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
 
 
 def matrix(
-    module: nn.Module,
-    config: ModelConfig,
-    name: str,
-    axes: Axes,
-    std_factor: float = 1.0,
-    factor: jax.Array | None = None,
+    module: nn.Module, config: ModelConfig, name: str, factor: jax.Array | None = None
 ) -> jax.Array:
-    """A matrix in the compute dtype: in nGPT a set of unit vectors along its embed axis.
+    """A matrix in the compute dtype: with ``weights=sphere`` unit vectors along its embed axis.
 
-    It is gathered where it is used: see :meth:`Block._linear`, embedding and loss.
-
-    The parameter transform: vectors are put on the sphere at init, and, with
-    ``normalize_on_read``, again wherever they are read, so that gradients are tangent.
+    Its vectors are normalized at the start, and with ``normalize_on_read`` again wherever they are
+    read, so that gradients are tangent. It is still cut over ``fsdp``: it is gathered where it is
+    used, see :meth:`Block._linear`, embedding and loss.
 
     Args:
       module, config: where the parameter lives.
-      name, axes: of the parameter.
-      std_factor: of the initial standard deviation.
+      name: of the parameter.
       factor: scales the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
         there are fewer weights than activations to multiply.
     """
     assert config.init_std is not None
+    axes, std = TABLE[name].module_axes, config.init_std
     axis = axes.index("embed")
-    normal = nn.initializers.normal(config.init_std * std_factor)
+    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for what is added to h
+        std *= (2 * config.layers) ** -0.5
+    normal = nn.initializers.normal(std)
 
     def init(key, shape, dtype):
         w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
-        return (sphere.normalize(w, axis) if config.kind == "ngpt" else w).astype(dtype)
+        return (sphere.normalize(w, axis) if config.weights == "sphere" else w).astype(dtype)
 
-    w = _declare(module, config, name, axes, init)
+    w = _declare(module, config, name, init)
     if config.normalize_on_read:
-        w = sphere.normalize(w, axis)
+        w = norms.unit(w, axis)
     if factor is not None:
         w = sphere.promote(w) * factor
     return w.astype(config.dtype)
 
 
-def scale(module: nn.Module, config: ModelConfig, name: str, axes: Axes, spec: Scale) -> jax.Array:
-    """A learned scale, effective value in at least float32 (section 2.5)."""
-    assert spec.scale is not None
-    raw = _declare(module, config, name, axes, nn.initializers.constant(spec.scale))
-    return sphere.promote(raw) * (spec.init / spec.scale)
+def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
+    """The effective value of a learned scale in at least float32; None where there is no such one.
+
+    Stored and effective value: section 2.5.
+    """
+    if not TABLE[name].is_in(config):
+        return None
+    stored = _declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
+    return sphere.promote(stored) * scale_factor(config, name)
 
 
-def gain(module: nn.Module, config: ModelConfig, name: str, axis: str) -> jax.Array:
-    """The learned gain of an RMSNorm, in at least float32."""
-    return sphere.promote(_declare(module, config, name, (axis,), nn.initializers.ones))
+def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
+    """The learned gain of an RMSNorm in at least float32; None where the model has no such norm."""
+    if not TABLE[name].is_in(config):
+        return None
+    return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
 
-def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis, in at least float32."""
-    x32 = sphere.promote(x)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + eps) * gain).astype(x.dtype)
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x times a factor, in the dtype of x."""
+    return (sphere.promote(x) * factor).astype(x.dtype)
 
 
 def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
@@ -133,19 +115,34 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
 
 
+def add(h: jax.Array, f: jax.Array, alpha: None) -> jax.Array:
+    """h + f, summed in at least the precision of f."""
+    del alpha
+    return (h + f).astype(h.dtype)
+
+
+# ``model.residual`` -> how a block's output f moves the hidden state h, with the step size alpha.
+RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
+    "add": add,
+    "lerp": norms.lerp,
+    "slerp": sphere.slerp,
+}
+
+
 class Block(nn.Module):
     """Attention and MLP, each followed by a step of the hidden state h (B, T, embed).
 
     nGPT:  h <- Norm(h + alpha * (Norm(f(h)) - h))     equations 10 and 11
     GPT:   h <- h + f(RMSNorm(h))                      equations 4 and 5
 
-    With a cache, attention also sees what is in it; returned beside h is the cache with the keys
-    and values of these positions.
+    The config's choices say which parts of this there are. A norm or scale whose parameter the
+    table of parameters does not have under these choices leaves its input as it is.
 
     Attributes:
       config: of the model.
-      after_first: h comes from a block, and is a unit vector but for rounding: its norm is left
-        out, which in decoding costs as much as a small product. Training keeps it.
+      after_first: h comes from a block, so that with lerp and slerp it is a unit vector but for
+        rounding. Its norm is left out, which in decoding costs as much as a small product.
+        Training keeps it.
     """
 
     config: ModelConfig
@@ -156,36 +153,45 @@ class Block(nn.Module):
         self,
         h: jax.Array,
         tables: tuple[jax.Array, jax.Array],
-        segment_ids: jax.Array | None,
-        cache: LayerCache | None = None,
-        slots: Slots | None = None,
+        segment_ids: jax.Array | None = None,
+        attend: Attend | None = None,
     ):
+        """Args:
+          h: (B, T, embed).
+          tables: of RoPE.
+          segment_ids: (B, T); attention stays within positions of the same id. None: all are one.
+          attend: how these positions attend, in place of causal attention among themselves.
+
+        Returns:
+          h after both steps, and what ``attend`` returns beside its result, else None.
+        """
         c = self.config
-        x = self._norm(h, "attention_norm")
-        proposal, cache = self._attention(x, tables, segment_ids, cache, slots)
-        if c.kind == "ngpt" and not self.after_first:
+        x = self._rms_norm(h, "attention_norm")
+        f, cache = self._attention(x, tables, segment_ids, attend)
+        if c.residual != "add" and not self.after_first:
             # h is a unit vector; in the first block this takes the radial part of this step
             # out of the gradient of the token table, as the authors' code does.
-            h = sphere.normalize(h)
-        middle = self._step(h, proposal, "alpha_a")
-        self._sow_angles("attention", h, proposal, middle)
-        proposal = self._mlp(self._norm(middle, "mlp_norm"))
-        h = self._step(middle, proposal, "alpha_m")
-        self._sow_angles("mlp", middle, proposal, h)
+            h = norms.unit(h)
+        middle = self._step(h, f, "alpha_a")
+        self._sow_angles("attention", h, f, middle)
+        f = self._mlp(self._rms_norm(middle, "mlp_norm"))
+        h = self._step(middle, f, "alpha_m")
+        self._sow_angles("mlp", middle, f, h)
         h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
         return h.astype(c.dtype), cache  # (carry, to stack or None): the form nn.scan wants
 
-    def _norm(self, x: jax.Array, name: str, axis: str = "embed") -> jax.Array:
-        c = self.config
-        return x if c.kind == "ngpt" else rms_norm(x, gain(self, c, name, axis), c.rms_eps)
+    def _rms_norm(self, x: jax.Array, name: str) -> jax.Array:
+        return norms.rms_norm(x, gain(self, self.config, name), self.config.rms_eps)
 
-    def _step(self, h: jax.Array, proposal: jax.Array, name: str) -> jax.Array:
+    def _step(self, h: jax.Array, f: jax.Array, name: str) -> jax.Array:
         c = self.config
-        if c.kind == "gpt":
-            return h + proposal
-        alpha = jnp.abs(scale(self, c, name, ("embed",), getattr(c, name)))
-        return sphere.lerp(h, sphere.normalize(sphere.promote(proposal)), alpha)
+        assert c.residual is not None
+        alpha = scale(self, c, name)
+        alpha = alpha if alpha is None else jnp.abs(alpha)
+        if c.branch_norm == "unit":
+            f = norms.unit(sphere.promote(f))
+        return RESIDUALS[c.residual](h, f, alpha)
 
     def _sow_angles(self, name: str, h: jax.Array, proposal: jax.Array, moved: jax.Array) -> None:
         """(B, T, 2) radians from h to the proposal and to where the step leads, where asked for.
@@ -196,10 +202,10 @@ class Block(nn.Module):
             a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, proposal, moved))
             self.sow("angles", name, jnp.stack([sphere.angle(a, b), sphere.angle(a, c)], axis=-1))
 
-    def _linear(self, x: jax.Array, name: str, axes: Axes, contracted: int = 1, **how) -> jax.Array:
+    def _linear(self, x: jax.Array, name: str, contracted: int = 1, factor: Any = None) -> Any:
         """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
-        c = self.config
-        w = matrix(self, c, name, axes, **how)
+        c, axes = self.config, TABLE[name].module_axes
+        w = matrix(self, c, name, factor)
 
         def product(x, w):
             return linear(x, rules.gather(w, axes), contracted)
@@ -211,67 +217,43 @@ class Block(nn.Module):
         return product(x, w)
 
     def _attention(
-        self, h: jax.Array, tables, segment_ids, cache: LayerCache | None, slots: Slots | None
-    ) -> tuple[jax.Array, LayerCache | None]:
+        self, x: jax.Array, tables, segment_ids, attend: Attend | None
+    ) -> tuple[jax.Array, Any]:
         c = self.config
-        assert c.head_dim is not None and c.kv_heads is not None
-        q = self._linear(h, "query_kernel", ("embed", "heads", "head_dim"))
-        k = self._linear(h, "key_kernel", ("embed", "kv_heads", "head_dim"))
-        v = self._linear(h, "value_kernel", ("embed", "kv_heads", "head_dim"))
-        if c.kind == "ngpt":
-            q, k = apply_rope(q, tables), apply_rope(k, tables)
-            q, k = self._unit_heads(q), self._unit_heads(k)
-            if c.folded:
-                factor = _declare(self, c, FOLDED_MARK, ("heads", "head_dim"), nn.initializers.ones)
-                q = (sphere.promote(q) * rules.gather(factor, ("heads", "head_dim"))).astype(
-                    q.dtype
-                )
-                softmax_scale = 1.0
-            else:
-                # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
-                s_qk = scale(self, c, "s_qk", ("kv_heads", "head_dim"), c.s_qk)
-                s_qk = rules.gather(s_qk, ("kv_heads", "head_dim"))
-                k = (sphere.promote(k) * jnp.square(s_qk)).astype(k.dtype)
-                softmax_scale = math.sqrt(c.head_dim)
-        else:
-            if c.qk_norm:
-                q = self._norm(q, "query_norm", "head_dim")
-                k = self._norm(k, "key_norm", "head_dim")
-            q, k = apply_rope(q, tables), apply_rope(k, tables)
-            softmax_scale = 1 / math.sqrt(c.head_dim)
+        q = self._linear(x, "query_kernel")
+        k = self._linear(x, "key_kernel")
+        v = self._linear(x, "value_kernel")
+        q, k = self._rms_norm(q, "query_norm"), self._rms_norm(k, "key_norm")
+        q, k = apply_rope(q, tables), apply_rope(k, tables)
+        if c.qk_norm and c.qk_form == "unit_after_rope":
+            q, k = norms.unit(q), norms.unit(k)
+        if c.folded:
+            factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
+            q = _scaled(q, rules.gather(factor, TABLE[FOLDED_MARK].module_axes))
+        elif (s_qk := scale(self, c, "s_qk")) is not None:
+            # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
+            k = _scaled(k, jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes)))
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
-        if cache is not None:
-            assert slots is not None
-            cache = write(cache, k, v, slots)
-        # (B, T, heads, head_dim)
-        if cache is None or slots is None or slots.empty:
-            kernel_name = kernel_of(c, h.shape[1])
-            out = causal_attention(q, k, v, softmax_scale, segment_ids, kernel_name)
+        if attend is None:
+            kernel, cache = kernel_of(c, x.shape[1]), None
+            out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel)
         else:
-            out = attend_to_cache(q, cache, softmax_scale, slots)
-        out = checkpoint_name(out, SAVED_NAME)
-        axes = ("heads", "head_dim", "embed")
-        out = self._linear(out, "out_kernel", axes, contracted=2, std_factor=self._out_std())
+            out, cache = attend(q, k, v, softmax_scale(c))
+        out = checkpoint_name(out, SAVED_NAME)  # (B, T, heads, head_dim)
+        out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed"), cache
 
-    def _unit_heads(self, x: jax.Array) -> jax.Array:
-        return sphere.normalize(x) if self.config.qk_norm else x
-
-    def _mlp(self, h: jax.Array) -> jax.Array:
+    def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
-        s_u = s_v = None
-        if c.kind == "ngpt" and not c.folded:  # equations 20, 21; sqrt(d) matters for v alone
-            s_u = scale(self, c, "s_u", ("mlp",), c.s_u)
-            s_v = scale(self, c, "s_v", ("mlp",), c.s_v) * math.sqrt(c.width)
-        u = self._linear(h, "up_kernel", ("embed", "mlp"), factor=s_u)
-        v = self._linear(h, "gate_kernel", ("embed", "mlp"), factor=s_v)
+        s_u, s_v = scale(self, c, "s_u"), scale(self, c, "s_v")  # equations 20, 21
+        if s_v is not None:
+            s_v = s_v * math.sqrt(c.width)  # for the gate alone does its size count
+        u = self._linear(x, "up_kernel", factor=s_u)
+        v = self._linear(x, "gate_kernel", factor=s_v)
         hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
-        out = self._linear(hidden, "down_kernel", ("mlp", "embed"), std_factor=self._out_std())
+        out = self._linear(hidden, "down_kernel")
         return rules.constrain(out, "batch", "length", "embed")
-
-    def _out_std(self) -> float:
-        return (2 * self.config.layers) ** -0.5
 
 
 class Transformer(nn.Module):
@@ -285,7 +267,7 @@ class Transformer(nn.Module):
 
     def setup(self):
         c = self.config
-        self.input_table = matrix(self, c, "input_embedding", ("vocab", "embed"))
+        self.input_table = matrix(self, c, "input_embedding")
         block = Block
         if c.remat != "none":
             policy = REMAT_POLICIES[c.remat]
@@ -299,25 +281,21 @@ class Transformer(nn.Module):
             unroll=1 if c.scan_layers else c.layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        s_z = None
-        if c.kind == "ngpt" and not c.folded:
-            s_z = scale(self, c, "s_z", ("vocab",), c.s_z)[:, None]
-        if c.kind == "gpt":
-            self.final_gain = gain(self, c, "final_norm", "embed")
-        self.output_table = matrix(self, c, "output_embedding", ("vocab", "embed"), factor=s_z)
+        s_z = scale(self, c, "s_z")
+        self.final_gain = gain(self, c, "final_norm")
+        self.output_table = matrix(
+            self, c, "output_embedding", factor=None if s_z is None else s_z[:, None]
+        )
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
-        """The last hidden states (B, T, embed), ready for the output table.
+    def hidden_and_table(
+        self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The last hidden states (B, T, embed), and the output table (vocab, embed) times s_z.
 
         Args:
           tokens: (B, T) ids.
           segment_ids: (B, T); attention stays within positions of the same id.
-          positions: (B, T) for RoPE; None: 0 to T - 1 in each window.
+          positions: (B, T) for RoPE; None: 0 to T - 1 in each sequence.
         """
         c = self.config
         assert c.head_dim is not None
@@ -327,22 +305,10 @@ class Transformer(nn.Module):
         where = jnp.arange(tokens.shape[1]) if positions is None else positions
         tables = rope_tables(where, c.head_dim, c.rope_base, dtype)
         h, _ = self.layers(h, tables, segment_ids)
-        return rms_norm(h, self.final_gain, c.rms_eps) if c.kind == "gpt" else h
-
-    def hidden_and_table(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """The last hidden states and the output table (vocab, embed), times s_z in nGPT."""
-        return self.hidden(tokens, segment_ids, positions), self.output_table
+        return norms.rms_norm(h, self.final_gain, c.rms_eps), self.output_table
 
     def __call__(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
+        self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
     ) -> jax.Array:
         """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
         h, table = self.hidden_and_table(tokens, segment_ids, positions)
@@ -369,74 +335,3 @@ def _init_boxed(config: ModelConfig, key: jax.Array):
     tokens = jnp.zeros((1, 2), jnp.int32)
     config = dataclasses.replace(config, attention="xla", remat="none")  # of no effect on init
     return Transformer(config).init(key, tokens)["params"]
-
-
-@functools.cache
-def param_axes(config: ModelConfig) -> dict[str, Any]:
-    """A tree like the parameters with each leaf's axis names, a tuple of strings."""
-    boxed = jax.eval_shape(functools.partial(_init_boxed, config), jax.random.key(0))
-    specs = nn.get_partition_spec(boxed)
-    return jax.tree.map(tuple, specs, is_leaf=lambda s: isinstance(s, jax.sharding.PartitionSpec))
-
-
-def refuse_folded(config: ModelConfig) -> None:
-    if config.folded:
-        raise ConfigError(
-            "model.folded: these weights have their scales multiplied in, which is for inference"
-            " alone; train from the raw ones."
-        )
-
-
-def is_axes(leaf: Any) -> bool:
-    """For ``is_leaf``: a leaf of :func:`param_axes`."""
-    return isinstance(leaf, tuple) and all(isinstance(a, str) for a in leaf)
-
-
-def is_matrix(axes: Axes) -> bool:
-    """A matrix has the embed axis and one other besides layers; all else is a scale vector."""
-    return "embed" in axes and len(set(axes) - {"layers"}) > 1
-
-
-def unit_axes(config: ModelConfig) -> dict[str, Any]:
-    """A tree like the parameters with the axis of unit norm, None for vectors and for GPT.
-
-    This is what :func:`ngpt_jax.projection.keep_params_on_sphere` takes. Raises ConfigError for
-    folded weights, whose vectors have other norms.
-    """
-    refuse_folded(config)
-
-    def unit_axis(axes: Axes) -> int | None:
-        return axes.index("embed") if config.kind == "ngpt" and is_matrix(axes) else None
-
-    return jax.tree.map(unit_axis, param_axes(config), is_leaf=is_axes)
-
-
-def compute_params(config: ModelConfig, params: Any) -> Any:
-    """Parameters as the network reads them: matrices rounded to the compute dtype.
-
-    Cast once for all passes of a step; gradients with respect to the result have the compute
-    dtype too. With ``normalize_on_read`` a matrix is normalized first and rounded where it is read.
-    """
-    if config.normalize_on_read:
-        return params
-
-    def cast(p, axes):
-        return p.astype(config.dtype) if is_matrix(axes) else p
-
-    return jax.tree.map(cast, params, param_axes(config))
-
-
-def real_vocab(leaf: Any, axes: Axes, config: ModelConfig) -> Any:
-    """A parameter without the rows of padding, for counts, means and exports."""
-    if "vocab" not in axes:
-        return leaf
-    index = [slice(None)] * len(axes)
-    index[axes.index("vocab")] = slice(config.vocab_size)
-    return leaf[tuple(index)]
-
-
-def num_params(config: ModelConfig) -> int:
-    """Parameters of the model, padding left out."""
-    sizes = axis_sizes(config) | {"vocab": config.vocab_size}
-    leaves = jax.tree.leaves(param_axes(config), is_leaf=is_axes)
-    return sum(math.prod(sizes[a] for a in axes) for axes in leaves)

@@ -1,14 +1,11 @@
 """One function per recipe, each an optax chain."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import optax
 
-from ngpt_jax.config import Config, OptimizerConfig
-from ngpt_jax.model.transformer import unit_axes
-from ngpt_jax.optim.groups import matrix_mask
+from ngpt_jax.config import Config
+from ngpt_jax.model.params import param_tree, unit_axes
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.projection import keep_params_on_sphere
 
@@ -48,11 +45,6 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
     return optax.GradientTransformationExtraArgs(adam.init, update_fn)
 
 
-def _clipped_adam(config: OptimizerConfig) -> list[optax.GradientTransformation]:
-    clip = [clip_by_global_norm(config.clip_norm, config.clip_eps)] if config.clip_norm else []
-    return [*clip, scale_by_adam(config.b1, config.b2, config.eps)]
-
-
 def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Scales updates by -schedule(step), where ``step`` is an argument of ``update``.
 
@@ -68,35 +60,32 @@ def scale_by_learning_rate(schedule: optax.Schedule) -> optax.GradientTransforma
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
 
 
-def ngpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """nGPT's: Adam on everything, then back onto the sphere."""
-    decay = config.optimizer.weight_decay
-    return optax.chain(
-        *_clipped_adam(config.optimizer),
-        *([optax.add_decayed_weights(decay, matrix_mask(config.model))] if decay else []),
-        scale_by_learning_rate(schedule),
-        *([keep_params_on_sphere(unit_axes(config.model))] if config.optimizer.project else []),
-    )
+def adam(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Gradient clipping, Adam, weight decay on matrices, and the projection onto the sphere.
 
-
-def gpt(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """The baseline's: AdamW, decay on matrices alone."""
+    Clipping is left out with clip_norm = 0, weight decay with weight_decay = 0, and the projection
+    without optimizer.project. With the preset of GPT it is AdamW, with that of nGPT Adam and
+    the projection.
+    """
+    o, model = config.optimizer, config.model
+    matrices = jax.tree.map(lambda p: p.is_matrix, param_tree(model))
     return optax.chain(
-        *_clipped_adam(config.optimizer),
-        optax.add_decayed_weights(config.optimizer.weight_decay, matrix_mask(config.model)),
+        *([clip_by_global_norm(o.clip_norm, o.clip_eps)] if o.clip_norm else []),
+        scale_by_adam(o.b1, o.b2, o.eps),
+        *([optax.add_decayed_weights(o.weight_decay, matrices)] if o.weight_decay else []),
         scale_by_learning_rate(schedule),
+        *([keep_params_on_sphere(unit_axes(model))] if o.project else []),
     )
 
 
 def make_optimizer(
     config: Config,
 ) -> tuple[optax.GradientTransformationExtraArgs, optax.Schedule]:
-    """The recipe of ``model.kind`` and its learning-rate schedule, for a resolved config.
+    """The optimizer of a resolved config, and its learning-rate schedule.
 
     Besides the usual arguments its ``update`` takes ``step``, the batches consumed before, and
     ``ok`` (True): where it is False the state stays as it was, and the updates are not to be used.
     """
     assert config.train.steps is not None
     schedule = make_schedule(config.optimizer, config.train.steps)
-    recipe = {"ngpt": ngpt, "gpt": gpt}[config.model.kind]
-    return recipe(config, schedule), schedule
+    return adam(config, schedule), schedule

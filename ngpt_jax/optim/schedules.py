@@ -1,11 +1,9 @@
 """Learning-rate schedules: functions of the step, which counts batches already consumed."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import optax
 
-from ngpt_jax.config import OptimizerConfig
+from ngpt_jax.config.fields import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

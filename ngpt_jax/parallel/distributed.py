@@ -1,6 +1,4 @@
-"""Several processes as one program: start-up, and what they have to agree on."""
-
-from __future__ import annotations
+"""Several processes as one program: how they start, and how they agree."""
 
 import itertools
 import os
@@ -9,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -24,8 +22,9 @@ _ADVICE = (
     " --worker=all --command=...)"
 )
 _MESSAGE_BYTES = 2048
+_CHARACTERS = 500  # of UTF-8, with their number before them, fit into a message
 _PATIENCE = 7 * 24 * 3600 * 1000  # milliseconds
-_rounds = itertools.count()
+_rounds = itertools.count()  # equal on all processes
 
 
 def initialize(
@@ -36,32 +35,30 @@ def initialize(
 ) -> None:
     """Joins this process with the others, before jax's first use of a device.
 
-    On TPU VMs and under SLURM or Open MPI everything is found out; elsewhere all three facts are
-    given. Without either this is a program of one process, and nothing happens.
+    On TPU VMs and under SLURM or Open MPI jax finds the other processes; elsewhere the three
+    arguments tell. In a program of one process nothing happens.
 
     Args:
       coordinator_address: host:port of process 0.
-      num_processes, process_id: how many, and which this is.
+      num_processes: how many there are.
+      process_id: which one this is, from 0.
       timeout: seconds to wait for the others; then the program ends with a message.
 
     Raises:
-      ConfigError: facts that are missing or wrong.
+      ConfigError: arguments are missing or wrong.
     """
     given = (coordinator_address, num_processes, process_id)
     if any(x is not None for x in given):
         _check_flags(*given)
     elif not _on_cluster():
         return
-    where = f"the coordinator at {coordinator_address}" if coordinator_address else "the others"
+    where = f"the coordinator at {coordinator_address} or " if coordinator_address else ""
 
     def give_up() -> None:
-        # The runtime itself would abort with a stack trace, and does not let anyone catch it.
-        print(
-            f"error: {where} and all processes were not there within {timeout} s; {_ADVICE}, and"
-            " see that the port is open.",
-            file=sys.stderr,
-            flush=True,
-        )
+        # jax itself would abort with a stack trace, which nobody can catch.
+        silent = f"{where}some of the other processes did not answer within {timeout} s"
+        mend = f"{_ADVICE}, and see that the port is open."
+        print(f"error: {silent}; {mend}", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(timeout, give_up)
@@ -105,9 +102,9 @@ def _on_cluster() -> bool:
 
 
 def _all_gpus() -> list[int] | None:
-    """The GPUs that a process sees, where it is the only one of the job on its host.
+    """The GPUs of this host, where no other process of the job runs on it.
 
-    None leaves it to jax: all devices, or under SLURM and Open MPI the one of the local rank.
+    None lets jax choose: all devices, or under SLURM and Open MPI that of the local rank.
     """
     tasks = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_TASKS_PER_NODE"))
     tasks = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", tasks)
@@ -123,25 +120,34 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def together(fn: Callable[[], T], error: type[Exception]) -> T:
-    """Runs ``fn`` on every process; where it fails on one, all end with its message.
+def _try(fn: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    """(what a function returned, the error that it raised)."""
+    try:
+        return fn(), None
+    except Exception as e:
+        return None, e
 
-    Without this the others would wait for the failed one.
+
+def together(fn: Callable[[], T], error: type[Exception]) -> T:
+    """Runs ``fn`` on every process; where it fails on one, all raise an error with its message.
+
+    Without this the others would wait for the failed process.
 
     Args:
       fn: local work, without collectives.
-      error: what the others raise.
+      error: what the other processes raise.
+
+    Returns:
+      What ``fn`` returned on this process.
     """
-    if jax.process_count() == 1:
-        return fn()
-    failed: Exception | None = None
-    try:
-        result = fn()
-    except Exception as e:
-        failed = e
-    messages = _all_messages("" if failed is None else str(failed) or type(failed).__name__)
-    if failed is not None:
-        raise failed
+    return fn() if jax.process_count() == 1 else _raise_together(*_try(fn), error)
+
+
+def _raise_together(result: Any, own: Exception | None, error: type[Exception]) -> Any:
+    """The result of this process, where no process has an error of its ``own``; all call it."""
+    messages = _all_messages("" if own is None else str(own) or type(own).__name__)
+    if own is not None:
+        raise own
     for process, message in enumerate(messages):
         if message:
             raise error(f"process {process}: {message}")
@@ -149,6 +155,7 @@ def together(fn: Callable[[], T], error: type[Exception]) -> T:
 
 
 def _all_messages(message: str) -> list[str]:
+    """The messages of all processes, each cut to 2 KiB."""
     data = message.encode()[:_MESSAGE_BYTES]
     buffer = np.zeros(_MESSAGE_BYTES, np.uint8)
     buffer[: len(data)] = np.frombuffer(data, np.uint8)
@@ -157,9 +164,14 @@ def _all_messages(message: str) -> list[str]:
 
 
 def of_first(fn: Callable[[], str]) -> str:
-    """What ``fn`` says on process 0, at most 2 KiB, on all of them; so also its errors."""
+    """The text that ``fn`` returns on process 0, on all processes; so also its error."""
     text = together(lambda: fn() if is_first() else "", ConfigError)
-    return text if jax.process_count() == 1 else _all_messages(text)[0]
+    if jax.process_count() == 1:
+        return text
+    length, _, found = _all_messages(f"{len(text)} {text[:_CHARACTERS]}")[0].partition(" ")
+    while len(found) < int(length):
+        found += _all_messages(text[len(found) : len(found) + _CHARACTERS])[0]
+    return found
 
 
 def check_same(**facts: object) -> None:
@@ -177,7 +189,7 @@ def check_same(**facts: object) -> None:
 
 
 def stop_agreed(poll: int) -> bool:
-    """Whether a process was sent SIGTERM, told to all at the same poll.
+    """Whether a process was sent SIGTERM; all processes get the same answer at the same poll.
 
     Args:
       poll: 1, 2, ...: every process asks equally often.
@@ -188,45 +200,32 @@ def stop_agreed(poll: int) -> bool:
 def first_then_rest(fn: Callable[[], T], error: type[Exception]) -> T:
     """Runs ``fn`` on process 0, which may take hours, and then on the others.
 
-    What process 0 writes to a shared disk is there for the others. Where it fails, they do not
-    begin.
+    So the others find on a shared disk what process 0 has written there. If it fails on process 0,
+    it does not run on the others; if it fails on any, all raise, as :func:`together` does.
 
     Args:
       fn: local work, without collectives.
       error: what the processes raise on which it did not fail.
+
+    Returns:
+      What ``fn`` returned on this process.
     """
     if jax.process_count() == 1:
         return fn()
-    outcome: list[Callable[[], T]] = []
-
-    def run() -> None:
-        try:
-            result = fn()
-            outcome.append(lambda: result)
-        except Exception as e:
-            failure = e
-
-            def fail() -> T:
-                raise failure
-
-            outcome.append(fail)
-
-    # By the runtime's own service: collectives give up after some minutes.
-    number = next(_rounds)
+    # The wait is the coordinator's: collectives give up after some minutes.
+    client, key = coordinator(), f"ngpt_jax/first_then_rest/{next(_rounds)}"
+    result, own = None, None
     if is_first():
-        run()
-        first_failed = outcome[0].__name__ == "fail"
-        runtime().key_value_set(f"ngpt_jax/first/{number}", str(first_failed))
-    failed = runtime().blocking_key_value_get(f"ngpt_jax/first/{number}", _PATIENCE)
-    if not is_first():
-        # Nothing, where process 0 failed: its error is raised here too.
-        outcome.append(lambda: cast(T, None)) if failed == "True" else run()
-    runtime().wait_at_barrier(f"ngpt_jax_rest_{number}", _PATIENCE)
-    return together(outcome[0], error)
+        result, own = _try(fn)
+        client.key_value_set(key, "done" if own is None else "failed")
+    elif client.blocking_key_value_get(key, _PATIENCE) == "done":
+        result, own = _try(fn)
+    client.wait_at_barrier(f"{key}/end", _PATIENCE)
+    return _raise_together(result, own, error)  # where process 0 failed, its error
 
 
-def runtime() -> Any:
-    """The client of jax's own service: keys with values, barriers; also for threads."""
+def coordinator() -> Any:
+    """The client of jax's coordination service: keys with values, barriers; threads may use it."""
     from jax._src import distributed as jax_distributed  # there is no public name for it
 
     assert jax_distributed.global_state.client is not None
@@ -234,10 +233,10 @@ def runtime() -> Any:
 
 
 def leave(code: int) -> int:
-    """The exit code of a program that others may still be waiting for.
+    """The exit code, for a program that other processes may still be waiting for.
 
-    With several processes it ends here: jax's shutdown would wait for the others, who wait for this
-    one. They are ended by the runtime, which misses it.
+    With several processes the program ends here, without jax's shutdown: that would wait for the
+    others, which wait for this process. The coordination service notices its end, and ends them.
     """
     if jax.process_count() > 1:
         sys.stdout.flush()

@@ -1,6 +1,4 @@
-"""The device mesh, and which rows of a batch belong where."""
-
-from __future__ import annotations
+"""The device mesh, and which rows of a batch go to which process."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +9,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 
-from ngpt_jax.config import Config, ConfigError, MeshConfig
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.fields import MeshConfig
 from ngpt_jax.parallel.rules import MESH_AXES, activation_spec, axis_size
 
 
@@ -36,14 +35,20 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a run, see :func:`device_mesh`; checks that it cuts the training batch.
+    """The mesh of a run, see :func:`device_mesh`; raises ConfigError where it does not divide the
+    training batch.
 
     Args:
       config: resolved.
       devices: all of them by default.
     """
     mesh = device_mesh(config.mesh, devices)
-    _check_batch(config, mesh)
+    _check_rows("train.batch_size", config.train.batch_size, mesh, config.train.accumulate)
+    if config.model.context % axis_size(mesh, "context"):
+        raise ConfigError(
+            f"model.context = {config.model.context} is not divisible by mesh.context ="
+            f" {axis_size(mesh, 'context')}."
+        )
     return mesh
 
 
@@ -65,53 +70,42 @@ def device_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None)
             f" are what lies across slices. Try mesh.data={slices}."
         )
     if slices > 1:
+        inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
         array = mesh_utils.create_hybrid_device_mesh(
-            (shape[0] // slices, *shape[1:]),
-            (slices, 1, 1, 1),
-            devices,
-            allow_split_physical_axes=True,
+            inside, across, devices, allow_split_physical_axes=True
         )
     else:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=tpu)
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _check_batch(config: Config, mesh: Mesh) -> None:
-    ways, accumulate = axis_size(mesh, "data", "fsdp"), config.train.accumulate
-    if config.train.batch_size % (ways * accumulate):
-        wanted = ways * accumulate
-        parts = f" in {accumulate} microbatches" if accumulate > 1 else ""
+def _check_rows(field: str, rows: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Refuses a batch whose rows the mesh cannot cut evenly."""
+    ways = axis_size(mesh, "data", "fsdp")
+    wanted = ways * microbatches
+    if rows % wanted:
+        parts = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise ConfigError(
-            f"train.batch_size = {config.train.batch_size} is not divisible by the {ways} devices"
-            f" of mesh.data * mesh.fsdp{parts};"
-            f" the next that is: {-(-config.train.batch_size // wanted) * wanted}."
-        )
-    if config.model.context % axis_size(mesh, "context"):
-        raise ConfigError(
-            f"model.context = {config.model.context} is not divisible by mesh.context ="
-            f" {axis_size(mesh, 'context')}."
+            f"{field} = {rows} is not divisible by the {ways} devices of mesh.data *"
+            f" mesh.fsdp{parts}; the next that is: {-(-rows // wanted) * wanted}."
         )
 
 
-def check_eval_batch(config: Config, mesh: Mesh) -> None:
-    """Refuses an evaluation batch whose rows the mesh cannot cut evenly."""
-    ways, batch_size = axis_size(mesh, "data", "fsdp"), config.eval.batch_size
-    if batch_size is not None and batch_size % ways:
-        raise ConfigError(
-            f"eval.batch_size = {batch_size} is not divisible by the {ways} devices of mesh.data *"
-            f" mesh.fsdp; the next that is: {-(-batch_size // ways) * ways}."
-        )
+def check_eval_batch(batch_size: int | None, mesh: Mesh) -> None:
+    """Refuses an ``eval.batch_size`` whose rows the mesh cannot cut evenly."""
+    if batch_size is not None:
+        _check_rows("eval.batch_size", batch_size, mesh)
 
 
 class BatchPlacer:
-    """Moves batches of one shape to the devices of a mesh, each process its own rows.
+    """Moves batches of one shape to the devices of a mesh; each process gives some of the rows.
 
-    Which rows a process needs follows from the batch's sharding, not from its index: where a
+    Which rows follows from the batch's sharding, not from the number of the process: where a
     ``tensor`` or ``context`` axis lies across processes, several need the same rows.
 
     Attributes:
       sharding: of every array of a batch, (batch, length).
-      rows: the rows that this process has to supply, ascending.
+      rows: the rows that this process gives, ascending.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int, context: int):

@@ -1,17 +1,14 @@
-"""Which mesh axes cut which named axis: one table for parameters, one for activations.
+"""Which mesh axes shard which named axis: one table for parameters, one for activations.
 
-The mesh has four axes: ``data`` (replicas of the model), ``fsdp`` (parameters are cut, and
-gathered where they are used), ``tensor`` (heads and hidden units are cut) and ``context``
-(positions are cut). ``embed`` of a parameter is never cut: every unit vector lies whole on
-one device, and the projection onto the sphere needs no communication.
+The mesh has four axes: ``data`` (replicas of the model), ``fsdp`` (shards parameters, which are
+gathered where they are used), ``tensor`` (shards heads and hidden units) and ``context`` (shards
+positions). ``embed`` of a parameter is never sharded: each unit vector lies whole on one device, so
+the projection onto the sphere needs no communication.
 """
-
-from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -43,13 +40,8 @@ ACTIVATIONS: Rules = {
     "vocab": ("tensor",),
 }
 
-# A parameter with a larger share of the model must not lie whole on every device.
+# A parameter with a larger share of all parameters must not lie whole on every device.
 UNSHARDED_SHARE = 0.02
-
-
-def _entry(names: Sequence[str]) -> Any:
-    """An entry of a PartitionSpec: None, a name, or a tuple of names."""
-    return None if not names else names[0] if len(names) == 1 else tuple(names)
 
 
 def current_mesh() -> AbstractMesh | None:
@@ -70,12 +62,19 @@ def param_spec(
     rules: Rules = PARAMETERS,
     name: str = "a parameter",
 ) -> PartitionSpec:
-    """How a parameter with the named ``axes`` lies on the mesh.
+    """How a parameter with the named ``axes`` is sharded.
+
+    Args:
+      axes: names of its axes.
+      sizes: of the named axes.
+      mesh: of the devices.
+      rules: mesh axes of each named axis.
+      name: of the parameter, for messages.
 
     Raises:
-      ConfigError: a mesh axis would cut two axes of the parameter, or does not divide one.
+      ConfigError: a mesh axis would shard two axes of the parameter, or does not divide one.
     """
-    entries: list[Any] = []
+    entries: list[list[str]] = []
     used: dict[str, str] = {}
     for axis in axes:
         cut = [m for m in rules[axis] if axis_size(mesh, m) > 1]
@@ -84,7 +83,7 @@ def param_spec(
         for m in cut:
             if m in used:
                 raise ConfigError(
-                    f"Mesh axis {m} would cut both {used[m]} and {axis} of {name}; change the"
+                    f"Mesh axis {m} would shard both {used[m]} and {axis} of {name}; change the"
                     " rules so that each mesh axis is used once."
                 )
             used[m] = axis
@@ -94,14 +93,13 @@ def param_spec(
                 f"{product} = {axis_size(mesh, *cut)} does not divide {axis} = {sizes[axis]} of"
                 f" {name}; {_mend(axis, sizes[axis], cut, mesh)}."
             )
-        entries.append(_entry(cut))
-    return PartitionSpec(*entries)
+        entries.append(cut)
+    return PartitionSpec(*map(tuple, entries))
 
 
 def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -> str:
     if axis == "vocab":
-        wanted = axis_size(mesh, *cut)
-        return f"set model.vocab_multiple to a multiple of {wanted}"
+        return f"set model.vocab_multiple to a multiple of {axis_size(mesh, *cut)}"
     left = size
     for m in cut:
         n = axis_size(mesh, m)
@@ -115,7 +113,7 @@ def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -
 def check_sharded_enough(
     specs: Mapping[str, PartitionSpec], elements: Mapping[str, int], mesh: Mesh | AbstractMesh
 ) -> None:
-    """Refuses a mesh with fsdp or tensor axes that leaves a large parameter on every device."""
+    """Refuses a mesh whose fsdp and tensor axes leave a large parameter whole on every device."""
     if axis_size(mesh, "fsdp", "tensor") == 1:
         return
     total = sum(elements.values())
@@ -132,19 +130,19 @@ def check_sharded_enough(
 def activation_spec(
     axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh | AbstractMesh
 ) -> PartitionSpec:
-    """How an activation lies on the mesh; an axis that does not divide stays whole.
+    """How an activation is sharded; an axis that the mesh does not divide stays whole.
 
-    (Training batches are checked at the start; a sample's batch of one is not cut.)
+    So a batch of one sequence works. Training batches are checked at the start.
     """
-    entries: list[Any] = []
+    entries: list[list[str]] = []
     for axis, size in zip(axes, shape, strict=True):
         cut: list[str] = []
         for m in ACTIVATIONS[axis] if axis is not None else ():
             n = axis_size(mesh, m)
             if n > 1 and size % (axis_size(mesh, *cut) * n) == 0:
                 cut.append(m)
-        entries.append(_entry(cut))
-    return PartitionSpec(*entries)
+        entries.append(cut)
+    return PartitionSpec(*map(tuple, entries))
 
 
 def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
@@ -156,7 +154,7 @@ def spec_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Fixes how an activation with the named axes lies on the current mesh."""
+    """Shards an activation with the named axes over the current mesh."""
     mesh = current_mesh()
     if mesh is None:
         return x
@@ -165,16 +163,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """A parameter as it is used: gathered over ``fsdp``, still cut over ``tensor``.
+    """A parameter as it is used: gathered over ``fsdp``, still sharded over ``tensor``.
 
-    Its gradient is reduced straight into the parameter's own layout: summed and scattered, not
-    summed on every device.
+    Its gradient is summed and scattered into the parameter's own shards in one go, not summed on
+    every device.
     """
     return lay_out(w, axes, without="fsdp")
 
 
 def lay_out(w: jax.Array, axes: tuple[str, ...], without: str | None = None) -> jax.Array:
-    """Fixes that an array lies on the current mesh as a parameter with the named axes does."""
+    """Shards an array over the current mesh as a parameter with the named axes.
+
+    Args:
+      w: the array.
+      axes: names of its axes.
+      without: a mesh axis that does not count.
+    """
     mesh = current_mesh()
     if mesh is None:
         return w
@@ -195,4 +199,5 @@ gather.defvjp(_gather_fwd, _gather_bwd)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

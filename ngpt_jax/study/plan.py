@@ -1,27 +1,26 @@
-"""A study: which runs it consists of, and which of them are due, given the results so far.
+"""A study: the runs of which it consists, and those that are due, given the results so far.
 
 Pure functions: no files, no processes. A cell is a setting (a corpus, a context), a model and a
-budget. In each cell a field, the learning rate usually, is tuned with the first seed: on the whole
-ladder of values in the cells of the smallest and the largest budget, in between on the best value
-of the budget below and its neighbours; and on from there until the best value has a worse one on
-either side. The other seeds then run with the best value. What is due follows from results of
-finished stages alone, so the order in which runs end changes nothing.
+budget. In each cell a field, usually the learning rate, is tuned with the first seed. Cells of the
+smallest and the largest budget try the whole ladder of values; the others start from the best value
+of the next smaller budget and its two neighbours. Tuning goes on until the best value has a worse
+one on either side. Then the other seeds run with the best value. The runs that are due follow from
+complete stages alone, so the order in which runs end changes nothing.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from ngpt_jax.config import ConfigError, field_hint
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.convert import field_named
 
 # Fields of the config by dotted name.
 Overrides = Mapping[str, Any]
-MAX_WALK = 8  # rungs beyond the ladder: whoever needs more has the wrong ladder
+MAX_WALK = 8  # rungs beyond the ladder; a study that needs more has the wrong ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +28,17 @@ class Study:
     """What an experiment file's ``get_study()`` returns.
 
     Attributes:
-      models: overrides by name, the first one first in tables. See :func:`grid` for sweeps.
+      models: overrides by name, in the order of the tables. See :func:`grid` for sweeps.
       settings: overrides by name: corpora, contexts, sizes.
-      recipes: by setting and model, overrides on top of both: what a model wants there alone.
-      budgets: train.steps, ascending; each run has a whole schedule of its own.
-      seeds: of init and of the order of the data; the first one tunes.
-      tuned: the field that is tuned; None: nothing is.
+      recipes: further overrides by setting and model, for what a model needs in one setting only.
+      budgets: values of train.steps, ascending; each run has its own full schedule.
+      seeds: of the initial weights and of the order of the data; the first one is for tuning.
+      tuned: the field that is tuned; None: no field.
       ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
       baseline: the model whose losses the others have to reach.
-      cores: CPU cores that each run is pinned to, as many runs side by side as there are cores;
-        None: one run at a time, on whatever devices jax finds.
-      trials: runs of the search for each model's recipe, for the report.
+      cores: CPU cores that each run is pinned to; as many runs go side by side as cores allow.
+        None: one run at a time, on the devices that jax finds.
+      trials: how many runs the search for each model's recipe took, for the report.
       title, notes: for the report.
     """
 
@@ -57,8 +56,7 @@ class Study:
     notes: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One run: a cell, a value of the tuned field (None where nothing is tuned) and a seed."""
 
     setting: str
@@ -73,15 +71,16 @@ class Point:
         return f"{self.setting}-{self.model}-{self.steps}{value}-seed{self.seed}"
 
 
+Cell = tuple[str, str, int]  # setting, model, steps
 Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one diverged
 
 
 class OffLadder(ConfigError):
-    """A cell whose best value was not found within reach of its ladder."""
+    """A cell whose best value was not found within MAX_WALK rungs of its ladder."""
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
-    """Models (or settings) that are all combinations of values of some fields.
+    """Models (or settings): all combinations of values of some fields.
 
     >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))[:2]
     ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0']
@@ -94,11 +93,10 @@ def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
 
 
 _NOT_IN_NAMES = r"[^\w=,.+-]"
-_SET_BY_POINTS = ("train.steps", "train.tokens", "train.seed", "data.seed")
 
 
 def check(study: Study) -> None:
-    """Refuses a study that makes no sense, before any run."""
+    """Raises ConfigError for a study that makes no sense."""
 
     def require(ok: bool, message: str) -> None:
         if not ok:
@@ -112,10 +110,8 @@ def check(study: Study) -> None:
         arms = getattr(study, what)
         require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
         for name in arms:
-            require(
-                isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name),
-                f"{name!r}: a name is made of letters, digits and _ = , . + -",
-            )
+            good = isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name)
+            require(good, f"{name!r}: a name is made of letters, digits and _ = , . + -")
     overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
     overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
     require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
@@ -128,34 +124,29 @@ def check(study: Study) -> None:
     for what, fields in overrides.items():
         require(isinstance(fields, Mapping), f"{what} must be a dict of fields.")
         for field, value in fields.items():
-            known = field_hint(str(field)) is not None
-            require(known, f"{what}: unknown field {field!r}.")
-            own = field in _SET_BY_POINTS or (
-                field == study.tuned and not what.startswith("settings")
-            )
+            known = field_named(str(field))
+            require(known is not None, f"{what}: unknown field {field!r}.")
+            own = field == study.tuned and not what.startswith("settings")
+            own = own or (known is not None and known.set_by_study)
             require(not own, f"{what}: {field} is set by the study itself.")
             require(value != () and value != [], f"{what}: {field} is empty.")
     names = [f"{s}-{m}" for s in study.settings for m in study.models]
     require(len(set(names)) == len(names), "names of settings and models run into each other.")
     for what in ("budgets", "seeds"):
         values = getattr(study, what)
-        require(
-            isinstance(values, tuple | list | range)
-            and all(isinstance(x, int) and x >= 0 for x in values)
-            and len(values) > 0
-            and list(values) == sorted(set(values)),
-            f"{what} must be whole numbers, ascending.",
-        )
-    require(
-        study.baseline is None or study.baseline in study.models,
-        f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.",
-    )
+        good = isinstance(values, tuple | list | range) and len(values) > 0
+        good = good and all(isinstance(x, int) and x >= 0 for x in values)
+        good = good and list(values) == sorted(set(values))
+        require(good, f"{what} must be whole numbers, ascending.")
+    good = study.baseline is None or study.baseline in study.models
+    require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     if study.tuned is None:
         return
+    tuned = field_named(study.tuned)
     require(
-        field_hint(study.tuned) in (float, float | None),
+        tuned is not None and tuned.type in (float, float | None),
         f"tuned must name a field that is a float, not {study.tuned!r}; sweep others with grid().",
     )
     for model in {**study.models, **study.ladders}:
@@ -163,18 +154,15 @@ def check(study: Study) -> None:
         ladder = study.ladders.get(model, ())
         positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
         factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
-        require(
-            len(ladder) >= 3 and bool(factors) and min(factors) > 1,
-            f"ladders[{model!r}] must hold three or more positive values, ascending.",
-        )
-        require(
-            max(factors) < 1.2 * min(factors),
-            f"ladders[{model!r}] must have a constant factor between values.",
-        )
+        name = f"ladders[{model!r}]"
+        good = len(ladder) >= 3 and bool(factors) and min(factors) > 1
+        require(good, f"{name} must hold three or more positive values, ascending.")
+        good = max(factors) < 1.2 * min(factors)
+        require(good, f"{name} must have a constant factor between values.")
 
 
 def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
-    """(dotted name, text) of every field that a point sets, as the command line takes them."""
+    """(dotted name, text) of every field that a point sets, as on a command line."""
     values: dict[str, Any] = {
         **study.settings[point.setting],
         **study.models[point.model],
@@ -193,7 +181,7 @@ def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:
 
 
 def rung(ladder: Sequence[float], index: int) -> float:
-    """Value number ``index`` of a ladder, which goes on at both ends by its factor."""
+    """Value number ``index`` of a ladder, which is extended at both ends by its factor."""
     if 0 <= index < len(ladder):
         return float(ladder[index])
     factor = (ladder[-1] / ladder[0]) ** (1 / (len(ladder) - 1))
@@ -201,22 +189,21 @@ def rung(ladder: Sequence[float], index: int) -> float:
     return float(f"{end * factor**steps:.3g}")
 
 
-def cells(study: Study) -> Iterator[tuple[str, str, int]]:
-    """(setting, model, steps), the smallest budgets first."""
-    for steps in study.budgets:
-        for setting in study.settings:
-            for model in study.models:
-                yield setting, model, steps
+def cells(study: Study) -> list[Cell]:
+    """All cells, the smallest budgets first."""
+    places = itertools.product(study.budgets, study.settings, study.models)
+    return [(setting, model, steps) for steps, setting, model in places]
 
 
 def tune(
     study: Study, losses: Losses, setting: str, model: str, steps: int
 ) -> tuple[float | None, list[Point]]:
-    """The best value of a cell, or the runs that it takes to find it.
+    """The best value of a cell, or the runs that are needed next to find it.
 
     Returns:
-      (value, []) once the best value has a worse one on either side (None where nothing is
-      tuned), else (None, points that are due); both empty where the budget below comes first.
+      (value, []) once the best value has a worse one on either side, with None for a study that
+      tunes no field. Else (None, points that are due), none where the next smaller budget has to be
+      tuned first. Raises OffLadder.
     """
     if study.tuned is None:
         return None, []
@@ -237,7 +224,7 @@ def tune(
             return None, due
         best = min(indices, key=lambda i: (losses[points[i]], i))
         if not math.isfinite(losses[points[best]]):
-            best = min(indices)  # all diverged: lower values may not
+            best = min(indices)  # all diverged: a lower value may not
         beyond = {best - 1, best + 1} - indices
         if not beyond:
             return rung(ladder, best), []
@@ -254,9 +241,7 @@ def _index(ladder: Sequence[float], value: float) -> int:
     return next(i for i in reach if rung(ladder, i) == value)
 
 
-def _tuned_cells(
-    study: Study, losses: Losses
-) -> Iterator[tuple[tuple[str, str, int], float | None, list[Point]]]:
+def _tuned_cells(study: Study, losses: Losses) -> Iterator[tuple[Cell, float | None, list[Point]]]:
     """(cell, best value, points due to find it) of the cells that have one or the other."""
     for cell in cells(study):
         try:
@@ -268,7 +253,7 @@ def _tuned_cells(
 
 
 def given_up(study: Study, losses: Losses) -> list[str]:
-    """Why cells have no best value, a line each."""
+    """A line for each cell whose best value cannot be found."""
     lines = []
     for cell in cells(study):
         try:
@@ -279,7 +264,7 @@ def given_up(study: Study, losses: Losses) -> list[str]:
 
 
 def due(study: Study, losses: Losses) -> list[Point]:
-    """The runs that can start now, in the order in which they should, smallest budgets first."""
+    """The runs that can start now, in the order to start them: smallest budgets first."""
     out: list[Point] = []
     for cell, value, points in _tuned_cells(study, losses):
         seeds = [] if points else [Point(*cell, value, seed) for seed in study.seeds]
@@ -288,7 +273,7 @@ def due(study: Study, losses: Losses) -> list[Point]:
 
 
 def forecast(study: Study, losses: Losses) -> list[Point]:
-    """All runs still to come, if the best values of cells not yet tuned lie mid-ladder."""
+    """All runs still to come, on the guess that best values lie in the middle of the ladder."""
     guessed = dict(losses)
     out: list[Point] = []
     while points := due(study, guessed):
@@ -298,13 +283,13 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
             if p.value is not None:
                 ladder = study.ladders[p.model]
                 away = abs(_index(ladder, p.value) - (len(ladder) - 1) / 2)
-                cell = [x for q, x in losses.items() if dataclasses.replace(q, value=p.value) == p]
+                cell = [x for q, x in losses.items() if q._replace(value=p.value) == p]
                 guessed[p] = away + max(filter(math.isfinite, cell), default=0.0)
     return out
 
 
-def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Point]]:
-    """The finished runs of all seeds with the best value, for each cell that is complete."""
+def chosen(study: Study, losses: Losses) -> dict[Cell, list[Point]]:
+    """The finished runs of all seeds with the best value, by cell; complete cells alone."""
     out = {}
     for cell, value, points in _tuned_cells(study, losses):
         runs = [Point(*cell, value, seed) for seed in study.seeds]
@@ -314,13 +299,10 @@ def chosen(study: Study, losses: Losses) -> dict[tuple[str, str, int], list[Poin
 
 
 def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None, float | None]:
-    """Losses of the first seed with the next smaller and the next larger value of the ladder."""
+    """Losses of the first seed at the next smaller and the next larger value of the ladder."""
     if point.value is None:
         return None, None
-    ladder = study.ladders[point.model]
+    ladder, tuning = study.ladders[point.model], point._replace(seed=study.seeds[0])
     index = _index(ladder, point.value)
-    below, above = (
-        losses.get(dataclasses.replace(point, value=rung(ladder, i), seed=study.seeds[0]))
-        for i in (index - 1, index + 1)
-    )
-    return below, above
+    below, above = rung(ladder, index - 1), rung(ladder, index + 1)
+    return losses.get(tuning._replace(value=below)), losses.get(tuning._replace(value=above))

@@ -1,31 +1,26 @@
-"""The table of a study's finished runs, a CSV file that several programs may add to."""
+"""The table of a study's finished runs: a CSV file to which several programs may add."""
 
-from __future__ import annotations
-
-import contextlib
 import csv
-import fcntl
-import functools
 import json
 import math
 import shlex
 import statistics
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.experiment import call_in_file, load_config
-from ngpt_jax.config.presets import PRESETS, preset_value
-from ngpt_jax.files import digest_of, reason
+from ngpt_jax.config.presets import value_of_kind
+from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
 
-Row = dict[str, Any]
+Result = dict[str, Any]  # one run: a line of the table
 
-# Of each column: its type.
+# Each column with its type.
 COLUMNS: dict[str, type] = {
     "setting": str, "model": str, "steps": int, "value": float, "seed": int,
     "status": str,  # done or diverged
@@ -35,38 +30,26 @@ COLUMNS: dict[str, type] = {
     "seconds": float,  # of training, without evaluation and compilation
     "tokens_per_second": float,  # median over the run's intervals
     "cpu": str, "cores": int, "devices": str, "python": str, "jax": str, "jaxlib": str,
-    "commit": str,  # of the code, + where it was changed
+    "commit": str,  # of the code, with + where it was changed since
     "data": str, "held_out": str,  # fingerprints of the training and the held-out tokens
     "config": str,  # digest of what decides about the loss
     "command": str,
 }  # fmt: skip
+# The columns that say on what a run was made.
+MACHINE = ("cpu", "cores", "devices", "python", "jax", "jaxlib")
+LOCK = ".lock"  # of a study's folder, in which several programs may write
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
-
-# Fields that decide where and how fast a run is, not what it learns, by the beginning of the name.
-_NO_PART = (
-    "mesh.", "runtime.", "profile.", "log.", "checkpoint.", "sample.", "eval.", "model.remat",
-    "model.attention", "model.loss_chunk", "data.paths", "data.eval_paths", "data.cache",
-    "data.workers", "data.threads", "data.prefetch", "train.accumulate",
-)  # fmt: skip
-
-
-_CHOICES_OF_KIND = set(PRESETS["ngpt"]) - {
-    "model.qk_norm",
-    "model.init_std",
-    "optimizer.warmup_steps",
-    "optimizer.weight_decay",
-}
 
 
 def load_study(spec: str) -> Study:
-    """What get_study(variants) of FILE[:variant,...] returns, checked."""
+    """The study that get_study(variants) of FILE[:variant,...] returns; raises ConfigError."""
     study = call_in_file("experiment", spec, "get_study")
     check(study)
     return study
 
 
 def default_folder(experiment: str) -> Path:
-    """Where the results of FILE[:variant,...] lie: beside it, FILE-variant."""
+    """The folder of the results of FILE[:variant,...]: FILE-variant, beside the file."""
     path, _, variants = experiment.partition(":")
     return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
 
@@ -82,27 +65,22 @@ def config_of(experiment: str, study: Study, point: Point) -> Config:
 
 
 def digest(config: Config) -> str:
-    """Of the fields that decide about the loss, where they are not the defaults.
+    """A digest of the fields that can change the loss and are not at their default.
 
-    So that a table stays good when later versions have new fields. Text is told apart by the
-    fingerprints of its tokens.
+    A table stays good when later versions have new fields: these are at their default, or at the
+    value that the kind's preset gives. Fingerprints tell the text apart, not its path.
     """
     lines = []
-    for line in config_lib.differences(Config(), config):
-        name = line.partition(":")[0]
-        if name in _CHOICES_OF_KIND:
-            value = functools.reduce(getattr, name.split("."), config)
-            if value == preset_value(config, name):
-                continue
-            if name == "optimizer.project":
-                line = f"{name}: True -> {value!r}"
-        if not line.startswith(_NO_PART):
-            lines.append(line)
+    for field, default, value in config_lib.differences(Config(), config):
+        if not field.always_in_digest:
+            default = value_of_kind(config, field.name, default)
+        if field.effect.loss and value != default:
+            lines.append(f"{field.name}: {default!r} -> {value!r}")
     return digest_of(lines)[:12]
 
 
-def read(path: Path) -> list[Row]:
-    """The rows of a table, none where there is no file; raises ConfigError."""
+def read(path: Path) -> list[Result]:
+    """The rows of a table, none where the file does not exist; raises ConfigError."""
     if not path.exists():
         return []
     try:
@@ -127,12 +105,12 @@ def read(path: Path) -> list[Row]:
         raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
 
 
-def point_of(row: Row) -> Point:
-    return Point(row["setting"], row["model"], row["steps"], row["value"], row["seed"])
+def point_of(row: Result) -> Point:
+    return Point(*(row[name] for name in Point._fields))
 
 
-def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
-    """Held-out losses of the runs of a study, inf where one diverged; other rows are left out."""
+def losses_of(study: Study, rows: Sequence[Result]) -> Losses:
+    """Held-out losses of a study's runs, inf for those that diverged; other rows are left out."""
     out = {}
     for row in rows:
         point = point_of(row)
@@ -141,8 +119,8 @@ def losses_of(study: Study, rows: Sequence[Row]) -> Losses:
     return out
 
 
-def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
-    """The rows that a study asks for now, or could."""
+def in_study(study: Study, rows: Sequence[Result]) -> list[Result]:
+    """The rows whose points belong to a study, whatever the value of the tuned field."""
     return [
         row for row in rows
         if row["setting"] in study.settings and row["model"] in study.models
@@ -151,8 +129,8 @@ def in_study(study: Study, rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -> None:
-    """Refuses rows that were made with other settings than the study has now, or of other text."""
+def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path) -> None:
+    """Raises ConfigError for rows of other settings than the study has now, or of other text."""
     rows = in_study(study, rows)
     stale = [r for r in rows if r["config"] != digest(config_of(experiment, study, point_of(r)))]
     if stale:
@@ -171,27 +149,16 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Row], path: Path) -
                 )
 
 
-def spread_of(study: Study, rows: Sequence[Row], point: Point) -> float | None:
-    """Largest less smallest loss over the seeds of a point's cell; None where it has no others."""
-    losses = losses_of(study, rows)
-    cell = [
-        x for p, x in losses.items()
-        if (p.setting, p.model, p.steps, p.value)
-        == (point.setting, point.model, point.steps, point.value) and math.isfinite(x)
-    ]  # fmt: skip
+def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
+    """Largest less smallest loss over the seeds of a point's cell; None for a single seed."""
+    seeds = ((p._replace(seed=point.seed), x) for p, x in losses_of(study, rows).items())
+    cell = [x for p, x in seeds if p == point and math.isfinite(x)]
     return max(cell) - min(cell) if len(cell) > 1 else None
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    with open(folder / ".lock", "a", encoding="utf-8") as f:
-        fcntl.flock(f, fcntl.LOCK_EX)
-        yield
-
-
-def add(path: Path, study: Study, row: Row) -> None:
-    """Adds a row, in the place that the study's order gives it, for any row of its point."""
-    with locked(path.parent):
+def add(path: Path, study: Study, row: Result) -> None:
+    """Adds a row in the study's order; it replaces an older row of the same point."""
+    with lock(path.parent / LOCK):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
         names = list(study.settings), list(study.models)
 
@@ -205,20 +172,14 @@ def add(path: Path, study: Study, row: Row) -> None:
         plots.write_csv(path, list(COLUMNS), sorted(rows, key=place))
 
 
-class Origin(NamedTuple):
-    """What a run was started from; noted at its start, as files may change under it."""
-
-    digest: str
-    commit: str | None
-
-
-def origin_of(experiment: str, study: Study, point: Point) -> Origin:
-    file = experiment.partition(":")[0]
-    return Origin(digest(config_of(experiment, study, point)), _commit(file))
+def origin_of(experiment: str, study: Study, point: Point) -> Result:
+    """The columns that are noted at the start of a run, as files may change while it runs."""
+    config = digest(config_of(experiment, study, point))
+    return {"config": config, "commit": _commit(experiment.partition(":")[0])}
 
 
 def _commit(experiment: str) -> str | None:
-    """Of the checkout that this code lies in, + where it or the experiment was changed since."""
+    """The commit of this code, with + where it or the experiment was changed since."""
     package = Path(__file__).parent.parent
 
     def git(*arguments: str) -> str:
@@ -233,10 +194,13 @@ def _commit(experiment: str) -> str | None:
 
 
 def row_of(
-    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Origin
-) -> Row:
-    """The row of a finished run, from its folder. A held-out loss that is not finite: diverged."""
-    from ngpt_jax.model.transformer import num_params
+    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Result
+) -> Result:
+    """The row of a finished run, from its folder.
+
+    A run whose held-out loss is not finite counts as diverged. ``origin``: see :func:`origin_of`.
+    """
+    from ngpt_jax.model.params import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
 
     text = (workdir / "config.json").read_text(encoding="utf-8")
@@ -244,9 +208,7 @@ def row_of(
     versions = json.loads((workdir / "versions.json").read_text(encoding="utf-8"))
     metrics = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     rates = [m["train/tokens_per_second"] for m in metrics if "train/tokens_per_second" in m]
-    last: dict[str, float] = {}
-    for row in metrics:
-        last |= row
+    last: dict[str, float] = {name: x for row in metrics for name, x in row.items()}
     final = metrics[-1] if metrics else {}  # the last evaluation is the last row
     sets = {key.rsplit("/", 1)[0] for key in last if key.startswith("eval/")}
     diverged = diverged or not sets or not all(f"{name}/loss" in final for name in sets)
@@ -258,15 +220,12 @@ def row_of(
     command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)])
     tokens = point.steps * config.train.batch_size * config.model.context
     return {
-        "setting": point.setting, "model": point.model, "steps": point.steps,
-        "value": point.value, "seed": point.seed,
-        "status": "diverged" if diverged else "done",
+        **point._asdict(), "status": "diverged" if diverged else "done",
         "loss": mean("loss"), "bits_per_byte": mean("bits_per_byte"),
         "tokens": tokens, "parameters": num_params(config.model),
         "flops": tokens * train_flops_per_token(config.model),
         "seconds": round(last.get("train/seconds", 0.0), 2),
         "tokens_per_second": round(statistics.median(rates)) if rates else None,
-        **{name: versions[name] for name in ("cpu", "cores", "devices", "python", "jax", "jaxlib")},
-        "commit": origin.commit, "data": versions["data"][:12],
-        "held_out": versions["held_out"][:12], "config": origin.digest, "command": command,
+        **{name: versions[name] for name in MACHINE}, **origin, "command": command,
+        "data": versions["data"][:12], "held_out": versions["held_out"][:12],
     }  # fmt: skip

@@ -1,40 +1,59 @@
 """Runs the points of a study, each as a process of its own, side by side, until none is due."""
 
-from __future__ import annotations
-
-import fcntl
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.files import lock
 from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Point, Study
-from ngpt_jax.study.results import Origin
+from ngpt_jax.study.results import Result
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
 EXIT_DIVERGED = 3  # workdir.Diverged.exit_code, without loading jax
+Stopped = Callable[[], str | None]  # the name of the signal that was received, if one was
 
 
 class PointFailed(RuntimeError):
-    """A run ended with an error that is none of training's: one line."""
+    """A run ended with an error that training does not know: one line."""
+
+
+class Comparison(NamedTuple):
+    """A study and its files.
+
+    Attributes:
+      experiment: the file that defines it, as its runs' --config.
+      study: what the file's get_study() returned.
+      table: the CSV file of the results.
+      runs: the folder of the runs' folders and logs.
+    """
+
+    experiment: str
+    study: Study
+    table: Path
+    runs: Path
+
+    def log_of(self, point: Point) -> Path:
+        return self.runs / f"{point.name}.log"
 
 
 class Running(NamedTuple):
     point: Point
     process: subprocess.Popen
     locks: list[IO[str]]  # of the point and of its cores
-    origin: Origin
+    origin: Result
 
 
 def available_cores() -> list[int]:
+    """The CPU cores that this program may use."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
@@ -48,14 +67,11 @@ def lanes(cores: int | None) -> int:
     return 1 if cores is None else here // cores
 
 
-def lock(path: Path) -> IO[str] | None:
-    """Takes a file for this program, and for the run that inherits it; None if it is taken."""
-    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+def take(path: Path) -> IO[str] | None:
+    """Locks a file for this program, and for the run that inherits it; None if it is locked."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
+        return lock(path, keep_waiting=lambda: False)
     except BlockingIOError:
-        file.close()
         return None
 
 
@@ -71,18 +87,22 @@ def take_cores(cores: int | None) -> dict[int, IO[str]] | None:
     folder.mkdir(mode=0o700, exist_ok=True)
     taken: dict[int, IO[str]] = {}
     for core in available_cores():
-        if (held := lock(folder / str(core))) is not None:
+        if (held := take(folder / str(core))) is not None:
             taken[core] = held
         if len(taken) == cores:
             return taken
-    for held in taken.values():
-        held.close()
+    release(taken.values())
     return None
+
+
+def release(locks: Iterable[IO[str]]) -> None:
+    for held in locks:
+        held.close()
 
 
 @contextmanager
 def pinned(cores: Iterable[int]) -> Iterator[None]:
-    """What is started inside has these cores alone, as far as the system can do that."""
+    """Processes that are started inside run on these cores alone, where the system can do that."""
     if not cores or not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -94,78 +114,52 @@ def pinned(cores: Iterable[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def start(
-    experiment: str,
-    study: Study,
-    point: Point,
-    runs: Path,
-    cores: Iterable[int],
-    locks: list[IO[str]],
-) -> Running:
-    """Starts ``python -m ngpt_jax.main`` for a point, its output in RUNS/NAME.log."""
+def start(c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]]) -> Running:
+    """Starts ``python -m ngpt_jax.main`` for a point, with its output in RUNS/NAME.log."""
     command = [
         sys.executable, "-m", "ngpt_jax.main",
-        *results.command_of(experiment, study, point), f"--workdir={runs / point.name}",
+        *results.command_of(c.experiment, c.study, point), f"--workdir={c.runs / point.name}",
     ]  # fmt: skip
-    environment = dict(os.environ)
-    if study.cores is not None:
-        environment["JAX_PLATFORMS"] = "cpu"
-    with pinned(cores), open(runs / f"{point.name}.log", "a", encoding="utf-8") as log:
-        # A session of its own: Ctrl-C reaches it through us, once.
+    environment = os.environ | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
+    with pinned(cores), open(c.log_of(point), "a", encoding="utf-8") as log:
+        # In a session of its own: Ctrl-C reaches it only through this program, once.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=environment, pass_fds=[f.fileno() for f in locks], start_new_session=True,
         )  # fmt: skip
-    return Running(point, process, locks, results.origin_of(experiment, study, point))
+    return Running(point, process, locks, results.origin_of(c.experiment, c.study, point))
 
 
-def release(locks: Iterable[IO[str]]) -> None:
-    for held in locks:
-        held.close()
+def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> bool:
+    """Runs the points that are due until none is, or until stopped.
 
-
-def run_all(
-    experiment: str,
-    study: Study,
-    table: Path,
-    runs: Path,
-    terminal: Terminal,
-    stopped: Callable[[], str | None],
-) -> bool:
-    """Runs what is due until nothing is, or until stopped.
-
-    Args:
-      experiment: the file, as its runs' --config.
-      study: its study.
-      table: the CSV file; each finished run is added at once.
-      runs: the folder of the runs' folders and logs.
-      terminal: for people.
-      stopped: asked all the time; the name of a signal ends the runs, each saving its state.
+    Each finished run is added to the table at once. When ``stopped`` names a signal, the runs save
+    their state and end.
 
     Returns:
       Whether the study is complete. Raises PointFailed.
     """
-    runs.mkdir(parents=True, exist_ok=True)
+    c.runs.mkdir(parents=True, exist_ok=True)
     running: list[Running] = []
     waiting = False
     try:
         while True:
-            rows = results.read(table)
-            losses = results.losses_of(study, rows)
-            due = [p for p in plan.due(study, losses) if p not in {r.point for r in running}]
+            rows = results.read(c.table)
+            losses = results.losses_of(c.study, rows)
+            due = [p for p in plan.due(c.study, losses) if p not in {r.point for r in running}]
             for point in due:
-                if stopped() or len(running) == lanes(study.cores):
+                if stopped() or len(running) == lanes(c.study.cores):
                     break
-                if (run := _try(experiment, study, point, table, runs)) is not None:
+                if (run := _try(c, point)) is not None:
                     running.append(run)
             if not running and (stopped() or not due):
                 return not due
             if not running and not waiting:
                 waiting = True
                 terminal.say(f"waiting: other programs have {len(due)} runs, or the cores")
-            for run in _wait(running, stopped, terminal, *_status(study, rows, running)):
+            for run in _wait(running, stopped, terminal, *_status(c.study, rows, running)):
                 running.remove(run)
-                _finish(experiment, study, table, runs, terminal, run, bool(stopped()))
+                _finish(c, run, terminal, bool(stopped()))
     finally:
         for run in running:  # after an error in one of them, or in this program
             run.process.terminate()
@@ -174,23 +168,26 @@ def run_all(
             release(run.locks)
 
 
-def _try(experiment: str, study: Study, point: Point, table: Path, runs: Path) -> Running | None:
+def _try(c: Comparison, point: Point) -> Running | None:
     """Starts a point, if no other program has it and there are cores for it."""
-    if (held := lock(runs / f"{point.name}.claim")) is None:
+    if (held := take(c.runs / f"{point.name}.claim")) is None:
         return None
-    cores = take_cores(study.cores)
-    # It may have ended in another program since the table was read.
-    if cores is None or point in results.losses_of(study, results.read(table)):
+    cores = take_cores(c.study.cores)
+    # Another program may have finished it since the table was read.
+    if cores is None or point in results.losses_of(c.study, results.read(c.table)):
         release([held, *(cores or {}).values()])
         return None
-    return start(experiment, study, point, runs, cores, [held, *cores.values()])
+    return start(c, point, cores, [held, *cores.values()])
 
 
 def _wait(
-    running: list[Running], stopped: Callable[[], str | None], terminal: Terminal, share: float,
-    status: str,
-) -> list[Running]:  # fmt: skip
-    """Those that ended; waits for one, or, for other programs' runs, some seconds."""
+    running: Sequence[Running], stopped: Stopped, terminal: Terminal, share: float, status: str
+) -> list[Running]:
+    """Waits until a run ends, and returns those that have ended.
+
+    Without a run of its own it waits 5 seconds for other programs, and returns none. When stopped,
+    it tells the runs to save their state.
+    """
     told, since = False, time.monotonic()
     while running or time.monotonic() - since < 5:
         if stopped() and not told:
@@ -208,79 +205,86 @@ def _wait(
     return []
 
 
-def _status(study: Study, rows: list[results.Row], running: list[Running]) -> tuple[float, str]:
-    done = len(results.in_study(study, rows))
-    total = done + len(plan.forecast(study, results.losses_of(study, rows)))
+def _status(study: Study, rows: list[Result], running: list[Running]) -> tuple[float, str]:
+    """The share of the study that is done, and a line about it."""
+    done, (count, left) = len(results.in_study(study, rows)), _forecast(study, rows)
     names = ", ".join(run.point.name for run in running)
-    return done / total, f"{done} of about {total} runs{_eta(study, rows)}; now {names}"
+    return done / (done + count), f"{done} of about {done + count} runs{left}; now {names}"
 
 
-def _eta(study: Study, rows: list[results.Row]) -> str:
-    left = seconds_left(study, rows)
-    return "" if left is None else f", about {format_duration(left)} left"
+def to_come(study: Study, rows: list[Result]) -> str:
+    """ "about 12 runs to come, about 1:23:45 left"."""
+    count, left = _forecast(study, rows)
+    return f"about {count} runs to come{left}"
 
 
-def seconds_left(study: Study, rows: list[results.Row]) -> float | None:
-    """Until the study's end, from what a step took so far; None where nothing has run.
+def _forecast(study: Study, rows: list[Result]) -> tuple[int, str]:
+    """How many runs are still to come, and ", about 1:23:45 left".
 
-    Without the time that starts, compilation and evaluation take.
+    The time follows from what a step took so far, without start, compilation and evaluation. It is
+    "" while no run has finished.
     """
-    speed: dict[tuple[str, str] | None, float] = {}
+    points = plan.forecast(study, results.losses_of(study, rows))
+    speed: dict[tuple[str, str] | None, float] = {}  # None: of any run
     for row in rows:
         if row["status"] == "done" and row["steps"]:
             each = row["seconds"] / row["steps"]
             speed[row["setting"], row["model"]] = speed[None] = each
     if not speed:
-        return None
-    left = plan.forecast(study, results.losses_of(study, rows))
-    return sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in left) / lanes(
-        study.cores
-    )
+        return len(points), ""
+    seconds = sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in points)
+    return len(points), f", about {format_duration(seconds / lanes(study.cores))} left"
 
 
-def _finish(
-    experiment: str, study: Study, table: Path, runs: Path, terminal: Terminal, run: Running,
-    stopping: bool,
-) -> None:  # fmt: skip
-    """Adds the row of a run that has ended, or leaves it for another time."""
-    point, code = run.point, run.process.returncode
-    log = runs / f"{point.name}.log"
+def _finish(c: Comparison, run: Running, terminal: Terminal, stopping: bool) -> None:
+    """Adds the result of a run that has ended, unless it only saved its state to go on later."""
+    code = run.process.returncode
     try:
-        if code == EXIT_RESUME or (code < 0 and stopping):  # it goes on next time
+        if code == EXIT_RESUME or (code < 0 and stopping):
             return
-        if code not in (0, EXIT_DIVERGED):
-            raise PointFailed(f"{point.name} {_how_it_ended(code, log)}")
-        row = results.row_of(
-            experiment, study, point, runs / point.name, code == EXIT_DIVERGED, run.origin
-        )
-        results.add(table, study, row)
+        row = _result(c, run)
+        results.add(c.table, c.study, row)
     finally:
         release(run.locks)
     loss = "diverged" if row["loss"] is None else f"{row['loss']:.4f} nats/token"
-    rows = results.read(table)
-    left = len(plan.forecast(study, results.losses_of(study, rows)))
-    terminal.say(
-        f"{point.name}: {loss} in {format_duration(row['seconds'])};"
-        f" about {left} runs to come{_eta(study, rows)}"
-    )
+    left = to_come(c.study, results.read(c.table))
+    terminal.say(f"{run.point.name}: {loss} in {format_duration(row['seconds'])}; {left}")
 
 
-def run_again(experiment: str, study: Study, table: Path, name: str) -> int:
-    """Runs a point of the table again; 0 where its loss is the same to the last bit."""
-    rows = {results.point_of(r).name: r for r in results.in_study(study, results.read(table))}
+def _result(c: Comparison, run: Running) -> Result:
+    """The result of a run that has ended; raises PointFailed where it failed."""
+    code, log = run.process.returncode, c.log_of(run.point)
+    if code in (0, EXIT_DIVERGED):
+        workdir, diverged = c.runs / run.point.name, code == EXIT_DIVERGED
+        return results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origin)
+    if code < 0:
+        how = f"was ended by signal {-code} (9: out of memory?); see {log}"
+    else:
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        how = f"ended with code {code}: {lines[-1] if lines else ''} (see {log})"
+    raise PointFailed(f"{run.point.name} {how}")
+
+
+def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
+    """Runs a point of the table once more, in a folder of its own, and compares the results.
+
+    Returns:
+      The exit code: 0 where the loss is the same to the last bit, else 1.
+    """
+    rows = {results.point_of(r).name: r for r in results.in_study(c.study, results.read(c.table))}
     if name not in rows:
         example = f"it has e.g. {next(iter(rows))}" if rows else "it has none of this study"
-        raise ConfigError(f"--check: {table} has no {name}; {example}.")
-    old, terminal, stop = rows[name], Terminal(), StopSignal()
-    point = results.point_of(old)
+        raise ConfigError(f"--check: {c.table} has no {name}; {example}.")
+    old, stop = rows[name], StopSignal()
     with tempfile.TemporaryDirectory() as folder:
-        while (cores := take_cores(study.cores)) is None:
+        apart = c._replace(runs=Path(folder))
+        while (cores := take_cores(c.study.cores)) is None:
             terminal.tell("waiting for cores that other runs have", seconds=60)
             if stop.name:
                 return EXIT_RESUME
             time.sleep(1)
         terminal.say(f"{name}: about {format_duration(old['seconds'])}")
-        run = start(experiment, study, point, Path(folder), cores, [*cores.values()])
+        run = start(apart, results.point_of(old), cores, [*cores.values()])
         try:
             while (code := run.process.poll()) is None and not stop.name:
                 time.sleep(0.2)
@@ -290,30 +294,18 @@ def run_again(experiment: str, study: Study, table: Path, name: str) -> int:
             stop.restore()
         if code is None:
             return EXIT_RESUME
-        if code not in (0, EXIT_DIVERGED):
-            raise PointFailed(f"{name} {_how_it_ended(code, Path(folder) / f'{name}.log')}")
-        new = results.row_of(
-            experiment, study, point, Path(folder) / name, code == EXIT_DIVERGED, run.origin
-        )
-    for column in (
-        "cpu", "cores", "devices", "python", "jax", "jaxlib", "data", "held_out", "config",
-    ):  # fmt: skip
+        new = _result(apart, run)
+    for column in (*results.MACHINE, "data", "held_out", "config"):
         if old[column] != new[column]:
             terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
-    same = old["loss"] == new["loss"] and old["status"] == new["status"]
-    told = [f"{r['status']}, loss {r['loss']!r}" for r in (old, new)]
-    terminal.say(f"in the table: {told[0]}; now: {told[1]}")
-    if same:
+    before, now = (f"{r['status']}, loss {r['loss']!r}" for r in (old, new))
+    terminal.say(f"in the table: {before}; now: {now}")
+    if before == now:
         terminal.say("the same to the last bit")
-    elif None not in (old["loss"], new["loss"]):
+        return 0
+    if None not in (old["loss"], new["loss"]):
         terminal.say(f"difference: {new['loss'] - old['loss']:+.3g} nats a token")
-        if (spread := results.spread_of(study, results.read(table), point)) is not None:
+        spread = results.spread_of(c.study, results.read(c.table), results.point_of(old))
+        if spread is not None:
             terminal.say(f"spread of its cell (largest less smallest seed): {spread:.3g}")
-    return 0 if same else 1
-
-
-def _how_it_ended(code: int, log: Path) -> str:
-    if code < 0:
-        return f"was ended by signal {-code} (9: out of memory?); see {log}"
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"ended with code {code}: {lines[-1] if lines else ''} (see {log})"
+    return 1

@@ -1,4 +1,4 @@
-"""Weights to and from other programs: Hugging Face transformers, the authors' PyTorch code.
+"""Converts weights to and from Hugging Face transformers and the authors' PyTorch code.
 
 Examples:
   python -m ngpt_jax.tools.convert --workdir=runs/ngpt --to_hf=FOLDER
@@ -10,27 +10,26 @@ Examples:
 
 --to_hf writes a folder for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) and
 AutoTokenizer: model.safetensors, config.json, the PyTorch code, the tokenizer. --folded multiplies
-nGPT's scales into its matrices; such weights serve inference alone. Without it, and in float32,
---from_hf gives back every parameter bit for bit (rows that pad the tables are made anew).
---out is a folder like a run's, with the weights as checkpoint 0: ngpt_jax.load and tools.sample
-open it, and a run can start from it (--config.init_from=RUN). There are no moments of an optimizer,
-which tools.diagnose wants.
+nGPT's scales into its matrices; such weights are for inference alone. Without --folded, and in
+float32, --from_hf restores every parameter bit for bit, except the padding rows of the tables:
+these are made anew.
+--out is a folder like a run's, with the weights as checkpoint 0. ngpt_jax.load and tools.sample
+open it, and a run can start from it (--config.init_from=RUN). It has no moments of an optimizer,
+which tools.diagnose needs.
 
 The authors' layout is a torch.save of a state dict, or of {"model": state dict, "model_args": ...}.
-What the file does not say is given by --config: model.heads, model.context, data.tokenizer. The
-released code's own position operator is not RoPE: weights trained with it do not give its logits
-here; those trained with standard RoPE do.
+Give with --config what the file does not say: model.heads, model.context, data.tokenizer. The
+position operator of the released code is not RoPE: weights trained with it do not give its logits
+here. Weights trained with standard RoPE do.
 
---config.NAME=VALUE changes the config for here: where the tokenizer lies (data.tokenizer). PyTorch
-is needed for the authors' layout alone (pip install 'ngpt-jax[torch]').
+--config.NAME=VALUE changes the config for this command: where the tokenizer lies (data.tokenizer).
+PyTorch is needed for the authors' layout alone (pip install 'ngpt-jax[torch]').
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Iterable
 
-from absl import flags, logging
+from absl import flags
 
 from ngpt_jax.config import ConfigError, command
 
@@ -89,17 +88,15 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     source, path, target, out = _direction()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported; nothing needs more
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
-    from ngpt_jax.inference import opening
-    from ngpt_jax.model.transformer import num_params
+    from ngpt_jax.inference import loading, opening
+    from ngpt_jax.model.params import num_params
 
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells much of what it reads
     folders.check_new(target, out, remote=target == "out")
     for flag in {source, target} & {"from_reference", "to_reference"}:
         reference_checkpoint.require_torch(flag)
     notes = []
     if source == "workdir":
-        run = opening.open_run("workdir", path, _STEP.value, overrides)
+        run = loading.open_model("workdir", path, _STEP.value, overrides)
         config, path = run.config, f"{path}, step {run.step}"
         if target == "to_hf":
             notes = huggingface.write_folder(run, out, _DTYPE.value or "float32", _FOLDED.value)

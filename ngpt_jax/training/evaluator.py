@@ -1,95 +1,156 @@
-"""Held-out loss: summed nats over a set, per token and as bits per byte."""
+"""Held-out loss: when an evaluation is due, and how it is made."""
 
-from __future__ import annotations
-
-import functools
 import math
-from collections.abc import Callable, Iterator
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, ConfigError, ModelConfig
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.corpus import EvalSet
+from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.model import inspect
-from ngpt_jax.model.transformer import compute_params
+from ngpt_jax.model.params import compute_params
+from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
+from ngpt_jax.training.metrics import Results, Row
 from ngpt_jax.training.step import Batch, summed_nats
+from ngpt_jax.training.workdir import RunError
 
-SummedNats = Callable[[Any, Batch], jax.Array]
-Summary = Callable[[Any, Batch], dict[str, jax.Array]]
+# One program each for all runs of a process.
+_summarize = jax.jit(inspect.summarize, static_argnums=0)
+_summed_nats = jax.jit(
+    lambda model, params, batch: summed_nats(model, compute_params(model, params), batch),
+    static_argnums=0,
+)
 
 
-def make_summed_nats(config: Config) -> SummedNats:
-    """Jitted (params, batch) -> summed nats over the batch's weighted targets."""
-    model = config.model
-    return jax.jit(lambda params, batch: summed_nats(model, compute_params(model, params), batch))
+class Evaluator:
+    """Evaluates the held-out sets every ``eval.every`` steps, and after the last step.
+
+    Attributes:
+      step: the step that was evaluated last; -1: none.
+      results: of that evaluation.
+    """
+
+    def __init__(
+        self, config: Config, eval_sets: Sequence[EvalSet], mesh: Mesh,
+        write: Callable[[int, Row], None], say: Callable[[str], None], step: int, results: Results,
+    ):  # fmt: skip
+        """
+        Args:
+          config: resolved.
+          eval_sets: the held-out sets.
+          mesh: of the devices.
+          write: takes a step and its row of metrics.
+          say: takes a line for the user.
+          step: the one that the run goes on from.
+          results: what is known of it from the logs.
+        """
+        assert config.eval.batch_size is not None and config.train.steps is not None
+        self._model, self._eval_sets, self._write, self._say = config.model, eval_sets, write, say
+        self._config, self._steps = config.eval, config.train.steps
+        self._shape = config.model.context, config.eval.batch_size
+        self._mask_documents = config.data.mask_documents
+        self._placer = BatchPlacer(mesh, config.eval.batch_size, config.model.context)
+        # The evaluation of the last step reads the whole sets.
+        needs = {"loss", "bits_per_byte"} if step == self._steps else {"loss"}
+        self.step, self.results = -1, results
+        if all(needs <= set(results.get(s.name, {})) for s in eval_sets):
+            self._remember(step, results)
+
+    def _remember(self, step: int, results: Results) -> None:
+        self.step, self.results = step, results
+        loss = statistics.fmean(result["loss"] for result in results.values())
+        self._loss = float(distributed.of_first(lambda: repr(loss)))
+
+    def loss_at(self, step: int) -> float | None:
+        """The held-out loss of a step, the mean over the sets, where it is the last evaluated.
+
+        It is the same float on all processes.
+        """
+        return self._loss if step == self.step else None
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation is due after this many steps."""
+        last = step == self._steps
+        return step > 0 and (last or step % self._config.every == 0) and step != self.step
+
+    def evaluate(self, step: int, params: Any, stop_asked: Callable[[], bool]) -> None:
+        """Evaluates every set and writes one row; after the last step the sets are read whole.
+
+        Where ``stop_asked`` (at each batch) says yes, nothing is written, and the evaluation stays
+        due: the next start makes it.
+        """
+        results: Results = {}
+        try:
+            for eval_set in self._eval_sets:
+                start = time.perf_counter()
+                limit = self._config.batches if step < self._steps else None
+                result = evaluate(
+                    self._model, params, self._batches(eval_set, limit), self._placer,
+                    eval_set.num_bytes if limit is None else None, stop_asked,
+                )  # fmt: skip
+                if result is None:
+                    return
+                results[eval_set.name] = result
+                bits = result.get("bits_per_byte")
+                self._say(
+                    f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
+                    f" {result['loss']:.4f} nats/token"
+                    f"{'' if bits is None else f'  {bits:.4f} bits/byte'}"
+                    f"  ({result['tokens']:,.0f} tokens, {time.perf_counter() - start:.1f} s)"
+                )
+            (batch,) = self._batches(self._eval_sets[0], 1)
+        except ConfigError as e:  # a file that was damaged since the start
+            raise RunError(str(e)) from e
+        inside = jax.device_get(_summarize(self._model, params, place(batch, self._placer)))
+        row: Row = {
+            f"eval/{n}/{key}": x for n, found in results.items() for key, x in found.items()
+        }
+        self._write(step, row | {f"diagnose/{name}": float(x) for name, x in inside.items()})
+        self._remember(step, results)
+
+    def _batches(self, eval_set: EvalSet, limit: int | None) -> Iterator[dict[str, Any]]:
+        return pipeline.eval_batches(eval_set, *self._shape, limit, self._mask_documents)
+
+
+def place(batch: dict[str, Any], placer: BatchPlacer) -> Batch:
+    """A whole batch, of which this process gives its rows, on the devices."""
+    return placer({name: rows[placer.rows] for name, rows in batch.items()})
 
 
 def evaluate(
-    config: Config,
-    params: Any,
-    eval_set: EvalSet,
-    nats_fn: SummedNats,
-    placer: BatchPlacer,
-    limit: int | None = None,
-    stopped: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
+    model: ModelConfig, params: Any, batches: Iterator[dict[str, Any]], placer: BatchPlacer,
+    num_bytes: int | None = None, stop_asked: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:  # fmt: skip
     """Loss of ``params`` on a held-out set.
 
     Args:
-      config: resolved.
-      params: the parameters.
-      eval_set: tokens and the bytes that they stand for.
-      nats_fn: from :func:`make_summed_nats`.
-      placer: moves batches of ``config.eval.batch_size`` windows to the devices.
-      limit: batches to read; None reads the whole set, each target once.
-      stopped: polled at each batch.
+      model: resolved.
+      params: its parameters.
+      batches: whole ones, as :func:`pipeline.eval_batches` gives them.
+      placer: moves them to the devices.
+      num_bytes: UTF-8 bytes of the text, where the batches hold all of a set.
+      stop_asked: asked at each batch.
 
     Returns:
-      loss (nats a token; end-of-document counts as a token), perplexity, tokens, and, for
-      the whole set alone, bits_per_byte = nats / ln 2 / UTF-8 bytes. None if stopped.
+      loss (nats a token; end-of-document counts as a token), perplexity, tokens, and with
+      ``num_bytes`` bits_per_byte = nats / ln 2 / num_bytes. None where it was asked to stop.
     """
-    assert config.eval.batch_size is not None
-    batches: Iterator[dict[str, Any]] = pipeline.eval_batches(
-        eval_set, config.model.context, config.eval.batch_size, limit, config.data.mask_documents
-    )
     sums: list[jax.Array] = []
     tokens = 0.0
     for batch in batches:
-        if stopped():
+        if stop_asked():
             return None
         tokens += float(batch["weights"].sum())
-        placed = placer({k: v[placer.rows] for k, v in batch.items()})
+        placed = place(batch, placer)
         # One at a time: collectives of two programs in flight can wait for each other on CPUs.
         jax.block_until_ready(sums[-1:])
-        sums.append(nats_fn(params, placed))
+        sums.append(_summed_nats(model, params, placed))
     nats = math.fsum(float(s) for s in jax.device_get(sums))
     out = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
-    if limit is None:
-        out["bits_per_byte"] = nats / math.log(2) / eval_set.num_bytes
-    return out
-
-
-_summarize = jax.jit(inspect.summarize, static_argnums=0)  # one for all runs of a program
-
-
-def make_summary(config: Config) -> Summary:
-    """Jitted (params, batch) -> scalars by name, of :func:`.diagnostics.summarize`."""
-    return functools.partial(_summarize, config.model)
-
-
-def diagnose(
-    config: Config, params: Any, eval_set: EvalSet, summary_fn: Summary, placer: BatchPlacer
-) -> dict[str, float]:
-    """What ``params`` look like inside, on the first batch of a held-out set.
-
-    Args: as :func:`evaluate` has them; ``summary_fn`` is from :func:`make_summary`.
-    """
-    assert config.eval.batch_size is not None
-    (batch,) = pipeline.eval_batches(
-        eval_set, config.model.context, config.eval.batch_size, 1, config.data.mask_documents
-    )
-    placed = placer({k: v[placer.rows] for k, v in batch.items()})
-    return {name: float(x) for name, x in jax.device_get(summary_fn(params, placed)).items()}
+    return out if num_bytes is None else out | {"bits_per_byte": nats / math.log(2) / num_bytes}

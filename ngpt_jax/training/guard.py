@@ -1,6 +1,4 @@
-"""Which steps to skip: a loss or gradient that is not finite, or a loss far above its usual."""
-
-from __future__ import annotations
+"""Which steps to skip: those whose loss or gradient is not finite, or whose loss is a spike."""
 
 import math
 from typing import NamedTuple
@@ -8,29 +6,30 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-DECAY = 0.99  # of the running statistics: some 100 steps, in which a loss hardly moves
-MIN_STEPS = 100  # before a spike is called one: until then the loss falls steeply
-# Least standard deviation over the mean: above rounding, below the noise of any batch (that of a
-# batch of 10^7 tokens is some 3e-4).
+DECAY = 0.99  # of the running statistics: they cover some 100 steps, in which a loss hardly moves
+MIN_STEPS = 100  # accepted before a spike can be called one: until then the loss falls steeply
+# Smallest standard deviation, relative to the mean: above rounding, and below the noise of any
+# batch (for 10^7 tokens that is some 3e-4).
 MIN_DEVIATION = 1e-4
 
 
 class Guard(NamedTuple):
-    """Steps skipped, and the running statistics of the loss over the others; scalars.
+    """Numbers of steps, and running statistics of the accepted losses; all are scalars.
 
-    A variance beside the mean, not a mean square: in float32 their difference would be rounding.
+    The variance itself is kept, not the mean square: in float32 the difference between that and
+    the squared mean would be rounding.
     """
 
     skipped: jax.Array  # int32, in all
-    in_row: jax.Array  # int32, up to now without one in between that was not
+    in_row: jax.Array  # int32, skipped since the last accepted step
     accepted: jax.Array  # int32
     mean: jax.Array  # float32
     variance: jax.Array  # float32
 
 
 def init_guard() -> Guard:
-    """No steps seen."""
-    return Guard(  # arrays of their own: one buffer cannot be donated twice
+    """The guard before the first step."""
+    return Guard(  # five arrays: one buffer cannot be donated twice
         skipped=jnp.zeros((), jnp.int32),
         in_row=jnp.zeros((), jnp.int32),
         accepted=jnp.zeros((), jnp.int32),
@@ -42,16 +41,17 @@ def init_guard() -> Guard:
 def check(
     guard: Guard, loss: jax.Array, grad_norm: jax.Array, spike_deviations: float
 ) -> tuple[jax.Array, Guard]:
-    """Whether a step may be made, and the guard after it.
+    """Whether to accept a step, and the guard after it.
 
     Args:
       guard: before the step.
-      loss, grad_norm: of the step's batch, scalars; a gradient that is not finite has a norm that
-        is not.
-      spike_deviations: refuse a loss so many standard deviations above its running mean; 0: never.
+      loss: of the step's batch, a scalar.
+      grad_norm: a scalar; not finite where an entry of the gradient is not.
+      spike_deviations: a loss this many standard deviations above its running mean is a spike; 0:
+        none is.
 
     Returns:
-      ok, a boolean scalar; the guard, whose statistics a refused step leaves as they were.
+      ok, a boolean scalar; and the guard, whose statistics change with accepted steps only.
     """
     loss = loss.astype(jnp.float32)
     ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -59,8 +59,8 @@ def check(
         deviation = jnp.maximum(jnp.sqrt(guard.variance), MIN_DEVIATION * jnp.abs(guard.mean))
         spike = loss > guard.mean + spike_deviations * deviation
         ok &= ~(spike & (guard.accepted >= MIN_STEPS))
-    # Averages with weights 1, DECAY, DECAY^2, ... of the newest, the one before, ...: with the
-    # newest one's share of the sum of weights, they have no bias towards a start at 0.
+    # Mean and variance are averages with weights 1, DECAY, DECAY^2, ... from the newest loss back.
+    # The newest one's share is 1 / (sum of the weights), so the zeros at the start do not count.
     accepted = guard.accepted + 1
     weight_sum = -jnp.expm1(accepted.astype(jnp.float32) * math.log(DECAY)) / (1 - DECAY)
     share = 1 / jnp.maximum(weight_sum, 1)

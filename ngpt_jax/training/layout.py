@@ -1,13 +1,11 @@
-"""How a run's state and batches lie on the mesh, and the step lowered for it.
+"""How a run's state and batches are sharded over the mesh, and the step lowered for it.
 
 Training and the ahead-of-time tool get their program from the same function here.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.attention import choose_kernel
-from ngpt_jax.model.transformer import axis_sizes, is_axes, param_axes, unit_axes
-from ngpt_jax.optim.groups import param_groups
+from ngpt_jax.model.params import axis_sizes, param_list, param_tree
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
@@ -26,9 +23,9 @@ from ngpt_jax.training.step import TrainState, init_state, make_train_step
 
 
 def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
-    """The config with attention's kernel decided for the mesh's devices, and a line that says why.
+    """The config with the attention kernel for the mesh's devices, and a line that says why.
 
-    Raises ConfigError where a parameter cannot be cut by the mesh, or the kernel does not run.
+    Raises ConfigError where the mesh does not divide a parameter, or the kernel does not run.
     """
     param_shardings(config.model, mesh)
     device = mesh.devices.flat[0]
@@ -38,34 +35,26 @@ def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
     return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
 
 
-def named_params(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Axis names of every parameter by its path, "layers/query_kernel" say."""
-    flat = jax.tree_util.tree_flatten_with_path(param_axes(config), is_leaf=is_axes)[0]
-    return {"/".join(key.key for key in cast(Any, path)): axes for path, axes in flat}
-
-
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
-    """A tree like the parameters of how each lies on the mesh; checked (ConfigError)."""
-    sizes = axis_sizes(config)
-    named = named_params(config)
-    specs = {n: rules.param_spec(axes, sizes, mesh, name=n) for n, axes in named.items()}
-    elements = {n: math.prod(sizes[a] for a in axes) for n, axes in named.items()}
+    """The sharding of each parameter, as a tree; raises ConfigError where the mesh does not fit."""
+    own, sizes = param_list(config), axis_sizes(config)
+    specs = {p.path: rules.param_spec(p.axes, sizes, mesh, name=p.path) for p in own}
+    elements = {p.path: math.prod(p.shape(config)) for p in own}
     rules.check_sharded_enough(specs, elements, mesh)
-    tree = jax.tree.structure(param_axes(config), is_leaf=is_axes)
-    return jax.tree.unflatten(tree, [NamedSharding(mesh, spec) for spec in specs.values()])
+    return jax.tree.map(lambda p: NamedSharding(mesh, specs[p.path]), param_tree(config))
 
 
 def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of a model's parameters; checked (ConfigError)."""
-    sizes, dtype = axis_sizes(config), jnp.dtype(config.param_dtype)
+    """Shapes, dtypes and shardings of a model's parameters; raises ConfigError as above."""
+    dtype = jnp.dtype(config.param_dtype)
     return jax.tree.map(
-        lambda axes, s: jax.ShapeDtypeStruct(tuple(sizes[a] for a in axes), dtype, sharding=s),
-        param_axes(config), param_shardings(config, mesh), is_leaf=is_axes,
+        lambda p, s: jax.ShapeDtypeStruct(p.shape(config), dtype, sharding=s),
+        param_tree(config), param_shardings(config, mesh),
     )  # fmt: skip
 
 
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; moments lie as their parameters do."""
+    """Shapes, dtypes and shardings of a run's state; moments are sharded as their parameters."""
     shapes = jax.eval_shape(lambda: init_state(config, tx))
     params, whole = param_shardings(config.model, mesh), rules.replicated(mesh)
     guard = jax.tree.map(lambda _: whole, shapes.guard)
@@ -80,7 +69,7 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
 
 
 def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0, made where it will lie."""
+    """The state at step 0; each device makes its own shards."""
     out = shardings(abstract_state(config, tx, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(lambda: init_state(config, tx), out_shardings=out)()
@@ -100,7 +89,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """ "mesh: data 2 x fsdp 4 over 8 x TPU v5 lite, 2 processes", say."""
+    """Such as "mesh: data 2 x fsdp 4 over 8 x TPU v5 lite, 2 processes"."""
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     device = mesh.devices.flat[0].device_kind
     processes = len({d.process_index for d in mesh.devices.flat})
@@ -108,29 +97,31 @@ def describe_mesh(mesh: Mesh) -> str:
     return f"mesh: {sizes or 'one device'} over {mesh.size} x {device}{several}"
 
 
-def parameter_table(config: Config, mesh: Mesh) -> str:
-    """Name, shape, axes, axis of unit norm, group, spec and bytes a device of every parameter."""
-    sizes, model = axis_sizes(config.model), config.model
-    placed = param_shardings(model, mesh)
-    tree = cast(Any, jax.tree.structure(placed))
-    units, groups = (tree.flatten_up_to(t) for t in (unit_axes(model), param_groups(model)))
-    rows = [("name", "shape", "axes", "unit norm along", "group", "cut over", "bytes a device")]
-    named = named_params(model).items()
-    for (name, axes), unit, group, sharding in zip(
-        named, units, groups, tree.flatten_up_to(placed)
-    ):
-        shape = tuple(sizes[a] for a in axes)
-        along = "-" if unit is None else f"{axes[unit]} (axis {unit})"
-        count = math.prod(sharding.shard_shape(shape)) * np.dtype(model.param_dtype).itemsize
+def parameter_table(model: ModelConfig, mesh: Mesh) -> str:
+    """Name, shape, axes, axis of unit norm, group, sharding and bytes per device of parameters."""
+    names = "name", "shape", "axes", "unit norm along", "group", "sharded over", "bytes per device"
+    rows: list[tuple[str, ...]] = [names]
+    params = param_tree(model), abstract_params(model, mesh)
+    for p, x in zip(*map(jax.tree.leaves, params), strict=True):
+        unit = p.unit_axis if model.weights == "sphere" else None
+        along = "-" if unit is None else f"embed (axis {unit})"
         rows.append(
-            (name, " x ".join(map(str, shape)), ", ".join(axes), along, group,
-             spec_text(sharding.spec), format_bytes(count))
+            (p.path, " x ".join(map(str, p.shape(model))), ", ".join(p.axes), along, p.group,
+             spec_text(x.sharding.spec), format_bytes(bytes_per_device(x)))
         )  # fmt: skip
     return format_table(rows)
 
 
+def bytes_per_device(tree: Any) -> int:
+    """Of a tree of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+    )
+
+
 def spec_text(spec: PartitionSpec) -> str:
-    """ "-, tensor, fsdp" for PartitionSpec(None, "tensor", "fsdp")."""
+    """Such as "-, tensor, fsdp" for PartitionSpec(None, "tensor", "fsdp")."""
     return ", ".join("-" if e is None else e if isinstance(e, str) else "*".join(e) for e in spec)
 
 
@@ -142,8 +133,8 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The training step for a mesh, from shapes alone: the program that a run compiles.
 
     Args:
-      config: resolved, with its vocabulary and kernel decided (:func:`for_mesh`).
-      mesh: of devices that need not be there.
+      config: resolved, with vocabulary and attention kernel (:func:`for_mesh`).
+      mesh: its devices need not be there.
     """
     tx, schedule = make_optimizer(config)
     state = abstract_state(config, tx, mesh)

@@ -1,9 +1,6 @@
 """Where metrics go: metrics.jsonl, TensorBoard and W&B."""
 
-from __future__ import annotations
-
 import contextlib
-import dataclasses
 import json
 import math
 import os
@@ -16,36 +13,54 @@ from etils import epath
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.files import is_remote, write_atomically
+from ngpt_jax.config import ConfigError
+from ngpt_jax.files import is_remote, reason, write_atomically
+from ngpt_jax.parallel import distributed
+from ngpt_jax.training.workdir import RunError
 
+Row = dict[str, float | None]  # scalars by name; what is None is left out
 Results = dict[str, dict[str, float]]  # of an evaluation: metrics by held-out set
 
 
 class MetricWriter:
-    """Appends rows of scalars to the run's logs; rows past ``start_step`` are dropped first,
-    so that a resumed run has none twice.
+    """Appends rows of scalars to the run's logs.
 
-    On gs://, where nothing can be appended, each start has a file of its own, metrics-N.jsonl, and
-    there is no TensorBoard.
+    Rows past ``start_step`` are dropped first: the steps after it are made again. On gs://, where
+    nothing can be appended, each start has a file of its own, metrics-N.jsonl, and there is no
+    TensorBoard.
 
     Attributes:
-      results: of the evaluation at ``start_step``, empty if there was none.
+      path: the file of this start.
+      results: of the evaluation at ``start_step``; empty if there was none.
     """
 
-    def __init__(self, workdir: epath.Path, start_step: int, config: Config):
+    def __init__(
+        self, workdir: epath.Path, start_step: int, wandb_project: str | None = None,
+        config: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+          workdir: the run's folder.
+          start_step: the step that the run goes on from.
+          wandb_project: of Weights & Biases; None: not used.
+          config: shown there.
+
+        Raises:
+          ConfigError: W&B does not start.
+          OSError: the folder cannot be written.
+        """
         # First, as it may refuse to start.
-        self._wandb = _start_wandb(config, workdir) if config.log.wandb_project else None
+        self._wandb = _start_wandb(wandb_project, config, workdir) if wandb_project else None
         found = {_start_number(path.name): path for path in workdir.glob("metrics*.jsonl")}
         old = [path for number, path in sorted(found.items()) if number >= -1]
         self.results: Results = {}
         for path in old:
             self._keep_rows_up_to(start_step, path)
-        self._remote = is_remote(workdir)
-        name = f"metrics-{max([-1, *found]) + 1:04}.jsonl" if self._remote else "metrics.jsonl"
-        self._path, self._text = workdir / name, ""
-        self._file = None if self._remote else open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-        self._tensorboard = None if self._remote else _TensorBoard(workdir, start_step)
+        remote = is_remote(workdir)
+        name = f"metrics-{max([-1, *found]) + 1:04}.jsonl" if remote else "metrics.jsonl"
+        self.path, self._text = workdir / name, ""
+        self._file = None if remote else open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._tensorboard = None if remote else _TensorBoard(workdir, start_step)
 
     def _keep_rows_up_to(self, step: int, path: epath.Path) -> None:
         text, kept = path.read_bytes(), []
@@ -68,13 +83,13 @@ class MetricWriter:
                 name, _, metric = rest.rpartition("/")
                 self.results.setdefault(name, {})[metric] = value
 
-    def write(self, step: int, row: dict[str, float | None]) -> None:
-        """One row; what is None or not finite is left out."""
+    def write(self, step: int, row: Row) -> None:
+        """Writes one row; what is None or not finite is left out."""
         some = {name: x for name, x in row.items() if x is not None and math.isfinite(x)}
         line = json.dumps({"step": step, **some}) + "\n"
         if self._file is None:
             self._text += line
-            self._path.write_text(self._text)
+            self.path.write_text(self._text)
         else:
             self._file.write(line)
             self._file.flush()
@@ -84,13 +99,30 @@ class MetricWriter:
             self._wandb.log(some, step=step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a row that was told to have failed
+        with contextlib.suppress(OSError):  # of a row whose failure was told before
             if self._tensorboard is not None:
                 self._tensorboard.close()
             if self._file is not None:
                 self._file.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def write_on_first(writer: MetricWriter | None, step: int, row: Row) -> None:
+    """Writes a row on process 0, which has the writer; where that fails, all raise RunError."""
+
+    def write() -> None:
+        if writer is None:
+            return
+        try:
+            writer.write(step, row)
+        except OSError as e:
+            raise RunError(
+                f"{e.filename or writer.path} cannot be written: {reason(e)}; make room, and start"
+                " the same command again."
+            ) from e
+
+    distributed.together(write, RunError)
 
 
 def _start_number(name: str) -> int:
@@ -102,8 +134,8 @@ def _start_number(name: str) -> int:
 class _TensorBoard:
     """Event files of scalars, written at once.
 
-    tensorboardX's own SummaryWriter writes from a thread that ends at a full disk, after which the
-    program would wait for it for ever.
+    Not tensorboardX's SummaryWriter: it writes from a thread, which ends when the disk is full, and
+    then the program waits for it for ever.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int):
@@ -129,20 +161,7 @@ class _TensorBoard:
         self._writer.close()
 
 
-class NoWriter:
-    """What the processes write that are not the first: nothing."""
-
-    def __init__(self) -> None:
-        self.results: Results = {}
-
-    def write(self, step: int, row: dict[str, float | None]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-def _start_wandb(config: Config, workdir: epath.Path) -> Any:
+def _start_wandb(project: str, config: dict[str, Any] | None, workdir: epath.Path) -> Any:
     try:
         import wandb
     except ImportError as e:
@@ -154,8 +173,8 @@ def _start_wandb(config: Config, workdir: epath.Path) -> Any:
         write_atomically(id_file, secrets.token_hex(8))
     try:
         return wandb.init(
-            project=config.log.wandb_project,
-            config=dataclasses.asdict(config),
+            project=project,
+            config=config,
             dir=None if is_remote(workdir) else str(workdir),
             name=workdir.name,
             id=id_file.read_text(),

@@ -1,7 +1,5 @@
 """The training step: pure functions of a state and a batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,14 +10,14 @@ import optax
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.transformer import (
-    Transformer,
+from ngpt_jax.model.params import (
     compute_params,
-    init_params,
-    param_axes,
-    real_vocab,
+    param_tree,
+    scale_factor,
+    stored_scales,
     unit_axes,
 )
+from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.guard import Guard, check, init_guard
@@ -117,25 +115,26 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
         out = value_and_grad(compute, microbatch)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
 
-    def zero(p, axes):
-        return rules.lay_out(jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), axes)
+    def zero(w, p):
+        return rules.lay_out(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), p.axes)
 
-    zeros = jnp.zeros((), dtype), jax.tree.map(zero, params, param_axes(model))
+    zeros = jnp.zeros((), dtype), jax.tree.map(zero, params, param_tree(model))
     (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:
-    """What nGPT's parameters look like: the largest deviation from the sphere over all unit
-    vectors, and the mean effective value of each kind of scale, padding left out. Empty for GPT.
+    """What is logged of the parameters, as scalars.
+
+    sphere_deviation, with ``weights=sphere``: the largest deviation of a vector's norm from 1.
+    mean_NAME, for each learned scale of the model: the mean of its effective values, of |alpha|
+    for alphas; padding left out. Empty for GPT, which has neither.
     """
-    if config.kind != "ngpt":
-        return {}
-    off = jax.tree.leaves(sphere_deviation(params, unit_axes(config)))
-    out = {"sphere_deviation": jnp.max(jnp.stack(off))}
-    flat = params["layers"] | {"s_z": real_vocab(params["s_z"], ("vocab",), config)}
-    for name in ("alpha_a", "alpha_m", "s_qk", "s_u", "s_v", "s_z"):
-        spec = getattr(config, name)
-        effective = sphere.promote(flat[name]) * (spec.init / spec.scale)
+    out = {}
+    if config.weights == "sphere":
+        off = jax.tree.leaves(sphere_deviation(params, unit_axes(config)))
+        out["sphere_deviation"] = jnp.max(jnp.stack(off))
+    for name, stored in stored_scales(config, params).items():
+        effective = sphere.promote(stored) * scale_factor(config, name)
         out[f"mean_{name}"] = jnp.mean(jnp.abs(effective) if "alpha" in name else effective)
     return out

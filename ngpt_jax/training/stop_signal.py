@@ -1,6 +1,4 @@
-"""SIGTERM and Ctrl-C as a question that the loop asks, the same answer on all processes."""
-
-from __future__ import annotations
+"""SIGTERM and Ctrl-C: the loop asks whether to stop, and all processes get the same answer."""
 
 import os
 import signal
@@ -10,14 +8,14 @@ EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same comm
 
 
 class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a flag; a second Ctrl-C quits at once.
+    """Remembers SIGTERM and the first Ctrl-C; a second Ctrl-C quits at once.
 
-    Made before jax is loaded, so that a signal at any time is heard. With several processes, a
-    signal to one of them stops all at the same poll: jax's runtime has the handler of SIGTERM then,
-    and Ctrl-C is passed on to it.
+    It is made before jax is loaded, so that no signal is missed. With several processes a signal to
+    one of them stops all at the same call: jax then handles SIGTERM itself, and Ctrl-C is passed on
+    as SIGTERM.
 
     Attributes:
-      name: of the signal, None before.
+      name: of the signal that came; None before.
     """
 
     def __init__(self) -> None:
@@ -26,11 +24,11 @@ class StopSignal:
         self._old = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def attach(self) -> None:
-        """Called once the processes have met."""
+        """To be called after the processes have met."""
         import jax
 
         self._several = jax.process_count() > 1
-        if self._several and self.name is not None:  # the others have to hear of it too
+        if self._several and self.name is not None:  # came before: tell the other processes
             self.name = None
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -45,7 +43,7 @@ class StopSignal:
             self.name = signal.Signals(number).name
 
     def __call__(self) -> bool:
-        """Whether to stop. With several processes all have to ask equally often."""
+        """Whether to stop. With several processes, all have to ask equally often."""
         if self._several and self.name is None:
             from ngpt_jax.parallel import distributed
 
@@ -55,5 +53,6 @@ class StopSignal:
         return self.name is not None
 
     def restore(self) -> None:
+        """Puts the earlier signal handlers back."""
         for number, handler in self._old.items():
             signal.signal(number, handler)

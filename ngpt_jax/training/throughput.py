@@ -1,6 +1,4 @@
-"""FLOPs of the model and figures of the chips, for MFU and for estimates."""
-
-from __future__ import annotations
+"""FLOPs of a model, and what chips can do: for MFU and for estimates."""
 
 from typing import NamedTuple
 
@@ -42,22 +40,22 @@ _CHIPS = (
 def train_flops_per_token(config: ModelConfig) -> float:
     """FLOPs of forward and backward for one token, counted from the model's shape.
 
-    Two for each weight of a matmul (the input table is only looked up), and the two
-    products of attention over the half of the context that is visible on average; the
-    backward pass costs twice the forward pass. Recomputation does not count.
+    Two for each weight of a matmul (the input table is only looked up), and the two products of
+    attention over half of the context, which is visible on average. The backward pass costs twice
+    the forward pass. Recomputation does not count.
     """
     layers, scores, table = _forward_flops(config)
     return 3 * (layers + scores + table)
 
 
 def recomputed_flops_per_token(config: ModelConfig) -> float:
-    """FLOPs a token that ``model.remat`` adds: work, but not the model's."""
+    """FLOPs per token that ``model.remat`` adds; they do not count in the MFU."""
     layers, scores, _ = _forward_flops(config)
     return {"none": 0, "attention": layers, "dots": scores, "full": layers + scores}[config.remat]
 
 
 def _forward_flops(config: ModelConfig) -> tuple[float, float, float]:
-    """Of one token: the blocks' products with weights, attention's own, the output table's."""
+    """Of one token: products with the blocks' weights, those of attention, the output table."""
     c = config
     assert c.kv_heads and c.head_dim and c.mlp_width and c.vocab_size
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
@@ -67,7 +65,7 @@ def _forward_flops(config: ModelConfig) -> tuple[float, float, float]:
 
 
 def chip_of(device: jax.Device) -> Chip | None:
-    """The figures of a device, None where they are not known (a CPU)."""
+    """What a device can do; None where that is not known, as for a CPU."""
     kind = device.device_kind
     for chip in _CHIPS:
         if kind == chip.kind or kind.startswith(chip.kind + " "):  # "NVIDIA L4" is not an "L40S"
@@ -76,7 +74,7 @@ def chip_of(device: jax.Device) -> Chip | None:
 
 
 def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
-    """Model FLOPs utilization over all devices, None where their peak is not known."""
+    """Model FLOPs utilization over all devices; None where their peak is not known."""
     chip = chip_of(jax.devices()[0])
     if chip is None:
         return None

@@ -1,9 +1,6 @@
-"""A run's folder: whose it is, what of its config may change, and that all processes see it."""
-
-from __future__ import annotations
+"""The folder of a run: is it this run's, what may change, and do all processes see it."""
 
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -18,8 +15,9 @@ import jax
 from etils import epath
 
 from ngpt_jax import config as config_lib
+from ngpt_jax import files
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.files import is_remote, reason, remove_leftovers, write_atomically
+from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
 from ngpt_jax.parallel import distributed
 
 
@@ -35,52 +33,23 @@ class Diverged(RunError):
     exit_code = 3
 
 
-# What a run may change when it goes on, by the names of fields; the longest prefix decides.
-_RUN, _SCHEDULE, _FREE = "the run's own", "schedule", "free"
-_MAY_CHANGE = {
-    "model.": _RUN,
-    "model.dtype": _FREE,
-    "model.scan_layers": _FREE,
-    "model.remat": _FREE,
-    "model.loss_chunk": _FREE,
-    "model.attention": _FREE,
-    "optimizer.": _RUN,
-    "optimizer.learning_rate": _SCHEDULE,
-    "optimizer.schedule": _SCHEDULE,
-    "optimizer.warmup_": _SCHEDULE,
-    "optimizer.final_fraction": _SCHEDULE,
-    "optimizer.decay_fraction": _SCHEDULE,
-    # Where the text and the tokenizer lie: what they are is told by their fingerprints.
-    "data.": _FREE,
-    "data.seed": _RUN,
-    "data.packing": _RUN,
-    "data.mask_documents": _RUN,
-    "data.mixture.": _FREE,
-    "train.seed": _RUN,
-    "train.steps": _SCHEDULE,
-    "train.tokens": _SCHEDULE,
-    "train.batch_size": _SCHEDULE,
-}
+_RUN, _SCHEDULE, _FREE = OWN.resume, SCHEDULE.resume, FREE.resume
 
 
 def changes(old: Config, new: Config) -> dict[str, list[str]]:
-    """Differences of two configs by what may become of them: free, schedule, the run's own."""
+    """Differences of two configs, by what a change does to a run (config/facts.py)."""
     found: dict[str, list[str]] = {_RUN: [], _SCHEDULE: [], _FREE: []}
     constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
     for difference in config_lib.differences(old, new):
-        name = difference.partition(":")[0]
-        prefixes = [prefix for prefix in _MAY_CHANGE if name.startswith(prefix)]
-        kind = _MAY_CHANGE[max(prefixes, key=len)] if prefixes else _FREE
-        if name.startswith("data.mixture.") and name.endswith(".weight"):
-            kind = _RUN
-        if constant and name in ("train.steps", "train.tokens"):
-            kind = _FREE  # the end of a run without a schedule is no part of it
-        found[kind].append(difference)
+        field = difference.field
+        # The length of a run without a schedule decides nothing but its end.
+        length = constant and field.name in ("train.steps", "train.tokens")
+        found[_FREE if length else field.effect.resume].append(str(difference))
     return found
 
 
 def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bool) -> list[str]:
-    """Refuses a folder that is not this run's, or new; writes nothing.
+    """Refuses a folder that is neither new nor this run's; writes nothing.
 
     Args:
       workdir: the folder.
@@ -88,39 +57,43 @@ def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bo
       allow_schedule_change: go on with another length, batch size or learning rate.
 
     Returns:
-      What of the config is not as it was at the last start.
+      The differences between the config and that of the last start.
+
+    Raises ConfigError.
     """
-    saved = workdir / "config.json"
-    try:
+    where, checkpoints = f"--workdir={workdir}", workdir / "checkpoints"
+    with files.reading(where):
         if workdir.exists() and not workdir.is_dir():
-            raise ConfigError(f"--workdir={workdir} is a file; give a folder.")
-        if not saved.exists():
-            checkpoints = workdir / "checkpoints"
+            raise ConfigError(f"{where} is a file; give a folder.")
+        if not (workdir / "config.json").exists():
             if checkpoints.is_dir() and any(checkpoints.iterdir()):
                 raise ConfigError(
-                    f"--workdir={workdir} holds checkpoints but no config.json; choose another"
-                    " --workdir."
+                    f"{where} holds checkpoints but no config.json; choose another --workdir."
                 )
             return []
-        old = config_lib.from_saved(saved.read_text())
-    except (OSError, ImportError) as e:
-        raise ConfigError(f"--workdir={workdir} cannot be read: {reason(e)}.") from e
-    except (ValueError, AttributeError, TypeError) as e:
-        if isinstance(e, ConfigError) and str(e).startswith("--workdir"):
-            raise
-        raise ConfigError(f"{saved} cannot be read ({e}); choose another --workdir.") from e
-    found = changes(old, config)
+    found = changes(read_config(where, workdir), config)
     if found[_RUN]:
         raise ConfigError(
-            f"--workdir={workdir} holds another run ({_some(found[_RUN])}); choose another"
-            " --workdir, or delete it."
+            f"{where} holds another run ({_some(found[_RUN])}); choose another --workdir, or delete"
+            " it."
         )
     if found[_SCHEDULE] and not allow_schedule_change:
         raise ConfigError(
-            f"--workdir={workdir} holds a run with another schedule ({_some(found[_SCHEDULE])});"
+            f"{where} holds a run with another schedule ({_some(found[_SCHEDULE])});"
             " choose another --workdir, or change it with --allow_schedule_change."
         )
     return found[_SCHEDULE] + found[_FREE]
+
+
+def read_config(where: str, workdir: epath.Path) -> Config:
+    """The config of a run's folder, as its newest start resolved it; raises ConfigError."""
+    saved = workdir / "config.json"
+    with files.reading(where):
+        text = saved.read_bytes()
+    try:
+        return config_lib.from_saved(text.decode())
+    except (ValueError, AttributeError, TypeError, RecursionError) as e:
+        raise ConfigError(f"{saved} cannot be read ({e}); choose another folder.") from e
 
 
 def _some(differences: list[str]) -> str:
@@ -129,50 +102,51 @@ def _some(differences: list[str]) -> str:
 
 
 def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
-    """Makes the folder, and keeps other programs out of it while the file that it returns is open.
-
-    The lock ends with the process. None where the storage has none.
+    """Makes the folder, and keeps other programs out of it until the returned file is closed.
 
     Args:
       workdir: the folder.
       patience: seconds to wait for a process that is about to end.
 
-    Raises RunError, OSError.
+    Returns:
+      The lock; None on remote storage, which has no locks.
+
+    Raises:
+      RunError: another process uses the folder.
+      OSError: the folder cannot be written.
     """
     workdir.mkdir(parents=True, exist_ok=True)
-    if is_remote(workdir):
+    if files.is_remote(workdir):
         return None
-    file = open(workdir / ".lock", "a", encoding="utf-8")  # noqa: SIM115
     deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError) as e:  # both mean that another has it
-            if time.monotonic() > deadline:
-                file.close()
-                raise RunError(
-                    f"--workdir={workdir} is in use by another process; wait for its end, or choose"
-                    " another --workdir."
-                ) from e
-            time.sleep(0.2)
-        except OSError:
-            return None
-    remove_leftovers(workdir)
+    try:
+        file = files.lock(workdir / ".lock", lambda: time.monotonic() < deadline)
+    except BlockingIOError as e:
+        raise RunError(
+            f"--workdir={workdir} is in use by another process; wait for its end, or choose"
+            " another --workdir."
+        ) from e
+    files.remove_leftovers(workdir)
     file.truncate(0)
     file.write(secrets.token_hex(16))  # by which other hosts know the folder
     file.flush()
     return file
 
 
-def write_versions(workdir: epath.Path, **facts: str) -> None:
-    """Says what the newest start runs with; ``facts`` are further lines."""
-    write_atomically(workdir / "versions.json", json.dumps(versions() | facts, indent=2) + "\n")
+def write_start(workdir: epath.Path, config: Config, facts: dict[str, str]) -> None:
+    """Writes what the newest start runs with, and last the config: it makes the folder this run's.
 
+    Args:
+      workdir: the folder.
+      config: resolved.
+      facts: to stand beside the versions: fingerprints of text and tokenizer.
 
-def write_config(workdir: epath.Path, config: Config) -> None:
-    """Makes the folder that of this run."""
-    write_atomically(workdir / "config.json", config_lib.to_json(config))
+    Raises OSError.
+    """
+    files.write_atomically(
+        workdir / "versions.json", json.dumps(versions() | facts, indent=2) + "\n"
+    )
+    files.write_atomically(workdir / "config.json", config_lib.to_json(config))
 
 
 def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
@@ -180,11 +154,11 @@ def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
 
     Args:
       workdir: locked by process 0.
-      patience: seconds until what one host wrote is seen by the others; NFS keeps old entries
-        for up to a minute.
+      patience: seconds in which the others must see what process 0 has written; NFS shows old
+        entries for up to a minute.
     """
     file = workdir / ".lock"
-    if is_remote(workdir) or jax.process_count() == 1:
+    if files.is_remote(workdir) or jax.process_count() == 1:
         return
     text = distributed.of_first(lambda: str(zlib.crc32(file.read_bytes())))
 
@@ -202,21 +176,22 @@ def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
 
 
 def open_workdir(path: str) -> epath.Path:
-    """The folder of a --workdir; raises ConfigError for a kind of storage that is not there."""
+    """The folder that --workdir names; raises ConfigError where its storage cannot be used."""
     workdir = epath.Path(path).expanduser()
-    if is_remote(workdir):
+    if files.is_remote(workdir):
         try:
             workdir.exists()
-        except Exception as e:  # of gcsfs and what it stands on: not installed, not allowed
+        except Exception as e:  # of gcsfs and what it uses: not installed, not allowed
+            why = f"{type(e).__name__}: {files.reason(e)}"
             raise ConfigError(
-                f"--workdir={path} cannot be reached ({type(e).__name__}: {reason(e)}); gs:// needs"
-                " pip install 'ngpt-jax[gcs]' and credentials."
+                f"--workdir={path} cannot be reached ({why}); gs:// needs pip install"
+                " 'ngpt-jax[gcs]' and credentials."
             ) from e
     return workdir
 
 
 def cpu_model() -> str:
-    """Name, family, model and stepping where Linux tells them: what compiled code depends on."""
+    """Name, family, model and stepping, where Linux tells them: compiled code depends on these."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as f:
             pairs = (line.partition(":") for line in f.read().split("\n\n")[0].splitlines())
@@ -228,7 +203,7 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Of what runs here, for people and for checkpoints."""
+    """What runs here: command, machine, versions of packages. For people only."""
     packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy tokenizers".split()
     found: dict[str, Any] = {}
     for name in packages:

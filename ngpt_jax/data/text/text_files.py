@@ -1,87 +1,94 @@
-"""Documents of text files: .txt is one, .jsonl has one a line, .parquet one a row."""
+"""Files of text: a .txt is one document.
 
-from __future__ import annotations
+.jsonl has a document a line, .parquet one a row, array_record one a record.
+"""
 
-import json
-import zlib
+import functools
 from collections.abc import Iterator
-from typing import TextIO
 
 from etils import epath
 
-from ngpt_jax.config import ConfigError
-from ngpt_jax.data.corpus_files import Opened, open_binary
+from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.data.list_files import real_path, stamp
+from ngpt_jax.data.open_files import RecordFile, check_key, open_binary, open_text, read_jsonl
+from ngpt_jax.data.text.units import TextSource, Unit, decode_records, source_of_files
 from ngpt_jax.files import reason
 
 _PACKED = ("", ".gz", ".zst")
 SUFFIXES = (*(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in _PACKED), ".parquet")
 
 
-def read_documents(file: epath.Path, field: str, text_key: str) -> Iterator[tuple[str, int]]:
+def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+    """As :func:`ngpt_jax.data.text.sources.open_source`."""
+
+    def unit(file: epath.Path, field: str) -> Unit:
+        read = functools.partial(read_documents, file, field, config.text_key, f"{prefix}text_key")
+        stamps = f"{stamp(file)} {config.text_key}"
+        return Unit(stamps, file.stat().length, read, real_path(file))
+
+    return source_of_files(config, prefix, SUFFIXES, unit)
+
+
+def open_array_record(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+    """As :func:`ngpt_jax.data.text.sources.open_source`."""
+    mend = f"set {prefix}token_dtype if it holds token ids"
+
+    def unit(file: epath.Path, field: str) -> Unit:
+        records, where = RecordFile(file, field), f"{field}: {str(file)!r}"
+        read = functools.partial(decode_records, records, where, mend)
+        return Unit(records.stamp, len(records), read, real_path(file))
+
+    return source_of_files(config, prefix, ("",), unit)
+
+
+def read_documents(
+    file: epath.Path, field: str, text_key: str, key_field: str
+) -> Iterator[tuple[str, int]]:
     """Documents of a file that are not blank, each with the bytes of the file read so far.
 
-    Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. Raises
-    ConfigError, which names ``field``, the file and the line. JSON can spell half a surrogate pair,
-    which is "?" to tokenizers.
+    Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. JSON can spell half
+    a surrogate pair, which tokenizers encode as "?".
+
+    Args:
+      file: with one of ``SUFFIXES``.
+      field: that names the file, for messages.
+      text_key: field of a line or column that holds the text.
+      key_field: that names ``text_key``, for messages.
+
+    Raises ConfigError, which names ``field``, the file and the line.
     """
     name = file.name.lower()
     if name.endswith(".parquet"):
-        texts = _parquet_texts(file, field, text_key)
+        texts = _parquet_texts(file, field, text_key, key_field)
+    elif name.split(".txt")[-1] in _PACKED:
+        texts = _whole_text(file, field)
     else:
-        texts = _packed_texts(file, field, text_key, name.split(".txt")[-1] in _PACKED)
+        texts = _jsonl_texts(file, field, text_key, key_field)
     for text, position in texts:
         if text and not text.isspace():
             yield text, position
 
 
-def _packed_texts(
-    file: epath.Path, field: str, text_key: str, whole: bool
+def _whole_text(file: epath.Path, field: str) -> Iterator[tuple[str, int]]:
+    with open_text(file, field) as (stream, position):
+        yield stream.read(), position()
+
+
+def _jsonl_texts(
+    file: epath.Path, field: str, text_key: str, key_field: str
 ) -> Iterator[tuple[str, int]]:
-    from zstandard import ZstdError
-
-    try:
-        with Opened(file) as opened:
-            lines = opened.text()
-            if whole:
-                yield lines.read(), opened.position()
-                return
-            for text in _json_texts(lines, file, field, text_key):
-                yield text, opened.position()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{field}: {str(file)!r} is not UTF-8; convert it to UTF-8.") from error
-    except (OSError, EOFError, zlib.error, ZstdError) as error:
-        raise ConfigError(
-            f"{field}: cannot read {str(file)!r}: {reason(error)}; mend or drop it."
-        ) from error
-
-
-def _json_texts(stream: TextIO, file: epath.Path, field: str, text_key: str) -> Iterator[str]:
-    for number, line in enumerate(stream, start=1):
-        try:
-            text = json.loads(line)[text_key]
-        except (ValueError, RecursionError, LookupError, TypeError) as error:
-            if not line.strip():
-                continue
-            text = error
+    for where, record, position in read_jsonl(file, field, f"such as {{{text_key!r}: ...}}"):
+        check_key(record, text_key, where, f"set {key_field}")
+        text = record[text_key]
         if not isinstance(text, str):
-            where = f"{field}: {str(file)!r}, line {number}"
-            raise ConfigError(f"{where} {_why_no_text(line, text, text_key)}.")
-        yield text
+            kind = type(text).__name__
+            raise ConfigError(f"{where} has {text_key!r} of type {kind}, not str; set {key_field}.")
+        yield text, position
 
 
-def _why_no_text(line: str, found: object, text_key: str) -> str:
-    if isinstance(found, ValueError | RecursionError):
-        return f"is not JSON ({found}); mend or drop it"
-    record = json.loads(line)
-    if not isinstance(record, dict):
-        return f"is not a JSON object, e.g. {{{text_key!r}: ...}}; mend it"
-    if text_key not in record:
-        keys = ", ".join(repr(key[:40]) for key in sorted(record)[:9]) or "nothing"
-        return f"has no {text_key!r} but {keys}; set data.text_key"
-    return f"has {text_key!r} of type {type(found).__name__}, not str; set data.text_key"
-
-
-def _parquet_texts(file: epath.Path, field: str, text_key: str) -> Iterator[tuple[str, int]]:
+def _parquet_texts(
+    file: epath.Path, field: str, text_key: str, key_field: str
+) -> Iterator[tuple[str, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -93,19 +100,19 @@ def _parquet_texts(file: epath.Path, field: str, text_key: str) -> Iterator[tupl
             if text_key not in names:
                 raise ConfigError(
                     f"{where} has no column {text_key!r} but {', '.join(map(repr, names[:9]))};"
-                    " set data.text_key."
+                    f" set {key_field}."
                 )
             kind = table.schema_arrow.field(text_key).type
             if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
                 raise ConfigError(
-                    f"{where}: column {text_key!r} holds {kind}, not strings; set data.text_key."
+                    f"{where}: column {text_key!r} holds {kind}, not strings; set {key_field}."
                 )
             size, rows, done = file.stat().length, max(table.metadata.num_rows, 1), 0
             for batch in table.iter_batches(batch_size=256, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     done += 1
                     yield text or "", size * done // rows
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8; convert it to UTF-8.") from error
-    except (OSError, LookupError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{where} cannot be read: {reason(error)}; mend or drop it.") from error
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{where} is not UTF-8; convert it to UTF-8.") from e
+    except (OSError, LookupError, pyarrow.ArrowException) as e:
+        raise ConfigError(f"{where} cannot be read: {reason(e)}; mend or drop it.") from e

@@ -1,100 +1,70 @@
 """tiktoken from local files: .tiktoken ranks, or GPT-2's encoder.json and vocab.bpe."""
 
-from __future__ import annotations
-
 import base64
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from tiktoken import Encoding
 
-from ngpt_jax.config import ConfigError
-from ngpt_jax.data.tokenizers.loading import (
-    KINDS,
-    decode_documents,
-    file_stem,
-    find_end_of_document,
-    fingerprint_of,
-    read_file,
-    utf8,
-)
-
-if TYPE_CHECKING:
-    import tiktoken
+from ngpt_jax.data.tokenizers.base import KINDS, Tokenizer, TokenizerFile, fingerprint_of, utf8
 
 
 @dataclass(frozen=True)
-class TiktokenTokenizer:
-    """Byte-level BPE by tiktoken, see :func:`load_tiktoken_tokenizer`, :func:`load_gpt2_tokenizer`.
+class TiktokenTokenizer(Tokenizer):
+    """Byte-level BPE by tiktoken, see :func:`load_tiktoken` and :func:`load_gpt2`.
 
-    Text never gives ``eod`` or another special token, and ``decode(encode(text)) == text``; ids
-    that are not UTF-8 together decode to U+FFFD. Time is n log n in the longest word. A text with
-    more than about 10^6 characters of white space in a row, which tiktoken's pattern cannot
-    match, is encoded in portions of 2^18 characters: its ids may differ at their borders from
-    those of the whole, and decode to the same text.
+    Text never gives ``eod`` or another special token, and ``decode(encode(text)) == text``. Ids
+    whose bytes are not UTF-8 decode to U+FFFD. Encoding takes n log n in the longest word.
+
+    tiktoken's pattern cannot match more than about 10^6 characters of white space in a row. Such a
+    text is encoded in portions of 2^18 characters. Ids at the borders of portions may differ from
+    those of the whole text, but they decode to the same text.
     """
 
-    encoding: tiktoken.Encoding
-    name: str
-    vocab_size: int
-    eod: int
-    fingerprint: str
+    encoding: Encoding
     unused: frozenset[int]
 
-    def encode(self, text: str) -> list[int]:
-        return self._encode(text).tolist()
-
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self._encode(text) for text in texts]
+        return [self._encode(utf8(text).decode()) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
-        clean = utf8(text).decode()
         try:
-            ids = self.encoding.encode_to_numpy(clean, disallowed_special=())
-        except ValueError:  # the stack of the pattern's matcher is full
-            portions = [clean[i : i + 2**18] for i in range(0, len(clean), 2**18)]
+            ids = self.encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:  # stack overflow in the matcher of the pattern
+            portions = [text[i : i + 2**18] for i in range(0, len(text), 2**18)]
             ids = np.concatenate(
                 [self.encoding.encode_to_numpy(p, disallowed_special=()) for p in portions]
             )
         return ids.astype(np.int32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        used = (i for i in ids if i not in self.unused)
-        return decode_documents(used, self.vocab_size, self.eod, self.encoding.decode)
+    def decode_document(self, ids: list[int]) -> str:
+        return self.encoding.decode([i for i in ids if i not in self.unused])
 
 
-def _tiktoken_tokenizer(
-    path: str,
-    end_of_document: str | None,
+def _tokenizer(
+    file: TokenizerFile,
     pattern: str,
     ranks: dict[bytes, int],
     special_tokens: dict[str, int],
     *contents: bytes,
 ) -> TiktokenTokenizer:
-    from tiktoken import Encoding
-
-    _, eod = find_end_of_document(path, end_of_document, special_tokens.get, "special token")
+    _, eod = file.find_end_of_document(special_tokens.get, "special token")
     encoding = Encoding(
-        file_stem(path), pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        file.stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
     )
-    used = {*ranks.values(), *special_tokens.values()}
-    return TiktokenTokenizer(
-        encoding=encoding,
-        name=file_stem(path),
-        vocab_size=encoding.n_vocab,
-        eod=eod,
-        fingerprint=fingerprint_of("tiktoken", eod, pattern.encode(), *contents),
-        unused=frozenset(range(encoding.n_vocab)) - used,
-    )
+    unused = frozenset(range(encoding.n_vocab)) - {*ranks.values(), *special_tokens.values()}
+    fingerprint = fingerprint_of("tiktoken", eod, pattern.encode(), *contents)
+    return TiktokenTokenizer(file.stem, encoding.n_vocab, eod, fingerprint, encoding, unused)
 
 
 class TiktokenFormat(NamedTuple):
-    """What a .tiktoken file does not say: the pattern of words, the special tokens' ids."""
+    """What a .tiktoken file does not say: the pattern that splits text, the special tokens."""
 
     pattern: str
     special_tokens: dict[str, int]
@@ -114,19 +84,15 @@ _O200K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_CL100K_SPECIAL_TOKENS = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_FORMATS = {
     "gpt2": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
     "r50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
     "p50k_base": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50280),
     "cl100k_base": TiktokenFormat(
         _CL100K_PATTERN,
-        {
-            "<|endoftext|>": 100257,
-            "<|fim_prefix|>": 100258,
-            "<|fim_middle|>": 100259,
-            "<|fim_suffix|>": 100260,
-            "<|endofprompt|>": 100276,
-        },
+        {name: 100257 + i for i, name in enumerate(_CL100K_SPECIAL_TOKENS)}
+        | {"<|endofprompt|>": 100276},
         100256,
     ),
     "o200k_base": TiktokenFormat(
@@ -135,32 +101,28 @@ TIKTOKEN_FORMATS = {
 }
 
 
-def load_tiktoken_tokenizer(path: str, end_of_document: str | None = None) -> TiktokenTokenizer:
+def load_tiktoken(file: TokenizerFile) -> TiktokenTokenizer:
     """Reads a .tiktoken file, whose lines are a token in base64, a space and its rank.
 
-    Args:
-      path: of the file, whose stem is in ``TIKTOKEN_FORMATS``; ``~`` is expanded.
-      end_of_document: a special token; None: <|endoftext|>.
+    The file's stem must be a key of ``TIKTOKEN_FORMATS``. The end-of-document token must be a
+    special token; <|endoftext|> where none is named.
 
     Raises ConfigError: no such file, unknown stem, damaged file, no such token.
     """
-    known = TIKTOKEN_FORMATS.get(file_stem(path))
+    known = TIKTOKEN_FORMATS.get(file.stem)
     if known is None:
-        raise ConfigError(
-            f"data.tokenizer: {path!r} is not called as its encoding; its name must be"
+        raise file.error(
+            f"{file.path!r} is not called as its encoding; its name must be"
             f" {' or '.join(TIKTOKEN_FORMATS)}, and .tiktoken."
         )
-    content = read_file(path)
+    content = file.read()
     try:
         ranks = _parse_ranks(content, known)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.tokenizer: {path!r} is damaged, or not {file_stem(path)} ({error}); give"
-            " another."
-        ) from error
-    return _tiktoken_tokenizer(
-        path, end_of_document, known.pattern, ranks, known.special_tokens, content
-    )
+    except ValueError as e:
+        raise file.error(
+            f"{file.path!r} is damaged, or not {file.stem} ({e}); give another."
+        ) from e
+    return _tokenizer(file, known.pattern, ranks, known.special_tokens, content)
 
 
 def _parse_ranks(content: bytes, known: TiktokenFormat) -> dict[bytes, int]:
@@ -182,37 +144,33 @@ def _parse_ranks(content: bytes, known: TiktokenFormat) -> dict[bytes, int]:
     return ranks
 
 
-def load_gpt2_tokenizer(path: str, end_of_document: str | None = None) -> TiktokenTokenizer:
-    """Reads GPT-2's encoder.json (token to id) and vocab.bpe (merges).
+def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
+    """Reads GPT-2's encoder.json (token to id) and vocab.bpe (merges) from their folder.
 
-    Args:
-      path: of the folder with both; ``~`` is expanded.
-      end_of_document: a special token; None: <|endoftext|>.
+    The end-of-document token must be a special token; <|endoftext|> where none is named.
 
     Raises ConfigError: no such files, damaged files, no such token.
     """
-    files = [os.path.join(path, name) for name in ("encoder.json", "vocab.bpe")]
-    if not all(os.path.exists(os.path.expanduser(file)) for file in files):
-        raise ConfigError(
-            f"data.tokenizer: the folder {path!r} lacks encoder.json or vocab.bpe; give {KINDS}."
+    names = ("encoder.json", "vocab.bpe")
+    if not all(Path(folder.real_path, name).exists() for name in names):
+        raise folder.error(
+            f"the folder {folder.path!r} lacks encoder.json or vocab.bpe; give {KINDS}."
         )
-    encoder_json, vocab_bpe = map(read_file, files)
+    encoder_json, vocab_bpe = map(folder.read, names)
     try:
         ranks, special_tokens = _parse_gpt2(encoder_json, vocab_bpe)
-    except ValueError as error:
-        raise ConfigError(
-            f"data.tokenizer: encoder.json and vocab.bpe of {path!r} are damaged, or not of one"
-            f" tokenizer ({error}); give others."
-        ) from error
-    return _tiktoken_tokenizer(
-        path, end_of_document, _GPT2_PATTERN, ranks, special_tokens, encoder_json, vocab_bpe
-    )
+    except ValueError as e:
+        raise folder.error(
+            f"encoder.json and vocab.bpe of {folder.path!r} are damaged, or not of one tokenizer"
+            f" ({e}); give others."
+        ) from e
+    return _tokenizer(folder, _GPT2_PATTERN, ranks, special_tokens, encoder_json, vocab_bpe)
 
 
 def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Ranks and special tokens.
+    """Ranks and special tokens; raises ValueError.
 
-    tiktoken.load has a function for it, which may read an old file from a cache instead.
+    The function of tiktoken.load is not used, because it may read an old file from a cache.
     """
     try:
         encoder = json.loads(encoder_json)
@@ -228,7 +186,7 @@ def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int]
             merges.append("".join(pair))
         elif pair and number > 1:
             raise ValueError(f"line {number} of vocab.bpe is not a pair")
-    # GPT-2 writes bytes as printable characters: those that are not as 256, 257, ...
+    # GPT-2 writes bytes as printable characters; other bytes as the characters 256, 257, ...
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = itertools.count(256)
     byte_of = {chr(b if b in printable else next(others)): b for b in range(256)}

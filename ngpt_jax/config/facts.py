@@ -1,0 +1,79 @@
+"""The facts that each field of a config must state, see fields.py.
+
+The rest of the program derives from them what it says about a field: the checks (resolve.py),
+--help_config (experiment.py), what may change when a run goes on (training/workdir.py), and the
+digests of a study's rows (study/results.py).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Allowed(NamedTuple):
+    """The values that a field takes, besides None."""
+
+    must: str  # for an error: "FIELD must be positive, got 0."
+    short: str  # for --help_config
+    holds: Callable[[Any], bool]
+    choices: tuple[str, ...] = ()
+
+
+def one_of(*choices: str) -> Allowed:
+    """These strings alone."""
+    quoted = ", ".join(map(repr, choices))  # 'none' is not None
+    must = f"must be one of {', '.join(choices)}"
+    return Allowed(must, quoted, choices.__contains__, choices)
+
+
+ANY = Allowed("", "", lambda value: True)
+FOLDER = Allowed("must name a folder", "", bool)
+POSITIVE = Allowed("must be positive", "> 0", lambda x: x > 0)
+NOT_NEGATIVE = Allowed("must not be negative", ">= 0", lambda x: x >= 0)
+FRACTION = Allowed("must lie in [0, 1]", "in [0, 1]", lambda x: 0 <= x <= 1)
+BELOW_1 = Allowed("must lie in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1)
+BETWEEN_0_AND_1 = Allowed("must lie between 0 and 1", "in (0, 1)", lambda x: 0 < x < 1)
+AXIS = Allowed("must be positive or -1", "> 0 or -1", lambda x: x > 0 or x == -1)
+
+
+class Effect(NamedTuple):
+    """What a change of a field does to a run that goes on, and to the loss."""
+
+    resume: str
+    loss: bool  # whether it can change the loss; the digest of a study's row has these fields
+
+
+OWN = Effect("the run's own", loss=True)  # a run cannot change it
+SCHEDULE = Effect("schedule", loss=True)  # a run can change it, with --allow_schedule_change
+FREE = Effect("free", loss=True)  # a run can change it
+NEUTRAL = Effect("free", loss=False)  # the same; it decides where, how fast and what is written
+
+
+def field(
+    default: Any,
+    allowed: Allowed,
+    effect: Effect,
+    meaning: str,
+    *,
+    set_by_study: bool = False,
+    always_in_digest: bool = False,
+) -> Any:
+    """A field of a config's dataclass, with its facts as metadata.
+
+    Args:
+      default: None also where a preset fills the field in (presets.py).
+      allowed: the values that it takes.
+      effect: what a change of it does.
+      meaning: for --help_config.
+      set_by_study: a study gives the field a value in each of its runs.
+      always_in_digest: the digest of a study's row has the field also at the value that the kind's
+        preset gives, because published tables were made so.
+    """
+    facts: dict[str, Any] = {"help": meaning, "allowed": allowed, "effect": effect}
+    facts |= {"set_by_study": set_by_study, "always_in_digest": always_in_digest}
+    return dataclasses.field(default=default, metadata=facts)
+
+
+def section(factory: Callable[[], Any], meaning: str) -> Any:
+    """A field that holds other fields."""
+    return dataclasses.field(default_factory=factory, metadata={"help": meaning})

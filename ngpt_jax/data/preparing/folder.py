@@ -1,0 +1,364 @@
+"""Prepares a folder: the documents of a source as shards of token ids, with a manifest.
+
+A preparation that was stopped or killed continues after the last whole shard. What is finished is
+told by progress.json until manifest.json takes its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data import manifest as manifest_lib
+from ngpt_jax.data.manifest import Manifest, SetFacts, ShardFacts
+from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, tokenized
+from ngpt_jax.data.shards import token_dtype
+from ngpt_jax.data.text.held_out import choose_split
+from ngpt_jax.data.text.units import TextSource
+from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
+from ngpt_jax.terminal import Terminal, format_duration
+
+SHARD_TOKENS = 100_000_000
+_PROGRESS = "progress.json"
+_TEMPORARY = ".segment"  # start of the names of temporary folders
+
+
+class Stopped(Exception):
+    """The preparation was told to stop; finished shards are kept."""
+
+
+def prepare_folder(
+    source: TextSource,
+    held_out: float,
+    tokenizer: Tokenizer,
+    out: epath.Path,
+    *,
+    format: str = "bin",
+    shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
+    terminal: Terminal | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Manifest:
+    """Writes the tokens of a source into a folder, or continues with that.
+
+    The same text and tokenizer give the same bytes, whatever the number of workers.
+
+    Args:
+      source: of text.
+      held_out: share of the documents to hold out where the source has no held-out sets.
+      tokenizer: to encode with.
+      out: the folder; a finished one is left as it is.
+      format: of the shards: bin, or array_record with a document a record.
+      shard_tokens: tokens of "train" after which a new shard begins.
+      workers: processes that tokenize; None: one a core.
+      terminal: shows progress.
+      stopped: asked after each portion and while waiting; True raises Stopped.
+
+    Returns:
+      The manifest of the finished folder.
+
+    Raises ConfigError: bad text, a folder that holds something else, a full disk.
+    """
+    key = source_key(source, held_out, tokenizer, format, shard_tokens)
+    try:
+        _refuse_occupied(out)
+        out.mkdir(parents=True, exist_ok=True)
+        with _lock(out, terminal, stopped):
+            for left in out.glob(f"{_TEMPORARY}*"):
+                left.rmtree()  # of a run that was killed
+            remove_leftovers(out)
+            if (out / manifest_lib.NAME).exists():
+                done = manifest_lib.read_manifest(out, "--out")
+                _check_key(done.source, key, "tokens", out)
+                manifest_lib.check_shards(done, out, "--out")
+                return done
+            facts = manifest_lib.tokenizer_facts(tokenizer)
+            empty = Manifest(key, format, token_dtype(tokenizer.vocab_size).name, facts, {})
+            place, done = _read_progress(out, empty)
+            groups = _groups(source, held_out)
+            _write_progress(out, place, done)  # before any shard: it tells whose the folder is
+            portions = tokenized(groups, place, tokenizer, workers or os.cpu_count() or 1)
+            report = _Report(groups, terminal)
+            done = _write_shards(out, done, portions, shard_tokens, report, stopped)
+            for group in groups:
+                if group.name not in done.sets:
+                    raise ConfigError(f"{group.name}: there is no text in it; give some.")
+            write_atomically(out / manifest_lib.NAME, done.to_json())
+            (out / _PROGRESS).unlink(missing_ok=True)
+            return done
+    except (OSError, ImportError, LookupError) as e:  # LookupError: an unknown kind of storage
+        raise ConfigError(f"{str(out)!r} cannot be written: {reason(e)}.") from e
+
+
+def source_key(
+    source: TextSource, held_out: float, tokenizer: Tokenizer, format: str, shard_tokens: int
+) -> str:
+    """Fingerprint of everything that the prepared tokens depend on."""
+    units = [("train", source.train), *source.held_out.items()]
+    how = f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}"
+    return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
+
+
+def _groups(source: TextSource, held_out: float) -> list[Group]:
+    if source.held_out:
+        sets = {"train": source.train, **source.held_out}
+        return [Group(name, units, None) for name, units in sets.items()]
+    split = choose_split(
+        lambda: (text for unit in source.train for text, _ in unit.read()), held_out, source.field
+    )
+    return [Group("train", source.train, split)]
+
+
+def _refuse_occupied(out: epath.Path) -> None:
+    """Refuses a folder that holds something else than a preparation."""
+    try:
+        names = {entry.name for entry in out.iterdir()}
+    except FileNotFoundError:  # a new folder, also one of a bucket
+        return
+    if names - {".lock"} and not names & {manifest_lib.NAME, _PROGRESS}:
+        if all(name.startswith((".lock", _TEMPORARY, f".{_PROGRESS}")) for name in names):
+            return  # a run was killed before it wrote progress.json
+        raise ConfigError(f"{str(out)!r} is not empty; choose another --out, or delete it.")
+
+
+def _check_key(found: str, key: str, what: str, out: epath.Path) -> None:
+    if found != key:
+        raise ConfigError(
+            f"{str(out)!r} holds {what} of another text, tokenizer or split; choose another --out,"
+            " or delete it."
+        )
+
+
+def _lock(
+    out: epath.Path, terminal: Terminal | None, stopped: Callable[[], bool]
+) -> contextlib.AbstractContextManager:
+    """Lets one process at a time prepare a folder; raises Stopped. A bucket has no locks."""
+    if is_remote(out):
+        return contextlib.nullcontext()
+    told = False
+
+    def keep_waiting() -> bool:
+        nonlocal told
+        if terminal is not None and not told:
+            terminal.say(f"waiting for another process, which prepares {out}")
+        told = True
+        return not stopped()
+
+    try:
+        return lock(out / ".lock", keep_waiting)
+    except BlockingIOError:
+        raise Stopped from None
+
+
+def _write_shards(
+    out: epath.Path,
+    done: Manifest,
+    portions: Iterable[tuple[Portion, list[Tokens]]],
+    shard_tokens: int,
+    report: _Report,
+    stopped: Callable[[], bool],
+) -> Manifest:
+    """Writes portions into shards; returns ``done`` with these.
+
+    Args:
+      out: the folder.
+      done: what is finished.
+      portions: of all documents that are left, with their tokens.
+      shard_tokens, stopped: as for :func:`prepare_folder`.
+      report: shows progress.
+    """
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(ShardWriter(out, done.format))
+        for portion, some in portions:
+            writer.add(some)
+            report.show(portion, sum(len(tokens.ids) for tokens in some))
+            if writer.tokens("train") >= shard_tokens:
+                done = _with_shards(done, writer)
+                _write_progress(out, portion.after, done)
+                writer = stack.enter_context(ShardWriter(out, done.format))
+            if stopped():
+                raise Stopped
+        return _with_shards(done, writer)
+
+
+# ---------------------------------------------------------------------------------------- shards
+
+
+class ShardWriter:
+    """One new shard of each set; they get their final names together, when all are whole.
+
+    Args:
+      out: folder of the shards.
+      format: bin or array_record.
+
+    Raises OSError.
+    """
+
+    def __init__(self, out: epath.Path, format: str):
+        self._out, self._format = out, format
+        self._folder = tempfile.mkdtemp(
+            prefix=_TEMPORARY, dir=None if is_remote(self._out) else str(self._out)
+        )
+        self._files: dict[str, Any] = {}
+        self._facts: dict[str, list[int]] = {}  # documents, bytes of text, tokens
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(Exception):  # only after a failure, which is told already
+                file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tokens(self, name: str) -> int:
+        """Tokens of a set so far."""
+        return self._facts.get(name, [0, 0, 0])[2]
+
+    def add(self, some: Iterable[Tokens]) -> None:
+        for tokens in some:
+            if tokens.name not in self._files:
+                self._files[tokens.name] = _open_writer(self._path(tokens.name), self._format)
+                self._facts[tokens.name] = [0, 0, 0]
+            file = self._files[tokens.name]
+            with _writing():
+                if self._format == "bin":
+                    file.write(tokens.ids.tobytes())
+                else:
+                    for start, end in itertools.pairwise([0, *tokens.ends]):
+                        file.write(tokens.ids[start:end].tobytes())
+            more = (len(tokens.ends), tokens.bytes, len(tokens.ids))
+            self._facts[tokens.name] = [a + b for a, b in zip(self._facts[tokens.name], more)]
+
+    def _path(self, name: str) -> epath.Path:
+        return epath.Path(self._folder) / name
+
+    def commit(self, numbers: Mapping[str, int]) -> dict[str, SetFacts]:
+        """Moves the shards into the folder under their names.
+
+        Args:
+          numbers: how many shards each set has in the folder already.
+
+        Returns:
+          What was written of each set.
+        """
+        new = {}
+        for name, file in self._files.items():
+            with _writing():
+                file.close()
+            documents, num_bytes, tokens = self._facts[name]
+            path = self._path(name)
+            shard = f"{name}-{numbers.get(name, 0):05}.{self._format}"
+            facts = ShardFacts(shard, tokens, path.stat().length, manifest_lib.sha256_of(path))
+            if is_remote(self._out):
+                path.copy(self._out / shard, overwrite=True)
+            else:
+                with open(path, "rb") as f:
+                    os.fsync(f.fileno())
+                os.replace(path, self._out / shard)
+            new[name] = SetFacts(documents, num_bytes, (facts,))
+        self._files = {}
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return new
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Makes an OSError of the RuntimeError that array_record raises for a full disk."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(reason(e)) from e
+
+
+def _open_writer(path: epath.Path, format: str) -> Any:
+    if format == "bin":
+        return open(path, "wb")
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    return ArrayRecordWriter(str(path), "group_size:1")
+
+
+# ------------------------------------------------------------------------ what is finished
+
+
+def _with_shards(done: Manifest, writer: ShardWriter) -> Manifest:
+    """``done`` with the writer's shards, which get their final names."""
+    new = writer.commit({name: len(facts.shards) for name, facts in done.sets.items()})
+    nothing = SetFacts(0, 0, ())
+    both = {name: (done.sets.get(name, nothing), facts) for name, facts in new.items()}
+    sums = {
+        name: SetFacts(a.documents + b.documents, a.bytes + b.bytes, a.shards + b.shards)
+        for name, (a, b) in both.items()
+    }
+    return dataclasses.replace(done, sets={**done.sets, **sums})
+
+
+def _write_progress(out: epath.Path, place: Place, done: Manifest) -> None:
+    sets = {name: dataclasses.asdict(facts) for name, facts in done.sets.items()}
+    text = json.dumps({"source": done.source, "place": place, "sets": sets})
+    write_atomically(out / _PROGRESS, text)
+
+
+def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest]:
+    """The place to continue at, and what is finished; raises ConfigError.
+
+    Args:
+      out: the folder, perhaps without progress.json.
+      empty: the manifest without any set.
+    """
+    file = out / _PROGRESS
+    if not file.exists():
+        return Place(0, 0, 0), empty
+    try:
+        progress = json.loads(file.read_text())
+        _check_key(progress["source"], empty.source, "the beginning", out)
+        place = Place(*progress["place"])
+        if any(type(n) is not int or n < 0 for n in place):
+            raise ValueError("place")
+        sets = manifest_lib.parse_sets(progress["sets"], empty.format, empty.dtype)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise ConfigError(f"{str(file)!r} is damaged; delete {str(out)!r}.") from e
+    done = dataclasses.replace(empty, sets=sets)
+    manifest_lib.check_shards(done, out, "--out")
+    return place, done
+
+
+class _Report:
+    """Progress on the terminal, with the time that is left."""
+
+    def __init__(self, groups: Sequence[Group], terminal: Terminal | None):
+        self._terminal = terminal
+        self._sizes = [sum(unit.size for unit in group.units) for group in groups]
+        self._start, self._first, self._tokens = time.monotonic(), -1.0, 0
+
+    def show(self, portion: Portion, tokens: int) -> None:
+        if self._terminal is None:
+            return
+        done = sum(self._sizes[: portion.after.group]) + portion.done
+        share = min(done / max(sum(self._sizes), 1), 1.0)
+        self._first = share if self._first < 0 else self._first
+        self._tokens += tokens
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        status = f"{self._tokens / seconds:,.0f} tokens/s"
+        if share > self._first:
+            left = (1 - share) / (share - self._first) * seconds
+            status += f"  eta {format_duration(left)}"
+        label = f"preparing tokens {share:4.0%}"
+        self._terminal.show(label, share, status)
+        if seconds > 5:
+            self._terminal.tell(f"{label}  {status}", seconds=10)

@@ -1,0 +1,77 @@
+"""What a source of text is: units of documents to train on, and held-out ones."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.data.list_files import find_train_and_eval_files
+
+
+class Unit(NamedTuple):
+    """A part of a source whose documents are read in order: a file, a split.
+
+    Attributes:
+      stamp: changes when the documents may have changed.
+      size: bytes or records, to show progress.
+      read: returns the documents that are not blank, each with how much of ``size`` was read.
+      file: its real path; None where the unit is not one file of ``paths`` or ``eval_paths``.
+    """
+
+    stamp: str
+    size: int
+    read: Callable[[], Iterator[tuple[str, int]]]
+    file: str | None = None
+
+
+class TextSource(NamedTuple):
+    """Text to train on, and held-out text by the name of its set.
+
+    Attributes:
+      held_out: empty where a share of the documents to train on is to be held out.
+      field: that names the text, for messages.
+    """
+
+    train: Sequence[Unit]
+    held_out: Mapping[str, Sequence[Unit]]
+    field: str
+
+
+def source_of_files(
+    config: SourceConfig,
+    prefix: str,
+    suffixes: Sequence[str],
+    unit: Callable[[epath.Path, str], Unit],
+) -> TextSource:
+    """A source whose units are the files of ``paths`` and ``eval_paths``; raises ConfigError.
+
+    Args:
+      config: of the source.
+      prefix: of the names of its fields in messages.
+      suffixes: allowed ends of a file's name.
+      unit: makes a unit from a file and the name of the field that gave it.
+    """
+    files, eval_files = find_train_and_eval_files(config, prefix, suffixes)
+    field, eval_field = f"{prefix}paths", f"{prefix}eval_paths"
+    held_out = {name: [unit(f, eval_field) for f in some] for name, some in eval_files.items()}
+    return TextSource([unit(file, field) for file in files], held_out, field)
+
+
+def decode_records(records: Iterable[Any], where: str, mend: str) -> Iterator[tuple[str, int]]:
+    """Texts of records that are not blank, each with how many records were read.
+
+    Args:
+      records: strings, or UTF-8 bytes.
+      where: they lie, for messages.
+      mend: what to do where they are not text, for messages.
+
+    Raises ConfigError.
+    """
+    for number, record in enumerate(records, start=1):
+        try:
+            text = record if isinstance(record, str) else record.decode()
+        except (UnicodeDecodeError, AttributeError):
+            raise ConfigError(f"{where}, record {number} is not UTF-8 text; {mend}.") from None
+        if text.strip():
+            yield text, number

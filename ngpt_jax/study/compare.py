@@ -1,0 +1,66 @@
+"""A study from its experiment file: the runs that are due, one run again, the report."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ngpt_jax import plots
+from ngpt_jax.config import ConfigError
+from ngpt_jax.files import is_remote
+from ngpt_jax.study import plan, report, results, runner
+from ngpt_jax.terminal import Terminal
+from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
+
+
+def compare(
+    experiment: str, out: str | None, dry_run: bool, report_only: bool, check: str | None
+) -> int:
+    """Runs what is due, and writes the report; see the flags of ``tools.compare``.
+
+    Returns:
+      The exit code: 0 for a study that is complete, EXIT_RESUME for one that was stopped by a
+      signal, 1 for a failure. Raises ConfigError, runner.PointFailed, OSError.
+    """
+    study = results.load_study(experiment)
+    if out and is_remote(out):
+        raise ConfigError(f"--out={out}: give a folder on a local or mounted disk.")
+    folder = Path(out).expanduser() if out else results.default_folder(experiment)
+    c = runner.Comparison(experiment, study, folder / "results.csv", folder / "runs")
+    if report_only and not c.table.exists():
+        raise ConfigError(f"--report_only: there is no {c.table}; give the --out of a study.")
+    rows = results.read(c.table)
+    results.check_rows(experiment, study, rows, c.table)
+    losses = results.losses_of(study, rows)
+    for point in plan.forecast(study, losses):  # bad fields are refused before any run starts
+        results.config_of(experiment, study, point)
+    runner.lanes(study.cores)
+    terminal = Terminal()
+    if check:
+        return runner.run_again(c, check, terminal)
+    if dry_run:
+        for point in plan.due(study, losses):
+            print(f"due: {point.name}")
+        print(f"{len(rows)} rows; {runner.to_come(study, rows)} -> {folder}")
+        return 0
+    plots.require_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
+    complete = report_only or _run_all(c, terminal)
+    rows = results.read(c.table)
+    terminal.say(f"report -> {report.write(experiment, study, rows, folder)}")
+    lost = plan.given_up(study, results.losses_of(study, rows))
+    for line in lost:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if lost else 0 if complete else EXIT_RESUME
+
+
+def _run_all(c: runner.Comparison, terminal: Terminal) -> bool:
+    """Runs what is due until a signal comes; returns whether the study is complete."""
+    stop = StopSignal()
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # of a closed terminal, without nohup
+        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        return runner.run_all(c, terminal, lambda: stop.name)
+    finally:
+        terminal.close()
+        stop.restore()

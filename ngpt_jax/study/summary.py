@@ -1,0 +1,196 @@
+"""The results of a study in short: its cells, its speed-ups, the machines of its runs."""
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ngpt_jax.study import plan, results
+from ngpt_jax.study.plan import Study
+from ngpt_jax.study.results import Result
+
+CellRow = dict[str, Any]  # a line of cells.csv; "losses" are those of the seeds
+SpeedUpRow = dict[str, Any]  # a line of speedup.csv
+CELL_COLUMNS = (
+    "setting model steps value seeds diverged loss loss_min loss_max loss_std loss_first_seed"
+    " loss_at_value_below loss_at_value_above bits_per_byte tokens tokens_per_parameter flops"
+    " seconds tokens_per_second"
+).split()
+SPEEDUP_COLUMNS = "setting model baseline steps cost bound speed_up low high".split()
+
+
+def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
+    """A line for each complete cell: mean and spread over its seeds at the best value.
+
+    ``loss`` is inf where a seed diverged. ``seconds`` are steps times the median seconds a step of
+    all runs of that model and setting, as a single run depends on how busy the machine was.
+    """
+    losses = results.losses_of(study, rows)
+    by_point = {results.point_of(row): row for row in rows}
+    pace: dict[tuple[str, str], list[float]] = {}  # seconds a step, by setting and model
+    for r in rows:
+        if r["seconds"]:
+            pace.setdefault((r["setting"], r["model"]), []).append(r["seconds"] / r["steps"])
+    out = []
+    for (setting, model, steps), points in plan.chosen(study, losses).items():
+        runs = [by_point[p] for p in points]
+        found = [losses[p] for p in points]
+        bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
+        below, above = plan.neighbours(study, losses, points[0])
+        seconds = steps * statistics.median(pace.get((setting, model), [0.0]))
+        finite = max(found) < math.inf
+        out.append({
+            "setting": setting, "model": model, "steps": steps, "value": points[0].value,
+            "seeds": len(runs), "diverged": sum(x == math.inf for x in found),
+            "loss": statistics.fmean(found), "loss_min": min(found), "loss_max": max(found),
+            "loss_std": statistics.stdev(found) if finite and len(found) > 1 else None,
+            "loss_first_seed": found[0], "loss_at_value_below": below,
+            "loss_at_value_above": above,
+            "bits_per_byte": statistics.fmean(bits) if bits else None,
+            "tokens": runs[0]["tokens"],
+            "tokens_per_parameter": runs[0]["tokens"] / runs[0]["parameters"],
+            "flops": runs[0]["flops"],
+            "seconds": seconds,
+            "tokens_per_second": runs[0]["tokens"] / seconds if seconds else 0.0,
+            "losses": found,
+        })  # fmt: skip
+    order = list(study.settings), list(study.models)
+    return sorted(
+        out, key=lambda c: (order[0].index(c["setting"]), order[1].index(c["model"]), c["steps"])
+    )
+
+
+def curve_of(cells: Sequence[CellRow], setting: str, model: str) -> list[CellRow]:
+    """The cells of one setting and model in which no seed diverged, budgets ascending."""
+    mine = (c for c in cells if (c["setting"], c["model"]) == (setting, model))
+    return [c for c in mine if c["loss"] < math.inf]
+
+
+class Runs(NamedTuple):
+    """The runs of one budget: what each cost (steps, FLOPs or seconds), and their losses."""
+
+    cost: float
+    losses: Sequence[float]  # one a seed
+
+
+Curve = Sequence[Runs]  # of one model, costs ascending
+
+
+class SpeedUp(NamedTuple):
+    """How many times less a model needs.
+
+    Attributes:
+      value: the factor.
+      bound: ">" or "<" where the curve does not reach so far, else "".
+      low, high: the ends of the interval, within what the curve covers; None for a single seed.
+    """
+
+    value: float
+    bound: str
+    low: float | None
+    high: float | None
+
+
+def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tuple[float, str]:
+    """The cost at which a loss is reached, on straight lines between points in (log cost, loss).
+
+    Args:
+      costs: ascending.
+      losses: at those costs, finite.
+      loss: the one to reach.
+
+    Returns:
+      (cost, "") for the smallest such cost; (the first cost, ">") where the first point is already
+      below the loss, so that less would do; (the last cost, "<") where no point reaches it.
+    """
+    if losses[0] <= loss:
+        return costs[0], "" if losses[0] == loss else ">"
+    for (c, a), (d, b) in itertools.pairwise(zip(costs, losses)):
+        if b <= loss:
+            part = (a - loss) / (a - b)
+            return math.exp(math.log(c) + part * (math.log(d) - math.log(c))), ""
+    return costs[-1], "<"
+
+
+def speed_up(
+    baseline: Runs, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
+) -> SpeedUp:
+    """The baseline's cost for its mean loss over what a model needs for the same loss.
+
+    The interval is a bootstrap over seeds. In each resample, every budget of both models draws as
+    many of its own losses as it has, with replacement; the interval's ends are percentiles of the
+    speed-ups. It is rough with three seeds. A resample that leaves the curve counts with its end.
+
+    Args:
+      baseline: its runs of one budget.
+      curve: the model's runs, a budget each.
+      resamples: how many.
+      level: the probability that the interval covers.
+      seed: of the resampling.
+    """
+    costs = [cell.cost for cell in curve]
+
+    def ratio(target: float, losses: Sequence[float]) -> tuple[float, str]:
+        cost, bound = cost_at(costs, losses, target)
+        return baseline.cost / cost, bound
+
+    means = [statistics.fmean(cell.losses) for cell in curve]
+    value, bound = ratio(statistics.fmean(baseline.losses), means)
+    if min(len(cell.losses) for cell in (baseline, *curve)) < 2:
+        return SpeedUp(value, bound, None, None)
+    rng = np.random.default_rng(seed)
+
+    def draw(runs: Runs) -> np.ndarray:
+        x = np.asarray(runs.losses, np.float64)
+        return x[rng.integers(0, len(x), (resamples, len(x)))].mean(axis=1)
+
+    targets, drawn = draw(baseline), np.stack([draw(cell) for cell in curve], axis=1)
+    ratios = [ratio(t, losses)[0] for t, losses in zip(targets.tolist(), drawn.tolist())]
+    tail = (1 - level) / 2
+    low, high = np.quantile(ratios, [tail, 1 - tail])
+    return SpeedUp(value, bound, float(low), float(high))
+
+
+def show(s: SpeedUp) -> str:
+    """'1.52 (1.44 to 1.60)', with > or < where the curve ends."""
+    interval = "" if s.low is None else f" ({s.low:.2f} to {s.high:.2f})"
+    return f"{s.bound}{s.value:.2f}{interval}"
+
+
+def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
+    """The speed-up of each model over the baseline, at the loss of each of the baseline's cells.
+
+    In steps, in FLOPs, and in seconds where runs were long enough to be timed.
+    """
+    out: list[SpeedUpRow] = []
+    if study.baseline is None:
+        return out
+    for setting, model in itertools.product(study.settings, study.models):
+        base, mine = (curve_of(cells, setting, m) for m in (study.baseline, model))
+        if model == study.baseline or len(mine) < 2:
+            continue
+        for target, cost in itertools.product(base, ("steps", "flops", "seconds")):
+            if not all(c[cost] for c in (target, *mine)):
+                continue
+            of_model = [Runs(c[cost], c["losses"]) for c in mine]
+            s = speed_up(Runs(target[cost], target["losses"]), of_model)
+            out.append({
+                "setting": setting, "model": model, "baseline": study.baseline,
+                "steps": target["steps"], "cost": cost, "bound": s.bound,
+                "speed_up": s.value, "low": s.low, "high": s.high,
+            })  # fmt: skip
+    return out
+
+
+def machines_of(rows: Sequence[Result]) -> list[str]:
+    """The machines, versions and commits that made the runs, the most frequent first."""
+    texts = Counter(
+        f"{r['cpu']}, {r['cores'] or 'all'} core(s), {r['devices']}, Python {r['python']},"
+        f" jax {r['jax']}, commit {r['commit']}"
+        for r in rows
+    )
+    return [f"{n} runs: {t}" for t, n in sorted(texts.items(), key=lambda item: (-item[1], item))]

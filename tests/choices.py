@@ -1,0 +1,82 @@
+"""Models of every choice, for tests: the choices with their values, and a sample of all pairs."""
+
+import functools
+import itertools
+import random
+
+from ngpt_jax import config as config_lib
+from ngpt_jax.config import Config, ConfigError
+
+CHOICES = {
+    "residual": ("add", "lerp", "slerp"),
+    "pre_norm": ("none", "rms"),
+    "branch_norm": ("none", "unit"),
+    "final_norm": ("none", "rms"),
+    "qk_norm": (False, True),
+    "qk_form": ("rms_before_rope", "unit_after_rope"),
+    "softmax_scale": ("sqrt", "rsqrt"),
+    "weights": ("free", "sphere"),
+    "normalize_on_read": (False, True),
+    "s_qk.form": ("none", "vector"),
+    "s_u.form": ("none", "vector"),
+    "s_v.form": ("none", "vector"),
+    "s_z.form": ("none", "vector"),
+}
+
+
+def make(fields: dict, **more) -> Config:
+    """The config of a small model with these fields of ``model``; raises ConfigError."""
+    values = config_lib.default_config()
+    values.model.update(
+        layers=2, width=16, heads=4, kv_heads=2, head_dim=6, context=16, vocab_size=20,
+        loss_chunk=64,
+    )  # fmt: skip
+    values.train.update(steps=8, batch_size=2)
+    for name, value in (fields | more).items():
+        *above, leaf = name.split(".")
+        node = values.model
+        for part in above:
+            node = node[part]
+        node[leaf] = value
+    return config_lib.from_config_dict(values)
+
+
+def accepted(fields: dict) -> bool:
+    try:
+        make(fields)
+    except ConfigError:
+        return False
+    return True
+
+
+def single() -> list[dict]:
+    """Each kind with each value of one choice."""
+    found = [
+        {"kind": kind, name: value}
+        for kind in ("ngpt", "gpt")
+        for name, values in CHOICES.items()
+        for value in values
+    ]
+    return [fields for fields in found if accepted(fields)]
+
+
+@functools.cache
+def pairwise() -> list[dict]:
+    """Few models in which every two choices meet with every pair of values that goes together."""
+    rng = random.Random(0)
+    rows = [{name: rng.choice(values) for name, values in CHOICES.items()} for _ in range(150)]
+    rows = [row for row in rows if accepted(row)]
+    left = set().union(*map(_pairs, rows))
+    out = []
+    while left:
+        out.append(max(rows, key=lambda row: len(left & _pairs(row))))
+        left -= _pairs(out[-1])
+    return out
+
+
+def _pairs(row: dict) -> set:
+    return set(itertools.combinations(row.items(), 2))
+
+
+def label(fields: dict) -> str:
+    return " ".join(f"{name}={value}" for name, value in fields.items())

@@ -1,0 +1,45 @@
+"""What all commands have in common, and the benchmarks of training and of its data."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ngpt_jax.benchmark import data, train_step
+from ngpt_jax.config import ConfigError, DataConfig
+
+ROOT = Path(__file__).parents[1]
+TOOLS = sorted(path.stem for path in (ROOT / "ngpt_jax" / "tools").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", ["main", *(f"tools.{tool}" for tool in TOOLS)])
+def test_help_exits_with_0_and_does_not_load_jax(name):
+    command = [sys.executable, "-X", "importtime", "-m", f"ngpt_jax.{name}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert f"  python -m ngpt_jax.{name} " in done.stdout and "--" in done.stdout
+    loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
+    assert "absl" in loaded
+    assert not loaded & {"jax", "flax", "optax", "matplotlib", "tokenizers"}
+
+
+def test_the_benchmark_of_training_steps(tiny):
+    numbers = train_step.measure(tiny(), ["gpt", "plain"], 3, 1)
+    assert set(numbers["models"]) == {"gpt", "plain"} and numbers["steps"] == 3
+    assert numbers["ratios"]["ngpt/gpt"] is None
+    for row in numbers["models"].values():
+        assert 0 < row["min_ms"] <= row["median_ms"]
+        assert row["tokens_per_second"] == pytest.approx(4 * 16 / (row["median_ms"] / 1e3))
+    shown = train_step.show(numbers)
+    assert "gpt/plain: " in shown and "3 steps each on 1 x cpu" in shown
+    with pytest.raises(ConfigError, match="The plain GPT is float32"):
+        train_step.measure(tiny(**{"model.dtype": "bfloat16"}), ["plain"], 3, 1)
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_data(book):
+    numbers = data.measure(DataConfig(source="text", paths=(book,)), 1, 4, 16, 1)
+    assert numbers["tokens"] > 1000 and numbers["peak_mib"] > 10
+    assert all(numbers[name] > 0 for name in ("library", "one", "all", "loader"))
+    assert "preparation, 1 workers" in data.show(numbers)
