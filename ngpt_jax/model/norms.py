@@ -12,8 +12,8 @@ from ngpt_jax import sphere
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """Norm(x): unit vectors in the dtype of x, computed in at least float32.
 
-    The backward rule is (g - y <y, g>) / ||x|| with y = Norm(x). Autodiff would form ||x||^-3, which
-    overflows long before the gradient does.
+    The backward rule is (g - y <y, g>) / ||x|| with y = Norm(x). Autodiff would form ||x||^-3,
+    which overflows long before the gradient does.
 
     :func:`sphere.normalize` is for vectors of any size and reads them twice. Here a vector whose
     squared norm is below the smallest normal number, or above the largest number of its dtype
