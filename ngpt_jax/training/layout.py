@@ -76,7 +76,7 @@ def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) ->
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch, as :data:`.step.Batch` has it."""
+    """Shapes, dtypes and shardings of a training batch, see transformer.Batch."""
     shape = (config.train.batch_size, config.model.context)
     spec = rules.activation_spec(("batch", "length"), shape, mesh)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))
