@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 from choices import accepted, label, make, pairwise
-from test_diagnose import by_hand
+from test_diagnose import by_hand, wobbly
 from test_diagnose import slerp as by_hand_slerp
-from test_generation import check_decoding, logits_of, moved
+from test_generation import check_decoding, logits_of
 
 import ngpt_jax
 from ngpt_jax import sphere
@@ -23,7 +23,8 @@ from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.training import loop
-from ngpt_jax.training.step import init_state, make_train_step, summarize_params
+from ngpt_jax.training.guard import init_guard
+from ngpt_jax.training.step import TrainState, make_train_step, summarize_params
 
 PACKAGE = Path(__file__).parent.parent / "ngpt_jax"
 TOKENS = np.random.default_rng(0).integers(0, 20, (2, 14)).astype(np.int32)
@@ -31,8 +32,8 @@ TOKENS = np.random.default_rng(0).integers(0, 20, (2, 14)).astype(np.int32)
 
 @pytest.mark.parametrize("fields", pairwise(), ids=label)
 def test_logits_are_those_by_hand_of_folded_weights_and_of_the_cache(x64, fields):
-    model = make(fields, dtype="float64", param_dtype="float64").model
-    params = moved(model)
+    config = make(fields, dtype="float64", param_dtype="float64")
+    model, params = config.model, wobbly(config)
 
     def as_read(w, p):
         axis = p.unit_axis if model.normalize_on_read else None
@@ -41,8 +42,8 @@ def test_logits_are_those_by_hand_of_folded_weights_and_of_the_cache(x64, fields
     read = jax.tree.map(as_read, jax.tree.map(np.asarray, params), param_tree(model))
     where = np.zeros_like(TOKENS), np.arange(14)[None].repeat(2, axis=0)
     logits, angles, nats = by_hand(model, read, TOKENS, *where)
-    most = check_decoding(model, params, TOKENS, 1e-12)  # of folded weights, with the cache
-    raw = logits_of(model, params, TOKENS)[..., :20]
+    raw = check_decoding(model, params, TOKENS, 1e-12, (11,))[..., :20]  # folded, with the cache
+    most = np.abs(raw).max()
     np.testing.assert_allclose(raw, logits[..., :20], atol=1e-11 * most)
     folded = folding.folded_config(model)
     own = logits_of(folded, folding.fold(model, params), TOKENS)[..., :20]
@@ -66,7 +67,8 @@ def test_logits_are_those_by_hand_of_folded_weights_and_of_the_cache(x64, fields
 def test_training_moves_every_parameter(x64, fields):
     config = make(fields, dtype="float64", param_dtype="float64")
     tx, schedule = make_optimizer(config)
-    state = start = init_state(config, tx)
+    params = wobbly(config)  # compiling init_params would take as long as the step
+    state = start = TrainState(np.int32(0), params, tx.init(params), init_guard())
     step = jax.jit(make_train_step(config, tx, schedule))
     rng = np.random.default_rng(0)
     for _ in range(2):

@@ -274,7 +274,8 @@ def by_hand(model, params, tokens, segments, positions):
         u, gate = x @ w["up_kernel"] * effective("s_u", w), x @ w["gate_kernel"]
         if model.s_v.form == "vector":
             gate = gate * effective("s_v", w) * math.sqrt(model.width)
-        h = step("mlp", "alpha_m", h, (u * gate / (1 + np.exp(-gate))) @ w["down_kernel"])
+        silu = gate * (1 + np.tanh(gate / 2)) / 2
+        h = step("mlp", "alpha_m", h, (u * silu) @ w["down_kernel"])
     if model.final_norm == "rms":
         h = rms(h, p["final_norm"], model.rms_eps)
     logits = h @ p["output_embedding"].T * effective("s_z", p)

@@ -151,7 +151,7 @@ def test_another_tokenizer_is_refused(begun, small, monkeypatch):
     folder, fields = begun
     monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
     before = [(folder / name).read_text() for name in ("config.json", "versions.json")]
-    message = r"data.tokenizer \(byte\) is not the one .* \(.*, not 12345678\)"
+    message = r"data.tokenizer \('byte', .* 12345678\) is not the one .* \(fingerprint .{8}\)"
     with pytest.raises(ConfigError, match=message):
         loop.train(small(**fields | {"log.every": 7}), folder)
     assert [(folder / n).read_text() for n in ("config.json", "versions.json")] == before

@@ -8,13 +8,13 @@ import pytest
 
 from ngpt_jax.config.fields import OptimizerConfig
 from ngpt_jax.model.params import param_tree, unit_axes
-from ngpt_jax.optim.recipes import (
+from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.optim.schedules import make_schedule
+from ngpt_jax.optim.transformations import (
     clip_by_global_norm,
-    make_optimizer,
     scale_by_adam,
     scale_by_learning_rate,
 )
-from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.step import init_state, make_train_step, summarize_params
 

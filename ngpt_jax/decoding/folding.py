@@ -1,4 +1,4 @@
-"""Weights as inference reads them: scales multiplied in, in the compute dtype, a tree a layer."""
+"""Weights for inference: scales multiplied in, in the compute dtype, one tree for each layer."""
 
 import dataclasses
 import math
@@ -21,7 +21,7 @@ from ngpt_jax.model.params import (
 
 
 def folded_config(config: ModelConfig) -> ModelConfig:
-    """The config of the weights that :func:`fold` gives; of a model without scales its own."""
+    """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
     folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
     if not (folded or config.normalize_on_read):
         return config
@@ -30,20 +30,20 @@ def folded_config(config: ModelConfig) -> ModelConfig:
 
 
 def fold(config: ModelConfig, params: Any) -> Any:
-    """Scales multiplied into the matrices, which changes no logit but by rounding.
+    """Multiplies scales into the matrices. The logits stay the same but for rounding.
 
     (h W_u) s_u = h (W_u s_u) and (h W_nu) s_nu sqrt(d) = h (W_nu s_nu sqrt(d)) (equations 20, 21);
-    s_z goes into the output table (3); with c the softmax's factor, sqrt(d_k) in nGPT,
-    c (q s_qk) . (k s_qk) = (q s_qk^2 c) . k (15, 16). alpha_a and alpha_m stay: they scale states,
-    not weights.
+    s_z goes into the output table (3). With c the factor on q k^T, sqrt(d_k) in nGPT,
+    c (q s_qk) . (k s_qk) = (q s_qk^2 c) . k (15, 16). alpha_a and alpha_m stay, because they scale
+    states and not weights.
 
     Args:
-      config: resolved, of these parameters; raises ConfigError where they are folded already.
-      params: the parameters. A model without scales, such as GPT, gets them back as they are.
+      config: resolved, of these parameters. Raises ConfigError if they are folded already.
+      params: the parameters. A model without scales to fold, such as GPT, gets them back unchanged.
 
     Returns:
-      The parameters of :func:`folded_config`, in at least float32. They are known by the name
-      FOLDED_MARK; the projection and training refuse them.
+      The parameters of :func:`folded_config`, in at least float32. The projection and training
+      know them by the name FOLDED_MARK and refuse them.
     """
     refuse_folded(config)
     assert config.kv_heads is not None and config.head_dim is not None
@@ -76,9 +76,9 @@ def fold(config: ModelConfig, params: Any) -> Any:
 
 
 def for_inference(config: ModelConfig, params: Any) -> Any:
-    """Folded weights, matrices in the compute dtype, ``layers`` a list of one tree a layer.
+    """Folded weights with matrices in the compute dtype; ``layers`` is a list, one tree a layer.
 
-    So a step of decoding reads each weight once: it cuts none out of a stack and casts none.
+    A step of decoding then reads each weight once. It need not slice or cast any.
     """
     params = params if config.folded else fold(config, params)
     params = compute_params(folded_config(config), params)

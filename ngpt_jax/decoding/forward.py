@@ -1,4 +1,4 @@
-"""The model over the weights of inference; how it attends is given from outside."""
+"""The model over weights for inference. The caller says how it attends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def forward(
     first: jax.Array,
     attends: Sequence[Attend],
 ) -> tuple[jax.Array, Caches]:
-    """The last hidden states (B, T, embed) of T tokens, and the caches with them.
+    """The last hidden states (B, T, embed) of T tokens, and the caches with these tokens.
 
     Args:
       config: of the model, folded or not.
@@ -33,7 +33,7 @@ def forward(
       tokens: (B, T).
       slot: (T,) the slot of each token in the cache.
       first: (B,) the slot of each row's first token; before it there is padding.
-      attends: how the positions attend, one a layer; each returns the layer's new cache.
+      attends: one for each layer; returns attention's result and the layer's new cache.
     """
     config = folded_config(config)
     assert config.head_dim is not None

@@ -30,9 +30,10 @@ class Decoder(NamedTuple):
 def read_prompts(
     config: ModelConfig, params: Any, tokens: jax.Array, first: jax.Array, caches: Caches
 ) -> tuple[jax.Array, Caches]:
-    """The last hidden states (B, T, embed) of prompts (B, T), and empty caches filled with them.
+    """The last hidden states (B, T, embed) of prompts (B, T), and the caches with the prompts.
 
-    ``first`` (B,) is where each prompt begins. The other arguments are those of :func:`forward`.
+    Prompts end at the right end of their rows; ``first`` (B,) is where each begins. ``caches`` are
+    empty. The other arguments are those of :func:`forward`.
     """
     slot = jnp.arange(tokens.shape[1])
     # Padding attends to padding alone, tokens to tokens alone.
@@ -57,14 +58,14 @@ def prefill(
     num_slots: int,
     keys: jax.Array,
 ) -> Decoder:
-    """Reads prompts into a new cache.
+    """A decoder that has read the prompts.
 
     Args:
       config: of the model, folded or not.
       params: from folding.for_inference.
-      tokens: (B, T), prompts at the right end of their rows.
-      first: (B,) where each begins.
-      num_slots: of the cache: T and as many as are to be generated.
+      tokens: (B, T); prompts end at the right end of their rows.
+      first: (B,) where each prompt begins.
+      num_slots: of the cache: T, and one for each token to be generated.
       keys: (B,) random keys.
     """
     caches = empty_cache(config, tokens.shape[0], num_slots, CHUNK)

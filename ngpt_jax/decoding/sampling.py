@@ -1,4 +1,4 @@
-"""Drawing a token from logits: temperature, then top-k, top-p and min-p."""
+"""Draws a token from logits: temperature, then top-k, top-p and min-p."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ _COLDEST = 1e-6
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn; filters work on the softmax at the temperature, in this order.
+    """How tokens are drawn. Filters work on the softmax at the temperature, in this order.
 
     Attributes:
-      temperature: of the softmax; 0 (below 1e-6) takes the likeliest token.
-      top_k: only the k likeliest tokens; 0: all.
-      top_p: only the fewest likeliest tokens whose probabilities reach p; 1: all.
-      min_p: only tokens at least this share as likely as the likeliest one; 0: all.
+      temperature: of the softmax. 0 (below 1e-6): always draw the likeliest token.
+      top_k: keep the k likeliest tokens. 0: keep all.
+      top_p: keep the fewest of the likeliest tokens whose probabilities add up to p. 1: keep all.
+      min_p: keep tokens whose probability is at least this share of the largest. 0: keep all.
     """
 
     temperature: float = 1.0
@@ -24,7 +24,7 @@ class Sampling(NamedTuple):
     min_p: float = 0.0
 
     def problem(self) -> str | None:
-        """What is wrong with the values, naming the field; None where nothing is."""
+        """A message that names the field with a wrong value; None where all are right."""
         if not 0 <= self.temperature < float("inf"):
             return f"temperature must be a number from 0 on, got {self.temperature}"
         if self.top_k < 0:
@@ -37,10 +37,10 @@ class Sampling(NamedTuple):
 
 
 def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
-    """Logits (..., vocab) at the temperature, -inf for tokens that the filters leave out.
+    """Logits (..., vocab) divided by the temperature, -inf for tokens that a filter removes.
 
-    The likeliest token always stays, and with it those that are exactly as likely as the last
-    one that top-k or top-p lets through.
+    The likeliest token always stays. Tokens exactly as likely as the last one that top-k or top-p
+    keeps stay too.
     """
     logits = logits / how.temperature
     if 0 < how.top_k < logits.shape[-1]:
@@ -49,8 +49,8 @@ def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
     if how.top_p < 1:
         ordered = -jnp.sort(-logits, axis=-1)
         probs = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs  # of all likelier tokens
-        inside = (before < how.top_p) | (before == 0)  # the likeliest, however small top_p is
+        before = jnp.cumsum(probs, axis=-1) - probs  # probability of all likelier tokens
+        inside = (before < how.top_p) | (before == 0)  # before is 0 for the likeliest token
         least = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if how.min_p > 0:
@@ -60,14 +60,14 @@ def filter_logits(logits: jax.Array, how: Sampling) -> jax.Array:
 
 
 def draw(logits: jax.Array, how: Sampling, keys: jax.Array) -> jax.Array:
-    """A token id a row.
+    """Draws a token id (B,) int32 for each row.
 
     Args:
       logits: (B, vocab), at least float32.
       how: static.
-      keys: (B,) random keys, one a row, so that a row does not depend on the others.
+      keys: (B,) random keys, one for each row, so that a row does not depend on the others.
     """
-    if how.temperature < _COLDEST:  # logits over less are infinite
+    if how.temperature < _COLDEST:  # a smaller temperature would make logits infinite
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits, how))
     return drawn.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Draws tokens one after the other, each attending to the KV cache."""
+"""Draws tokens one after the other. Each attends to the KV cache."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def decode(
     how: Sampling,
     eod: jax.Array,
 ) -> tuple[Decoder, jax.Array, jax.Array]:
-    """Draws ``count`` tokens, or fewer where all rows have ended.
+    """Draws ``count`` tokens for each row, or fewer if all rows have ended.
 
     Args:
       config: of the model, folded or not.
       params: from folding.for_inference.
-      decoder: its buffers are taken.
+      decoder: donated, and not usable afterwards.
       count: at most CHUNK.
       how: static.
       eod: the id that ends a row; the row goes on with this id. -1: no id does.
 
     Returns:
-      The decoder, the ids (B, CHUNK), and the log-probability of each (B, CHUNK) under the
-      model itself, at temperature 1 and without filters; after those drawn there are -1 and 0.
+      The decoder, the ids (B, CHUNK) and their log-probabilities (B, CHUNK) in nats, at temperature
+      1 and without filters. After the tokens drawn, ids are -1 and log-probabilities 0.
     """
     batch = decoder.logits.shape[0]
     ids = jnp.full((batch, CHUNK), -1, jnp.int32)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, in chunks of positions: logits never exist as a whole."""
+"""Log-probabilities of given tokens, in chunks of positions to save the memory of the logits."""
 
 import functools
 from typing import Any
@@ -14,16 +14,16 @@ from ngpt_jax.parallel import rules
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(config: ModelConfig, params: Any, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What a model gives each token of rows after those before it.
+    """The log-probability of each token of a row after the tokens before it.
 
     Args:
-      config: of the parameters.
-      params: raw or folded.
-      tokens: (B, T); rows may end in padding of any kind, which nothing before it sees.
+      config: of the model.
+      params: parameters of this config, folded or not.
+      tokens: (B, T). Rows may end in any padding, because no token before it sees it.
 
     Returns:
-      The log-probability (B, T - 1) of tokens 1 to T - 1, in at least float32, and whether each
-      was the one that greedy decoding takes, the first of the likeliest.
+      The log-probability (B, T - 1) in nats of tokens 1 to T - 1, in at least float32; and whether
+      greedy decoding would draw the token, that is the first of the likeliest ones.
     """
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     inputs = rules.constrain(inputs, "batch", "length")

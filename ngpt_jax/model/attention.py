@@ -1,12 +1,12 @@
 """Causal attention: one function, three kernels.
 
-``xla`` runs everywhere and keeps the scores in memory. ``splash`` is the Pallas kernel for TPUs,
-``cudnn`` cuDNN's flash attention; neither ever has the scores as a whole.
+``xla`` runs everywhere and holds the scores in memory. ``splash`` is the Pallas kernel for TPUs and
+``cudnn`` is cuDNN's flash attention; both compute scores block by block.
 
-On a mesh the kernel runs inside ``shard_map``: each device has its rows, its heads (``tensor``)
-and its positions (``context``). Along ``context`` a device's queries meet the keys and values of
-all positions, gathered; for cuDNN, which knows no offset of positions, heads are exchanged
-for positions instead.
+On a mesh the kernel runs inside ``shard_map``: each device has its rows, its heads (``tensor``) and
+its positions (``context``). With several devices along ``context``, a device gathers the keys and
+values of all positions for its queries. cuDNN takes no offset of positions, so there the devices
+exchange heads for positions instead.
 """
 
 import dataclasses
@@ -25,23 +25,23 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.parallel import rules
 
-SAVED_NAME = "attention"  # of what remat=attention keeps
-_LANES = 128  # of a TPU's vector unit: splash's blocks are multiples of it
+SAVED_NAME = "attention"  # the name of what remat=attention keeps
+_LANES = 128  # lanes of a TPU's vector unit; splash's blocks are multiples of this
 
 
 def choose_kernel(
     config: ModelConfig, mesh: Mesh | AbstractMesh, platform: str, capability: str | None = None
 ) -> tuple[str, str]:
-    """The attention kernel for a model, and why.
+    """The attention kernel for a model, and the reason for it.
 
     Args:
-      config: resolved; ``config.attention`` names a kernel, or is "auto".
-      mesh: cuts heads and positions.
-      platform: of the mesh's devices (not of the process, which may compile for others).
-      capability: their ``compute_capability`` where they are GPUs and it is known.
+      config: resolved; ``config.attention`` is the name of a kernel or "auto".
+      mesh: shards heads and positions.
+      platform: of the mesh's devices, which need not be those of this process.
+      capability: ``compute_capability`` of the devices, if they are GPUs and it is known.
 
     Raises:
-      ConfigError: the kernel asked for does not run there.
+      ConfigError: ``config.attention`` names a kernel that does not run there.
     """
     obstacles = {
         "splash": _splash_obstacle(config, mesh, platform),
@@ -62,7 +62,7 @@ def choose_kernel(
 
 
 def softmax_scale(config: ModelConfig) -> float:
-    """The factor on q k^T: sqrt(head_dim) or 1 / sqrt(head_dim). In folded weights q has it."""
+    """The factor on q k^T: sqrt(head_dim) or 1 / sqrt(head_dim). In folded weights it is in q."""
     assert config.head_dim is not None
     if config.folded:
         return 1.0
@@ -71,8 +71,8 @@ def softmax_scale(config: ModelConfig) -> float:
 
 
 def kernel_of(config: ModelConfig, length: int) -> str:
-    """The kernel for ``length`` positions where none was chosen before: on the current mesh's
-    devices, or the process's own without a mesh.
+    """The kernel for ``length`` positions: the config's, or with "auto" the choice for the devices
+    of the current mesh. Without a mesh the devices are those of the process.
     """
     if config.attention != "auto":
         return config.attention
@@ -133,11 +133,11 @@ def causal_attention(
 
     Args:
       query: (B, T, heads, head_dim).
-      key, value: (B, T, kv_heads, head_dim); key head i serves the heads / kv_heads query
-        heads from i * heads / kv_heads on.
-      scale: sqrt(head_dim) in nGPT, 1 / sqrt(head_dim) in GPT.
-      segment_ids: (B, T) integers; a position sees those of its own segment alone. None: all.
-      kernel: xla, splash or cudnn, from :func:`choose_kernel`.
+      key, value: (B, T, kv_heads, head_dim). Key head i serves heads / kv_heads query heads, the
+        first of which is i * heads / kv_heads.
+      scale: see :func:`softmax_scale`.
+      segment_ids: (B, T) integers; a position attends to its own segment only. None: no segments.
+      kernel: xla, splash or cudnn, see :func:`choose_kernel`.
       interpret: run splash's kernel without a TPU, slowly, for tests.
 
     Returns:
@@ -146,7 +146,7 @@ def causal_attention(
     mesh = rules.current_mesh()
     length = query.shape[1]
     if mesh is not None and key.shape[2] % rules.axis_size(mesh, "tensor"):
-        # Heads that cannot be cut: each query head gets its own copy, and these can be.
+        # Key heads that do not divide: give each query head a copy of its own, and shard those.
         key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     if mesh is None:
         positions = _Positions(length)
@@ -180,7 +180,7 @@ def causal_attention(
 
 @dataclasses.dataclass(frozen=True)
 class _Positions:
-    """Which of ``length`` positions this device's queries have: a shard along ``context``."""
+    """The positions of this device's queries: one of ``shards`` equal shards of ``length``."""
 
     length: int
     shards: int = 1
@@ -191,19 +191,19 @@ class _Positions:
         return jax.lax.axis_index("context") * (self.length // self.shards)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """All positions of this device's part of an array (B, T, ...)."""
+        """An array (B, T / shards, ...) with all positions."""
         if self.shards == 1:
             return x
         return jax.lax.all_gather(x, "context", axis=1, tiled=True)
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """This device's positions of an array (B, T)."""
+        """An array (B, T) with this device's positions only."""
         size = self.length // self.shards
         return jax.lax.dynamic_slice_in_dim(x, self.first(), size, axis=1)
 
 
 def _exchange_heads(q, k, v, scale, segments, positions: _Positions) -> jax.Array:
-    """cuDNN on all positions of a part of the heads."""
+    """Runs cuDNN on all positions of a part of the heads."""
     if k.shape[2] % positions.shards:
         k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     exchange = functools.partial(jax.lax.all_to_all, axis_name="context", tiled=True)
@@ -212,7 +212,7 @@ def _exchange_heads(q, k, v, scale, segments, positions: _Positions) -> jax.Arra
     return exchange(out, split_axis=1, concat_axis=2)
 
 
-# The kernels: queries of some positions (B, T/shards, ...), keys of all (B, T, ...) -------------
+# --------------------- the kernels: queries are (B, T / shards, ...), keys and values (B, T, ...)
 
 
 def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.Array:
@@ -226,7 +226,7 @@ def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.A
     queries = None if segments is None else positions.cut(segments)
 
     def attend(first: int, last: int, seen: int) -> jax.Array:
-        """Of the queries from first to last to the keys before ``seen``."""
+        """The result for the queries from first to last; they see keys before ``seen``."""
         block = q[..., first:last, :].reshape(batch, kv_heads, -1, head_dim)
         logits = scale * jnp.matmul(block, k[:, :, :seen].mT, preferred_element_type=dtype)
         rows = positions.first() + jnp.arange(first, last)
@@ -240,8 +240,8 @@ def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.A
         out = probs.astype(v.dtype) @ v[:, :, :seen]
         return out.reshape(batch, heads, -1, head_dim)
 
-    # In blocks of queries, each with the keys that it can see: down to half of the work, and of
-    # the memory at one time. Where positions are cut, a device learns its own only when it runs.
+    # In blocks of queries, each with only the keys that it can see. That saves up to half of the
+    # work and most of the memory. With sharded positions the keys are not known at compile time.
     count = 1 if positions.shards > 1 else max(1, min(8, length // 128))
     size = -(-length // count)
     ends = [num_queries] if count == 1 else [min(size * (i + 1), length) for i in range(count)]
@@ -251,13 +251,13 @@ def _xla(q, k, v, scale, segments, positions: _Positions, blocks: None) -> jax.A
 
 
 def block_size(length: int) -> int:
-    """Positions of a block of splash attention: the largest of 512, 256, 128 that divides."""
+    """Positions in a block of splash attention: the largest of 512, 256, 128 that divides them."""
     return next(size for size in (512, 256, _LANES) if length % size == 0)
 
 
 def _splash_kernel(shape: tuple[int, ...], positions: _Positions, interpret: bool) -> Any:
-    """Splash's kernel for queries of a local shape, a pytree with the blocks of the mask."""
-    # Pallas takes a second to load: only where it is used.
+    """Splash's kernel for queries of this shape on a device: a pytree with the mask's blocks."""
+    # Imported here because Pallas takes a second to load.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,

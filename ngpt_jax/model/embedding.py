@@ -1,7 +1,7 @@
-"""Look-up of token ids in a table whose rows may be cut over the mesh.
+"""Look-up of token ids in a table whose rows may be sharded over the mesh.
 
-``gather_rows``, ``scatter_rows`` and ``local_rows`` serve the loss too; they are called inside
-``shard_map``, on a device's part of the table.
+``gather_rows``, ``scatter_rows`` and ``local_rows`` are called inside ``shard_map``, on a device's
+shard of a table. The loss uses them too.
 """
 
 from typing import Any
@@ -14,23 +14,23 @@ from ngpt_jax.parallel import rules
 
 
 def table_spec(shape: tuple[int, ...], mesh: Any) -> P:
-    """How a table (vocab, embed) lies on the mesh."""
+    """The sharding of a table (vocab, embed) on the mesh."""
     axes = ("vocab", "embed")
     return rules.param_spec(axes, dict(zip(axes, shape)), mesh, name="a token table")
 
 
 def gather_rows(table: jax.Array, mesh: Any) -> jax.Array:
-    """All rows that the devices along ``fsdp`` hold."""
+    """The rows of all devices along ``fsdp``."""
     if rules.axis_size(mesh, "fsdp") == 1:
         return table
     return jax.lax.all_gather(table, "fsdp", axis=0, tiled=True)
 
 
 def scatter_rows(d_table: jax.Array, token_axes: tuple[str, ...], mesh: Any) -> jax.Array:
-    """The gradient of a gathered table, summed over all tokens, each device its own rows.
+    """This device's rows of a table's gradient, summed over the tokens of all devices.
 
     Args:
-      d_table: what this device's tokens contribute.
+      d_table: the gradient of the gathered table from this device's tokens.
       token_axes: mesh axes along which devices hold different tokens.
       mesh: the current mesh.
     """
@@ -41,12 +41,15 @@ def scatter_rows(d_table: jax.Array, token_axes: tuple[str, ...], mesh: Any) -> 
         return d_table
     if "fsdp" in token_axes:
         return jax.lax.psum_scatter(d_table, "fsdp", scatter_dimension=0, tiled=True)
-    rows = d_table.shape[0] // n  # the tokens are the same along fsdp
+    rows = d_table.shape[0] // n  # all devices along fsdp hold the same tokens
     return jax.lax.dynamic_slice_in_dim(d_table, jax.lax.axis_index("fsdp") * rows, rows)
 
 
 def local_rows(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Row of each id in this device's part along ``tensor``, and if it is there (else row 0)."""
+    """The row of each id in this device's shard along ``tensor``, and whether it is there.
+
+    Where it is not there, the row is 0.
+    """
     row = ids - jax.lax.axis_index("tensor") * num_rows
     here = (row >= 0) & (row < num_rows)
     return jnp.where(here, row, 0), here
@@ -54,10 +57,10 @@ def local_rows(ids: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
 
 @jax.custom_vjp
 def embed_tokens(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of ``table`` (vocab, embed) for ``tokens`` (B, T): (B, T, embed).
+    """The rows (B, T, embed) of ``table`` (vocab, embed) for ``tokens`` (B, T).
 
-    The gradient of a row is summed over its tokens in at least float32, whatever the table's
-    dtype.
+    The gradient of a row is summed over its tokens in at least float32, whatever the dtype of
+    the table.
     """
     mesh = rules.current_mesh()
     if mesh is None:
@@ -70,7 +73,7 @@ def embed_tokens(table: jax.Array, tokens: jax.Array) -> jax.Array:
             return jnp.take(table, tokens, axis=0)
         row, here = local_rows(tokens, table.shape[0])
         found = jnp.where(here[..., None], jnp.take(table, row, axis=0), 0)
-        return jax.lax.psum(found, "tensor")  # all but one of the terms are zero
+        return jax.lax.psum(found, "tensor")  # all terms but one are zero
 
     spec = rules.activation_spec(("batch", "length"), tokens.shape, mesh)
     return jax.shard_map(
@@ -82,7 +85,7 @@ def embed_tokens(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def _forward(table, tokens):
-    # An array without columns keeps the table's rows and dtype, not its memory.
+    # An array without columns remembers the table's rows and dtype, and needs no memory.
     return embed_tokens(table, tokens), (tokens, jnp.zeros((table.shape[0], 0), table.dtype))
 
 

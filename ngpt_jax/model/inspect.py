@@ -1,8 +1,8 @@
-"""What a model looks like inside: matrices, embeddings, scales, angles, attention, steps.
+"""Measures of a model's inside: matrices, embeddings, scales, angles, attention, steps.
 
-What is measured on parameters is numpy in float64: a condition number of 1e7 is beyond float32.
-What is measured on activations is jax in at least float32. Angles are in degrees, entropies in
-nats. Zero vectors give finite numbers everywhere. Equation numbers are those of
+Measures of parameters use numpy in float64, because float32 cannot tell a condition number of 1e7.
+Measures of activations use jax in at least float32. Angles are in degrees, entropies in nats. Zero
+vectors give finite numbers everywhere. Equation numbers are those of
 https://arxiv.org/abs/2410.01131.
 """
 
@@ -17,9 +17,7 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
-from ngpt_jax.model.transformer import Transformer
-
-Batch = dict[str, jax.Array]
+from ngpt_jax.model.transformer import Batch, Transformer
 
 TABLES, HEAD_KERNELS, MLP_KERNELS = (
     tuple(p.name for p in TABLE.values() if p.is_matrix and axis in p.axes)
@@ -27,14 +25,14 @@ TABLES, HEAD_KERNELS, MLP_KERNELS = (
 )
 BLOCKS = ("attention", "mlp")
 
-_PAIRED_ROWS = 2048  # of a table, of which all pairs are looked at
+_PAIRED_ROWS = 2048  # rows of a table at most, of which all pairs are compared
 
 
 # ----------------------------------------------------------------------------------- parameters
 
 
 class Matrix(NamedTuple):
-    """One matrix as its vectors along embed, (n, embed) in float64; layer is None for tables."""
+    """A matrix as its vectors along embed, (n, embed) in float64; layer is None for tables."""
 
     name: str
     layer: int | None
@@ -42,10 +40,10 @@ class Matrix(NamedTuple):
 
 
 def matrices(config: ModelConfig, params: Any) -> Iterator[Matrix]:
-    """Every matrix of every layer, one in memory at a time; padding of the vocabulary left out.
+    """Yields both tables, then every matrix of every layer; one at a time is in memory.
 
-    Args:
-      params: parameters, or any tree like them: gradients, say.
+    Rows that pad the vocabulary are left out. ``params`` are parameters or a tree like them, such
+    as gradients.
     """
     for name in TABLES:
         axes = TABLE[name].axes
@@ -72,28 +70,28 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def head_matrices(config: ModelConfig, matrix: Matrix) -> np.ndarray:
-    """(heads or kv_heads, head_dim, embed) of an attention kernel, (1, mlp, embed) of the MLP's."""
+    """A matrix for each head (heads or kv_heads, head_dim, embed); in the MLP (1, mlp, embed)."""
     if matrix.name in HEAD_KERNELS:
         return matrix.vectors.reshape(-1, config.head_dim or 1, config.width)
     return matrix.vectors[None]
 
 
 def singular_values(heads: np.ndarray) -> np.ndarray:
-    """Of each head's matrix, falling: (heads, min(head_dim, embed))."""
+    """The singular values of each head's matrix, falling: (heads, min(head_dim, embed))."""
     return np.linalg.svd(heads, compute_uv=False)
 
 
 def condition_numbers(singular: np.ndarray) -> np.ndarray:
-    """Largest over smallest of falling singular values (..., n); inf where a matrix is singular."""
+    """Largest over smallest of falling singular values (..., n); inf for a singular matrix."""
     largest, smallest = singular[..., 0], singular[..., -1]
     out = np.full(largest.shape, np.inf)
     return np.divide(largest, smallest, out=out, where=smallest > 0)
 
 
 def eigenvalues_over_median(table: np.ndarray) -> np.ndarray:
-    """Eigenvalues of the covariance of the rows (n, embed), falling, over their median.
+    """Eigenvalues of the covariance of the rows (n, embed), falling, divided by their median.
 
-    A table of few rows has eigenvalues that are zero but for rounding: they are given as 0, and
+    A table of few rows has eigenvalues that are zero but for rounding. They are returned as 0, and
     the median is that of the others.
     """
     if len(table) < 2:
@@ -105,9 +103,9 @@ def eigenvalues_over_median(table: np.ndarray) -> np.ndarray:
 
 
 def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Dot products of pairs of normalized rows of a table (n, embed), rising.
+    """Dot products of all pairs of normalized rows of a table (n, embed), rising.
 
-    All pairs of at most 2048 rows, chosen by ``seed`` where there are more.
+    Of a table with more than 2048 rows, 2048 are drawn with ``seed``.
     """
     if len(table) > _PAIRED_ROWS:
         rows = np.random.default_rng(seed).choice(len(table), _PAIRED_ROWS, replace=False)
@@ -119,7 +117,7 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
 def effective_scales(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
     """Effective values (section 2.5) of the scales that a model has, by name.
 
-    Each is (layers, n), s_z (vocab,). Alphas are given as the model reads them, |alpha|.
+    s_z is (vocab,), the others are (layers, n). Alphas are |alpha|, as the model uses them.
     """
     out = {}
     for name, stored in stored_scales(config, params).items():
@@ -133,35 +131,35 @@ def effective_scales(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
 
 
 def angles_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Degrees between the vectors of a and b (..., embed), whatever their norms; exact near 0.
+    """Degrees between the vectors of a and b (..., embed), whatever their norms.
 
-    90 where one of them is zero, 0 where both are.
+    Exact near 0. The result is 90 where one of the vectors is zero, and 0 where both are.
     """
     a, b = unit(a), unit(b)
     return np.degrees(2 * np.arctan2(norms(a - b), norms(a + b)))
 
 
 class Parts(NamedTuple):
-    """A gradient against its vectors, each (n,): the component along w, signed, and the rest."""
+    """Parts (n,) of the gradients of n vectors w: the signed component along w, and the rest."""
 
     radial: np.ndarray
     tangential: np.ndarray
 
     def share(self) -> float:
-        """Of the squared norm, over all vectors, that is radial; 0 without a gradient."""
+        """The radial share of the squared norm over all vectors; 0 where the gradient is zero."""
         radial, tangential = (float(np.sum(np.square(x))) for x in self)
         return radial / (radial + tangential) if radial + tangential else 0.0
 
     def angles(self) -> np.ndarray:
-        """Degrees from w to the gradient, 90 where it is tangent; of vectors that have one."""
+        """Degrees from w to its gradient, 90 for a tangent one; zero gradients are left out."""
         some = (self.radial != 0) | (self.tangential != 0)
         return np.degrees(np.arctan2(self.tangential, self.radial))[some]
 
 
 def radial_and_tangential(w: np.ndarray, gradient: np.ndarray) -> Parts:
-    """Splits a gradient (n, embed) at the directions of the vectors w (n, embed).
+    """Splits a gradient (n, embed) into its parts along the vectors w (n, embed) and the rest.
 
-    The gradient for a zero vector counts as tangential.
+    The gradient of a zero vector counts as tangential.
     """
     direction = unit(w)
     radial = np.sum(direction * gradient, axis=-1)
@@ -181,15 +179,15 @@ def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) 
 
 
 def block_angles(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.Array]:
-    """Degrees from h to where each half of a block proposes to go, and to where it goes.
+    """How far each branch of a block proposes to turn h, and how far it turns h.
 
     Args:
-      batch: inputs (B, T) int32, and segment_ids, positions where the model is to know them.
+      batch: inputs (B, T) int32, and segment_ids and positions where the model uses them.
 
     Returns:
-      "attention" and "mlp": (layers, B, T, 2) in at least float32; [..., 0] is the angle between
-      h and the proposal (h_A, h_M of equations 10 and 11; in GPT the branch's output), [..., 1]
-      that between h before and after the step. Vectors count by their directions alone.
+      "attention" and "mlp": (layers, B, T, 2) degrees in at least float32. [..., 0] is the angle
+      between h and the branch's output (h_A and h_M of equations 10 and 11), [..., 1] is that
+      between h before and after the step. Norms of the vectors do not matter.
     """
     sown = _forward(config, params, batch, "angles")["angles"]["layers"]
     return {name: jnp.degrees(sown[name][0]) for name in BLOCKS}
@@ -202,25 +200,25 @@ def entropy(
     segment_ids: jax.Array | None = None,
     block: int = 128,
 ) -> tuple[jax.Array, jax.Array]:
-    """Entropy of causal attention's distributions, in nats.
+    """Entropy of the distributions of causal attention, in nats.
 
-    Scores are made for ``block`` queries at a time, never as a whole.
+    The scores of ``block`` queries are in memory at one time.
 
     Args:
       query: (B, T, heads, head_dim).
-      key: (B, T, kv_heads, head_dim), each for heads / kv_heads query heads side by side.
-      scale: of the scores.
-      segment_ids: (B, T); a position sees those of its own segment alone. None: all before it.
+      key: (B, T, kv_heads, head_dim), each for heads / kv_heads neighbouring query heads.
+      scale: of q k^T.
+      segment_ids: (B, T); a position sees its own segment only. None: no segments.
 
     Returns:
-      Entropies (B, T, heads) in at least float32, and how many positions each position sees,
-      itself among them, (B, T) int32: the largest entropy is the log of that.
+      Entropies (B, T, heads) in at least float32, and the number of positions that each position
+      sees, itself included, (B, T) int32. The largest possible entropy is the log of this number.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads, block = key.shape[2], min(block, length)
     count = -(-length // block)
     rest = ((0, 0), (0, count * block - length))
-    # (count, B, block, ...): what the loop goes over comes first.
+    # (count, B, block, ...), so that the loop goes over the first axis.
     queries = jnp.pad(sphere.promote(query), (*rest, (0, 0), (0, 0)))
     queries = queries.reshape(batch, count, block, kv_heads, heads // kv_heads, head_dim)
     segments = jnp.zeros((batch, length), jnp.int32) if segment_ids is None else segment_ids
@@ -250,14 +248,14 @@ def attention_entropies(
 
     Args:
       batch: as in :func:`block_angles`.
-      block: queries whose scores are in memory at a time, those of one layer.
+      block: queries of one layer whose scores are in memory at one time.
 
     Returns:
-      (layers, B, T, heads), and how many positions each position sees, (B, T).
+      Entropies (layers, B, T, heads), and the number of positions that each position sees, (B, T).
     """
     sown = _forward(config, params, batch, "intermediates")["intermediates"]["layers"]
 
-    def of_layer(query_and_key):  # as the block has them: s_qk is in the keys
+    def of_layer(query_and_key):  # as attention reads them, with s_qk in the keys
         return entropy(*query_and_key, softmax_scale(config), batch.get("segment_ids"), block)
 
     nats, seen = jax.lax.map(of_layer, (sown["query"][0], sown["key"][0]))
@@ -268,14 +266,15 @@ def attention_entropies(
 
 
 def summarize(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.Array]:
-    """What is logged with every evaluation: scalars that cost one forward pass at most.
+    """Scalars that are logged with every evaluation; they cost one forward pass.
 
     Returns:
-      angle_attention, angle_mlp: mean degrees between h and each proposal; step_attention,
-      step_mlp: between h before and after; over layers and the batch's (weighted) targets.
-      cosine_input_embedding, cosine_output_embedding: mean over pairs of rows of the cosine.
-      GPT, whose rows are free: norm_spread_input_embedding, norm_spread_output_embedding,
-      standard deviation over mean of the rows' norms.
+      angle_attention, angle_mlp: degrees between h and the output of each branch; step_attention,
+      step_mlp: degrees between h before and after each step. All four are means over layers and
+      the batch's targets, with their weights.
+      cosine_input_embedding, cosine_output_embedding: the mean cosine of two rows.
+      norm_spread_input_embedding, norm_spread_output_embedding, with ``weights=free``: standard
+      deviation over mean of the rows' norms.
     """
     out: dict[str, jax.Array] = {}
     weights = batch.get("weights", jnp.ones(batch["inputs"].shape, jnp.float32))
@@ -284,7 +283,7 @@ def summarize(config: ModelConfig, params: Any, batch: Batch) -> dict[str, jax.A
         angle, step = (jnp.sum(angles[..., i] * weights) / total for i in (0, 1))
         out |= {f"angle_{name}": angle, f"step_{name}": step}
     for name in TABLES:
-        # A mask, not a slice: the table's rows may be cut over devices.
+        # A mask instead of a slice, because the table's rows may be sharded over devices.
         n = config.vocab_size
         assert n is not None
         table = sphere.promote(params[name])

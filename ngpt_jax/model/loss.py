@@ -1,11 +1,11 @@
-"""Cross-entropy in chunks: the logits are never in memory as a whole.
+"""Cross-entropy in chunks of tokens, so that only the logits of one chunk are in memory.
 
-The gradient is formed beside the loss, chunk by chunk, so that nothing is computed twice:
-a chunk's logits are made, used for loss and gradients, and dropped.
+The gradient is computed together with the loss: a chunk's logits are used for both and dropped, and
+nothing is computed twice.
 
-On a mesh, chunks are cut from each device's own tokens. The table is gathered over ``fsdp`` once
-before the loop and its gradient reduced once after it; where ``tensor`` cuts the vocabulary, the
-loop exchanges a maximum and two sums a token, and nothing else.
+On a mesh each device makes chunks of its own tokens. The table is gathered over ``fsdp`` once
+before the loop, and its gradient is reduced once after the loop. Where ``tensor`` shards the
+vocabulary, the loop communicates a maximum and two sums for each token, and nothing else.
 """
 
 import functools
@@ -19,16 +19,16 @@ from ngpt_jax.parallel import rules
 
 
 def num_chunks(batch: int, length: int, chunk: int) -> int:
-    """The least divisor of ``length`` that leaves at most ``chunk`` tokens in a chunk."""
+    """The smallest divisor of ``length`` that gives at most ``chunk`` tokens in a chunk."""
     wanted = -(-batch * length // chunk)
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
 def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads, cut=False):
-    """Summed nats and, ``with_grads``, the gradients of hidden and table, on one device.
+    """On one device: the summed nats and, ``with_grads``, the gradients of hidden and table.
 
-    With ``cut`` the table is this device's part of the rows along ``tensor``, and the gradient
-    of hidden is what these rows contribute.
+    With ``cut`` the table is this device's shard of the rows along ``tensor``, and the gradient of
+    hidden is the contribution of these rows.
     """
     batch, length, width = hidden.shape
     n = num_chunks(batch, length, chunk)
@@ -41,7 +41,7 @@ def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads,
     def all_devices(reduce, x):
         return reduce(x, "tensor") if cut else x
 
-    def split(x):  # (B, T, ...) -> (n, B T/n, ...): every chunk has a part of every row
+    def split(x):  # (B, T, ...) -> (n, B T/n, ...); every chunk has a part of every row
         parts = jnp.moveaxis(x.reshape(batch, n, length // n, *x.shape[2:]), 1, 0)
         return parts.reshape(n, batch * (length // n), *x.shape[2:])
 
@@ -72,7 +72,7 @@ def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads,
     zero = jnp.zeros((), dtype)
     carry = (zero, jnp.zeros(table.shape, dtype)) if with_grads else zero
     inputs = (split(hidden), split(targets), split(weights.astype(dtype)))
-    if n == 1:  # no loop to pay for
+    if n == 1:  # without the cost of a loop
         carry, d_hidden = body(carry, jax.tree.map(lambda x: x[0], inputs))
         d_hidden = None if d_hidden is None else d_hidden[None]
     else:
@@ -104,8 +104,8 @@ def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
             return nats, None
         d_hidden, d_table = grads
         d_hidden = jax.lax.psum(d_hidden, "tensor") if cut else d_hidden
-        # Together: else XLA keeps the whole d_table through the backward pass of the blocks and
-        # reduces it at the end.
+        # The barrier makes XLA reduce d_table now. Otherwise it keeps the whole of it through the
+        # backward pass of the blocks, and reduces it at the end.
         return nats, jax.lax.optimization_barrier((d_hidden, scatter_rows(d_table, axes, mesh)))
 
     hidden_spec = P(*token_spec, None)
@@ -134,11 +134,11 @@ def cross_entropy(
       table: (padded vocab, embed), in the dtype of ``hidden``.
       targets: (B, T) token ids.
       weights: (B, T), 0 for a target that does not count. Not differentiated.
-      vocab_size: rows of the table in use; the others get no probability and no gradient.
-      chunk: tokens whose logits exist at one time, on each device.
+      vocab_size: rows of the table in use. The others get no probability and no gradient.
+      chunk: tokens on each device whose logits are in memory at one time.
 
     Returns:
-      A scalar in at least float32. Matmuls run in the dtype of ``hidden`` and accumulate
+      A scalar in at least float32. Products run in the dtype of ``hidden`` and accumulate
       in at least float32.
     """
     return _on_mesh(hidden, table, targets, weights, vocab_size, chunk, False)[0]

@@ -28,9 +28,9 @@ def lerp(h: jax.Array, f: jax.Array, alpha: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, gain: jax.Array | None, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * gain over the last axis, in at least float32.
+    """x / sqrt(mean(x^2) + eps) * gain over the last axis, computed in at least float32.
 
-    Without a gain there is no norm: x is returned.
+    Where gain is None the model has no such norm, and x is returned.
     """
     if gain is None:
         return x

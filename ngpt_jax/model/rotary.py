@@ -1,9 +1,9 @@
-"""Rotary position embedding (RoPE), and the one place where its layout is decided.
+"""Rotary position embedding (RoPE) and its layout.
 
-Channel j of a head is rotated together with channel j + head_dim/2 (the "half" layout:
-contiguous halves suit vector units). The authors' code and the golden numbers pair
-channels 2j and 2j+1; :func:`interleaved_to_half` says how the channels correspond. With
-the weights' channels reordered so, the logits are the same.
+Channel j of a head is rotated together with channel j + head_dim/2. This is the "half" layout;
+contiguous halves suit vector units. The authors' code and the golden numbers pair the channels
+2j and 2j+1 instead. With the channels of the weights reordered by :func:`interleaved_to_half`,
+both layouts give the same logits.
 """
 
 import jax
@@ -37,5 +37,5 @@ def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def interleaved_to_half(head_dim: int) -> np.ndarray:
-    """Indices p with ``half[j] = interleaved[p[j]]``; its argsort goes back."""
+    """Indices p with ``half[j] = interleaved[p[j]]``. ``argsort(p)`` is the inverse."""
     return np.concatenate([np.arange(0, head_dim, 2), np.arange(1, head_dim, 2)])

@@ -1,8 +1,7 @@
-"""One Transformer, two kinds: nGPT and the GPT baseline of its paper.
+"""The Transformer. Choices in its config make it nGPT, the GPT baseline of its paper, or a variant.
 
-Every parameter is declared once with the names of its axes; shapes, the axis of unit norm,
-optimizer groups and the parameter table follow from the names. Equation numbers are those
-of https://arxiv.org/abs/2410.01131.
+Its parameters, and which choice brings each, stand in :mod:`ngpt_jax.model.params`. Equation
+numbers are those of https://arxiv.org/abs/2410.01131.
 """
 
 import dataclasses
@@ -25,8 +24,14 @@ from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_facto
 from ngpt_jax.model.rotary import apply_rope, rope_tables
 from ngpt_jax.parallel import rules
 
+# inputs and targets (B, T) int32.
+# weights (B, T) float32, if some targets do not count: 0 on padding.
+# segment_ids (B, T) int32, if attention stays within documents: padding has an id of its own.
+# positions (B, T) int32 in the document, together with segment_ids. GPT needs only differences of
+# positions, but nGPT scales rotated channels by s_qk, so that the start of a document matters.
+Batch = dict[str, jax.Array]
 Ids = jax.Array | None  # (B, T) int32
-# (q, k, v, scale of q k^T) -> result (B, T, heads, head_dim), and what is to be kept of k and v.
+# (q, k, v, scale of q k^T) -> attention's result (B, T, heads, head_dim), and a KV cache.
 Attend = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Any]]
 
 REMAT_POLICIES = {
@@ -37,7 +42,7 @@ REMAT_POLICIES = {
 
 
 def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
-    """A parameter with the axes that the table of parameters gives it."""
+    """A parameter with its axes and shape from the table."""
     axes = TABLE[name].module_axes
     boxed = nn.with_logical_partitioning(init, axes)
     shape = TABLE[name].shape(config)[-len(axes) :]
@@ -47,22 +52,23 @@ def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> An
 def matrix(
     module: nn.Module, config: ModelConfig, name: str, factor: jax.Array | None = None
 ) -> jax.Array:
-    """A matrix in the compute dtype: with ``weights=sphere`` unit vectors along its embed axis.
+    """A matrix in the compute dtype.
 
-    Its vectors are normalized at the start, and with ``normalize_on_read`` again wherever they are
-    read, so that gradients are tangent. It is still cut over ``fsdp``: it is gathered where it is
-    used, see :meth:`Block._linear`, embedding and loss.
+    With ``weights=sphere`` its vectors along embed are normalized at initialization. With
+    ``normalize_on_read`` they are normalized here too, so that gradients are tangent to the sphere.
+    The matrix is still sharded over ``fsdp``. Its users gather it: :meth:`Block._linear`,
+    the embedding and the loss.
 
     Args:
-      module, config: where the parameter lives.
+      module, config: of the parameter.
       name: of the parameter.
-      factor: scales the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
+      factor: multiplies the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
         there are fewer weights than activations to multiply.
     """
     assert config.init_std is not None
     axes, std = TABLE[name].module_axes, config.init_std
     axis = axes.index("embed")
-    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for what is added to h
+    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for branches
         std *= (2 * config.layers) ** -0.5
     normal = nn.initializers.normal(std)
 
@@ -79,9 +85,9 @@ def matrix(
 
 
 def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
-    """The effective value of a learned scale in at least float32; None where there is no such one.
+    """The effective value (section 2.5) of a learned scale in at least float32.
 
-    Stored and effective value: section 2.5.
+    None where the config's choices do not bring this scale.
     """
     if not TABLE[name].is_in(config):
         return None
@@ -90,7 +96,7 @@ def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None
 
 
 def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
-    """The learned gain of an RMSNorm in at least float32; None where the model has no such norm."""
+    """The learned gain of an RMSNorm in at least float32; None where there is no such norm."""
     if not TABLE[name].is_in(config):
         return None
     return sphere.promote(_declare(module, config, name, nn.initializers.ones))
@@ -102,11 +108,11 @@ def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
-    """Contracts the last axes of x (B, T, ...) with the first ones of a kernel.
+    """The product of x (B, T, ...) and a kernel, over the last axes of x.
 
-    Written as one product of two matrices: XLA's CPU backend takes a third longer for the
-    same product over more axes, forward and backward. Where the mesh cuts rows and positions
-    both, they cannot be made one axis without communication.
+    It is written as a product of two matrices, because XLA's CPU backend takes a third longer for
+    the same product over more axes, forward and backward. A mesh that shards positions is an
+    exception: there, making one axis of rows and positions would need communication.
     """
     if rules.axis_size(rules.current_mesh(), "context") > 1:
         return jnp.tensordot(x, kernel, contracted)
@@ -116,12 +122,12 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
 
 
 def add(h: jax.Array, f: jax.Array, alpha: None) -> jax.Array:
-    """h + f, summed in at least the precision of f."""
+    """h + f in the dtype of h."""
     del alpha
     return (h + f).astype(h.dtype)
 
 
-# ``model.residual`` -> how a block's output f moves the hidden state h, with the step size alpha.
+# model.residual -> the function (h, f, alpha) that moves the hidden state h by a branch's output f.
 RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
     "add": add,
     "lerp": norms.lerp,
@@ -130,19 +136,19 @@ RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
 
 
 class Block(nn.Module):
-    """Attention and MLP, each followed by a step of the hidden state h (B, T, embed).
+    """Two branches, attention and MLP. After each, the hidden state h (B, T, embed) makes a step.
 
     nGPT:  h <- Norm(h + alpha * (Norm(f(h)) - h))     equations 10 and 11
     GPT:   h <- h + f(RMSNorm(h))                      equations 4 and 5
 
-    The config's choices say which parts of this there are. A norm or scale whose parameter the
-    table of parameters does not have under these choices leaves its input as it is.
+    The config's choices decide which norms and scales there are. One whose parameter is not in
+    the model does nothing.
 
     Attributes:
       config: of the model.
-      after_first: h comes from a block, so that with lerp and slerp it is a unit vector but for
-        rounding. Its norm is left out, which in decoding costs as much as a small product.
-        Training keeps it.
+      after_first: do not normalize h at the start. With lerp and slerp, h from another block is a
+        unit vector but for rounding, and in decoding the norm costs as much as a small product.
+        Training keeps the norm.
     """
 
     config: ModelConfig
@@ -156,21 +162,23 @@ class Block(nn.Module):
         segment_ids: jax.Array | None = None,
         attend: Attend | None = None,
     ):
-        """Args:
+        """Both steps of h.
+
+        Args:
           h: (B, T, embed).
-          tables: of RoPE.
-          segment_ids: (B, T); attention stays within positions of the same id. None: all are one.
-          attend: how these positions attend, in place of causal attention among themselves.
+          tables: cosines and sines of RoPE.
+          segment_ids: (B, T); attention stays within positions of the same id. None: no limits.
+          attend: replaces causal attention among these positions.
 
         Returns:
-          h after both steps, and what ``attend`` returns beside its result, else None.
+          h (B, T, embed), and the KV cache that ``attend`` returns, None without ``attend``.
         """
         c = self.config
         x = self._rms_norm(h, "attention_norm")
         f, cache = self._attention(x, tables, segment_ids, attend)
         if c.residual != "add" and not self.after_first:
-            # h is a unit vector; in the first block this takes the radial part of this step
-            # out of the gradient of the token table, as the authors' code does.
+            # In nGPT h is a unit vector already. In the first block this norm takes the radial part
+            # of this step out of the gradient of the input table, as in the authors' code.
             h = norms.unit(h)
         middle = self._step(h, f, "alpha_a")
         self._sow_angles("attention", h, f, middle)
@@ -193,17 +201,17 @@ class Block(nn.Module):
             f = norms.unit(sphere.promote(f))
         return RESIDUALS[c.residual](h, f, alpha)
 
-    def _sow_angles(self, name: str, h: jax.Array, proposal: jax.Array, moved: jax.Array) -> None:
-        """(B, T, 2) radians from h to the proposal and to where the step leads, where asked for.
+    def _sow_angles(self, name: str, h: jax.Array, f: jax.Array, moved: jax.Array) -> None:
+        """Sows the angles (B, T, 2) from h to f and from h to moved, in radians, if asked for.
 
-        Angles, not the states: those of all layers together would be large.
+        Angles and not states, because the states of all layers together would be large.
         """
         if self.is_mutable_collection("angles"):
-            a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, proposal, moved))
+            a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, f, moved))
             self.sow("angles", name, jnp.stack([sphere.angle(a, b), sphere.angle(a, c)], axis=-1))
 
     def _linear(self, x: jax.Array, name: str, contracted: int = 1, factor: Any = None) -> Any:
-        """The product of x (B, T, ...) and a matrix that is gathered for it alone."""
+        """The product of x (B, T, ...) and a matrix, which is gathered over fsdp for it."""
         c, axes = self.config, TABLE[name].module_axes
         w = matrix(self, c, name, factor)
 
@@ -211,7 +219,8 @@ class Block(nn.Module):
             return linear(x, rules.gather(w, axes), contracted)
 
         if c.remat == "none" and rules.axis_size(rules.current_mesh(), "fsdp") > 1:
-            # Or the gathered matrices of all layers would wait for the backward pass.
+            # Gather again in the backward pass, or the gathered matrices of all layers would be
+            # in memory until then.
             w = rules.lay_out(w, axes)
             product = jax.checkpoint(product, prevent_cse=not c.scan_layers)
         return product(x, w)
@@ -248,7 +257,7 @@ class Block(nn.Module):
         c = self.config
         s_u, s_v = scale(self, c, "s_u"), scale(self, c, "s_v")  # equations 20, 21
         if s_v is not None:
-            s_v = s_v * math.sqrt(c.width)  # for the gate alone does its size count
+            s_v = s_v * math.sqrt(c.width)  # SiLU depends on the size of its input
         u = self._linear(x, "up_kernel", factor=s_u)
         v = self._linear(x, "gate_kernel", factor=s_v)
         hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
@@ -257,9 +266,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids (B, T) to logits (B, T, padded vocab).
+    """From token ids (B, T) to logits (B, T, padded vocab).
 
-    Parameters are a plain nested dict; those of the blocks are stacked along a first axis
+    Parameters are a plain nested dict. Those of the blocks are stacked along a first axis
     "layers", whether the blocks are scanned or unrolled.
     """
 
@@ -310,13 +319,13 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
     ) -> jax.Array:
-        """Logits in at least float32 (equations 1 and 3); those of padding are -inf."""
+        """Logits (B, T, padded vocab) in at least float32 (equations 1 and 3), -inf for padding."""
         h, table = self.hidden_and_table(tokens, segment_ids, positions)
         return output_logits(self.config, h, table)
 
 
 def output_logits(config: ModelConfig, h: jax.Array, table: jax.Array) -> jax.Array:
-    """Logits (B, T, padded vocab) in at least float32; those of padding are -inf."""
+    """Logits (B, T, padded vocab) in at least float32, -inf for ids that pad the vocabulary."""
     assert config.vocab_size is not None
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     logits = jnp.einsum("btd,vd->btv", h, table, preferred_element_type=dtype)
@@ -326,12 +335,7 @@ def output_logits(config: ModelConfig, h: jax.Array, table: jax.Array) -> jax.Ar
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
-    """Parameters as a plain nested dict, on the sphere for nGPT; raises ConfigError if folded."""
+    """Random parameters as a plain nested dict; raises ConfigError for a folded config."""
     refuse_folded(config)
-    return nn.unbox(_init_boxed(config, key))
-
-
-def _init_boxed(config: ModelConfig, key: jax.Array):
-    tokens = jnp.zeros((1, 2), jnp.int32)
     config = dataclasses.replace(config, attention="xla", remat="none")  # of no effect on init
-    return Transformer(config).init(key, tokens)["params"]
+    return nn.unbox(Transformer(config).init(key, jnp.zeros((1, 2), jnp.int32))["params"])

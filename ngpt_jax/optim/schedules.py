@@ -1,4 +1,4 @@
-"""Learning-rate schedules: functions of the step, which counts batches already consumed."""
+"""Learning-rate schedules: functions of the step, the number of batches consumed before."""
 
 import jax.numpy as jnp
 import optax
@@ -14,7 +14,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       steps: length of the run; cosine and wsd reach ``final_fraction`` of the peak there.
 
     Returns:
-      A function from the step to the learning rate, a float scalar.
+      A function from the step to the learning rate, a scalar in the default float dtype.
     """
     warmup = config.warmup_steps or 0
     decay = max(1, round(config.decay_fraction * steps))

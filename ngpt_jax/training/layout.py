@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.attention import choose_kernel
-from ngpt_jax.model.params import axis_sizes, param_list, param_tree
+from ngpt_jax.model.params import axis_sizes, param_tree
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
@@ -37,7 +37,7 @@ def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """The sharding of each parameter, as a tree; raises ConfigError where the mesh does not fit."""
-    own, sizes = param_list(config), axis_sizes(config)
+    own, sizes = jax.tree.leaves(param_tree(config)), axis_sizes(config)
     specs = {p.path: rules.param_spec(p.axes, sizes, mesh, name=p.path) for p in own}
     elements = {p.path: math.prod(p.shape(config)) for p in own}
     rules.check_sharded_enough(specs, elements, mesh)
@@ -76,7 +76,7 @@ def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) ->
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of a training batch, as :data:`.step.Batch` has it."""
+    """Shapes, dtypes and shardings of a training batch, see transformer.Batch."""
     shape = (config.train.batch_size, config.model.context)
     spec = rules.activation_spec(("batch", "length"), shape, mesh)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, spec))

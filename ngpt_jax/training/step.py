@@ -1,4 +1,4 @@
-"""The training step: pure functions of a state and a batch."""
+"""The training step, as pure functions of a state and a batch."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,27 +10,15 @@ import optax
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.params import (
-    compute_params,
-    param_tree,
-    scale_factor,
-    stored_scales,
-    unit_axes,
-)
-from ngpt_jax.model.transformer import Transformer, init_params
+from ngpt_jax.model.params import compute_params, param_tree, scale_factor, stored_scales, unit_axes
+from ngpt_jax.model.transformer import Batch, Transformer, init_params
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.guard import Guard, check, init_guard
 
-# inputs, targets (B, T) int32; weights (B, T) float32 where some targets don't count, 0 on padding;
-# segment_ids (B, T) int32 where attention stays within documents, padding with an id of its own.
-# positions (B, T) int32 within the documents then. GPT sees differences of positions alone, but
-# nGPT scales rotated channels by s_qk: where a document lies in its window would count.
-Batch = dict[str, jax.Array]
-
 
 class TrainState(NamedTuple):
-    """All that changes in training. ``step`` counts the batches consumed, skipped ones too."""
+    """Everything that changes in training. ``step`` counts consumed batches, also skipped ones."""
 
     step: jax.Array
     params: Any
@@ -44,7 +32,7 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
 
 
 def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
-    """Sum over the batch's (weighted) targets of -log p(target), in nats."""
+    """The sum of -log p(target) in nats over the batch's targets, with their weights."""
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
         {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
@@ -59,20 +47,20 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
 def make_train_step(
     config: Config, tx: optax.GradientTransformationExtraArgs, schedule: optax.Schedule
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The step (state, batch) -> (state, metrics), not yet jitted.
+    """Returns the step (state, batch) -> (state, metrics), not yet jitted.
 
-    A batch that the guard refuses leaves parameters and the optimizer's state as they were.
-    Metrics are scalars of the batch before the update: loss (nats a token), grad_norm (before
-    clipping), learning_rate; and after it: skipped, skipped_in_row.
+    A batch that the guard refuses is skipped: parameters and the optimizer's state stay the same.
+    Metrics are scalars: loss (nats a token) and grad_norm (before clipping), both before the
+    update, learning_rate, skipped and skipped_in_row (batches so far, this one included).
     """
 
     def train_step(state: TrainState, batch: Batch):
         loss, grads = _loss_and_grads(config, state.params, batch)
-        grad_norm = optax.tree.norm(grads)  # the clip's own is the same to XLA
+        grad_norm = optax.tree.norm(grads)  # XLA computes it once for here and clipping
         ok, guard = check(state.guard, loss, grad_norm, config.train.spike_deviations)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step, ok=ok)
         params = optax.apply_updates(state.params, updates)
-        # A choice, no product with 0: nothing of what is not finite gets through.
+        # jnp.where and not a product with 0, which would let NaN through.
         params = jax.tree.map(lambda new, old: jnp.where(ok, new, old), params, state.params)
         metrics = {
             "loss": loss,
@@ -87,9 +75,9 @@ def make_train_step(
 
 
 def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Mean nats a (weighted) token of a batch and the gradients, in the parameters' dtypes.
+    """Mean nats a token, with the batch's weights, and the gradients in the parameters' dtypes.
 
-    With ``train.accumulate`` the batch is cut into microbatches, one in memory at a time; the mean
+    With ``train.accumulate`` the batch is cut into microbatches, one at a time in memory. The mean
     is that of the whole batch, over all devices.
     """
     model, microbatches = config.model, config.train.accumulate
@@ -107,7 +95,7 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
         loss, grads = value_and_grad(compute, batch)
         return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
-    def cut(x):  # (B, T) -> (microbatches, B / microbatches, T): of each device's rows a part
+    def cut(x):  # (B, T) -> (microbatches, B / microbatches, T), each with rows of every device
         parts = jnp.moveaxis(x.reshape(-1, microbatches, x.shape[1]), 1, 0)
         return rules.constrain(parts, None, "batch", "length")
 
@@ -124,11 +112,10 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
 
 
 def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:
-    """What is logged of the parameters, as scalars.
+    """Scalars of the parameters that are logged; none for GPT.
 
     sphere_deviation, with ``weights=sphere``: the largest deviation of a vector's norm from 1.
-    mean_NAME, for each learned scale of the model: the mean of its effective values, of |alpha|
-    for alphas; padding left out. Empty for GPT, which has neither.
+    mean_NAME, for each learned scale: the mean of its effective values, for alphas of |alpha|.
     """
     out = {}
     if config.weights == "sphere":
