@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
+from ngpt_jax.data.tokenizers.base import fingerprint_of
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
+from ngpt_jax.export.hf_tokenizer import _plain
 
 LLAMA = SHARED / "tokenizers" / "llama2-32k.json"
 GPT2 = SHARED / "tokenizers" / "gpt2"
@@ -240,6 +242,25 @@ def test_json_tokenizer(paths):
     assert plain.decode(plain.encode("a<eos>b")) == "a<eos>b"
 
 
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_dropout_of_a_file_is_off(paths, tmp_path, dropout):
+    values = json.loads((ROOT / paths["json"]).read_text())
+    values["model"]["dropout"] = dropout
+    (tmp_path / "dropout.json").write_text(json.dumps(values))
+    plain, tokenizer = load(paths["json"]), load(tmp_path / "dropout.json")
+    text = "abcabc ab abab " * 20
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert one.encode(text) == plain.encode(text)
+        (batch,) = one.encode_batch([text])
+        assert batch.tolist() == plain.encode(text)
+    assert json.loads(_plain(tokenizer.tokenizer).to_str())["model"]["dropout"] is None
+    # Tokens that an earlier version made with dropout are not taken for those of this tokenizer.
+    content, eod = (tmp_path / "dropout.json").read_bytes(), tokenizer.eod
+    assert tokenizer.fingerprint != fingerprint_of("json", eod, content)
+    content = (ROOT / paths["json"]).read_bytes()
+    assert plain.fingerprint == fingerprint_of("json", plain.eod, content)
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_sentencepiece_tokenizer(tmp_path, model_type):
     file = write_model(tmp_path / "tiny.model", model_type=model_type)
@@ -357,6 +378,21 @@ def test_paths_that_are_no_tokenizer(tmp_path, paths):
     os.symlink("/proc/self/mem", tmp_path / "x.model")
     with raises("data.tokenizer: cannot read '.*x.model' .Input/output error.; give"):
         load(tmp_path / "x.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tokenizer.json", "give the file that is read: .*/tokenizer.json"),
+        ("tokenizer.model", "give the file that is read: .*/tokenizer.model"),
+        ("spiece.model", "give the file that is read: .*/spiece.model"),
+        ("tokenizer_config.json", "has no tokenizer.json; write one with transformers"),
+    ],
+)
+def test_a_hugging_face_folder_names_its_file(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    with raises("data.tokenizer: .*" + message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -56,9 +56,14 @@ def load_json(file: TokenizerFile) -> JsonTokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True  # special tokens in a text are encoded as plain text
+    # BPE dropout is the only randomness that a file can hold. Tokens that were made with it are not
+    # those of this tokenizer, so the fingerprint tells them apart.
+    random = bool(getattr(tokenizer.model, "dropout", None))
+    if random:
+        tokenizer.model.dropout = None
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     if eod in added:  # some files do not mark it as special
         tokenizer.add_special_tokens([eod])
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    fingerprint = fingerprint_of("json", eod_id, content)
+    fingerprint = fingerprint_of("json", eod_id, content, *[b"no dropout"] * random)
     return JsonTokenizer(file.stem, vocab_size, eod_id, fingerprint, tokenizer)
