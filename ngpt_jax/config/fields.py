@@ -197,8 +197,9 @@ class SourceConfig:
     )
     token_dtype: str | None = field(
         None, one_of("uint16", "uint32"), FREE,
-        "type of the token ids. bin without a header: None is uint16. array_record: None where a"
-        " record is UTF-8 text, a type where it holds the token ids of a document",
+        "type of the token ids. bin without a header: None is uint16, or uint32 for a tokenizer of"
+        " more than 65,536 ids. array_record: None where a record is UTF-8 text, a type where it"
+        " holds the token ids of a document",
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def check_tokens(
     files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
         for file in files:
-            shards.open_bin(file, field, source.token_dtype)
+            shards.open_bin(file, field, source.token_dtype, tokenizer.vocab_size)
     eval_names = {real_path(file) for held in eval_files.values() for file in held}
     return {real_path(file) for file in files}, eval_names
 
@@ -100,8 +100,10 @@ def open_tokens(
 
     def open_shard(file: epath.Path, field: str) -> Shard:
         if source.source == "bin":
-            return shards.open_bin(file, field, source.token_dtype)
-        return _open_records(file, field, np.dtype(source.token_dtype), cache)
+            return shards.open_bin(file, field, source.token_dtype, tokenizer.vocab_size)
+        shard = _open_records(file, field, np.dtype(source.token_dtype), cache)
+        shard.check_type(field, tokenizer.vocab_size)
+        return shard
 
     def stream_of(some: Sequence[epath.Path], field: str) -> TokenStream:
         return TokenStream([open_shard(file, field) for file in some], tokenizer.vocab_size)
@@ -197,7 +199,9 @@ def _refuse_held_out_files(files: Sequence[epath.Path], prefix: str) -> None:
             )
 
 
-def _open_records(file: epath.Path, field: str, dtype: np.dtype, cache: Path) -> Shard:
+def _open_records(
+    file: epath.Path, field: str, dtype: np.dtype, cache: Path
+) -> shards.ArrayRecordShard:
     records, dtype = RecordFile(file, field), dtype.newbyteorder("<")
     key = digest_of(["lengths", records.stamp, dtype.str])
     (lengths,) = cached_arrays(cache, key, lambda: [shards.record_lengths(records, dtype)])
