@@ -86,7 +86,7 @@ def test_shards_of_a_prepared_folder_one_by_one(prepared, path):
 
 def test_a_prepared_folder_without_its_manifest(prepared):
     (prepared / "manifest.json").unlink()
-    with raises("data.paths: .*held_out-00000.bin' looks like held-out tokens"):
+    with raises("data.paths: .*held_out-00000.bin' looks like held-out data"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
 
 
@@ -130,6 +130,31 @@ def test_a_mixture_that_trains_on_what_it_holds_out(tmp_path):
         "two": MixtureConfig(source="text", paths=(str(b),)),
     }
     with raises("data.mixture.one.eval_paths: '.*b.txt' is in data.mixture.two.paths too"):
+        load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+
+
+def test_a_mixture_with_two_shares_of_one_file(tmp_path):
+    file = write(tmp_path / "a.jsonl", json_lines(*TEXTS))
+    other = write(tmp_path / "b.jsonl", json_lines(*TEXTS[:9]))
+    for fields in ({"held_out": 0.2}, {"eval_paths": (f"v={other}",)}):
+        mixture = {
+            "one": MixtureConfig(source="text", paths=(str(file),)),
+            "two": MixtureConfig(source="text", paths=(str(file),), **fields),
+        }
+        with raises("data.mixture.two.held_out: '.*a.jsonl' is trained on by data.mixture.one too"):
+            load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+        mixture["one"] = MixtureConfig(source="text", paths=(str(file),), **fields)
+        assert load(source="mixture", mixture=mixture, cache=tmp_path / "c").tokens
+
+
+def test_a_mixture_that_trains_on_a_held_out_split(tmp_path):
+    TinySet(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    same = {"source": "tfds", "paths": (str(tmp_path),)}
+    mixture = {
+        "one": MixtureConfig(**same, tfds_eval_split="validation"),
+        "two": MixtureConfig(**same, tfds_split="validation"),
+    }
+    with raises("data.mixture.one.tfds_eval_split: .* is in data.mixture.two.tfds_split too"):
         load(source="mixture", mixture=mixture, cache=tmp_path / "c")
 
 

@@ -152,7 +152,7 @@ def test_bad_headers(tmp_path):
 def test_folders_with_held_out_bins(tmp_path):
     write_bin(tmp_path / "train.bin", TOKENS)
     val = write_bin(tmp_path / "val.bin", TOKENS[:100])
-    with raises("data.paths: .*val.bin' looks like held-out tokens; give a glob without it, and"):
+    with raises("data.paths: .*val.bin' looks like held-out data; give a glob without it, and"):
         load(source="bin", paths=(str(tmp_path),), cache=tmp_path / "c")
     with raises("data.eval_paths: .*val.bin' of 'val' is in data.paths too"):
         load(source="bin", paths=(str(tmp_path),), eval_paths=(f"val={val}",), cache=tmp_path / "c")

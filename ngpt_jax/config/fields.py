@@ -174,9 +174,9 @@ class SourceConfig:
     )  # fmt: skip
     paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,
-        "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl,"
-        " .parquet, the first two also .gz, .zst; tfds: folder of a data set, or with tfds_name the"
-        " folder of all data sets",
+        "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl"
+        " (also as .ndjson, .json), .parquet, all but the last also .gz, .zst; tfds: folder of a"
+        " data set, or with tfds_name the folder of all data sets",
     )  # fmt: skip
     eval_paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,

@@ -12,11 +12,12 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.sources import TOKEN_FORMATS
+from ngpt_jax.data.list_files import PREPARED
 from ngpt_jax.data.open_files import open_binary
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.files import digest_of
 
-NAME = "manifest.json"
+NAME = PREPARED
 VERSION = 1
 
 

@@ -105,8 +105,11 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
         raise ConfigError("--token_dtype: training reads token ids as they are; leave it out.")
     named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
     tokenizer = load_tokenizer(named, "--")
+    text = open_source(source, "--")
+    for line in text.left_out:
+        terminal.say(line)
     manifest = prepare_folder(
-        open_source(source, "--"), source.held_out, tokenizer, out,
+        text, source.held_out, tokenizer, out,
         format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
         workers=_WORKERS.value, terminal=terminal,
     )  # fmt: skip

@@ -1,6 +1,5 @@
 """Sources that hold token ids: prepared folders, bin files, array_record with token_dtype."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,6 @@ from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
 from ngpt_jax.files import digest_of, is_remote
 
 _CUT_SEARCH = 2**24  # tokens before a cut in which the end of a document is looked for
-_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|test|held_?out|eval)([^a-z]|$)"
 
 
 class EvalSet(NamedTuple):
@@ -41,11 +39,17 @@ class EvalSet(NamedTuple):
 
 
 class SourceTokens(NamedTuple):
-    """The tokens of a source; ``fingerprint`` is of those to train on."""
+    """The tokens of a source.
+
+    Attributes:
+      fingerprint: of those to train on.
+      left_out: lines that tell which files are not read.
+    """
 
     train: TokenStream
     held_out: list[EvalSet]
     fingerprint: str
+    left_out: Sequence[str] = ()
 
 
 def holds_tokens(source: SourceConfig, prefix: str) -> bool:
@@ -72,7 +76,7 @@ def check_tokens(
                 f" {prefix}source={manifest.format}."
             )
         return set(), set()
-    files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
+    files, eval_files, _ = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
         for file in files:
             shards.open_bin(file, field, source.token_dtype, tokenizer.vocab_size)
@@ -95,8 +99,7 @@ def open_tokens(
     """
     if (folder := _prepared_folder(source, prefix)) is not None:
         return open_prepared(folder, f"{prefix}paths", tokenizer, cache)
-    files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
-    _refuse_held_out_files(files, prefix)
+    files, eval_files, left_out = find_train_and_eval_files(source, prefix, _suffixes(source))
 
     def open_shard(file: epath.Path, field: str) -> Shard:
         if source.source == "bin":
@@ -121,7 +124,7 @@ def open_tokens(
         fingerprint = some.fingerprint()
         num_bytes = _count_bytes(some, fingerprint, tokenizer, cache)
         held_out.append(EvalSet(name, some, num_bytes, tokenizer.eod, fingerprint))
-    return SourceTokens(train, held_out, train.fingerprint())
+    return SourceTokens(train, held_out, train.fingerprint(), left_out)
 
 
 def open_prepared(
@@ -182,21 +185,6 @@ def _verify_once(manifest: Manifest, folder: epath.Path, field: str, cache: Path
         return []
 
     cached_arrays(cache, digest_of(["verified", *stamps]), verify)
-
-
-def _refuse_held_out_files(files: Sequence[epath.Path], prefix: str) -> None:
-    """Nobody wants to train on val.bin because it lies in the same folder."""
-    for file in files:
-        if (file.parent / manifest_lib.NAME).exists():
-            raise ConfigError(
-                f"{prefix}paths: {str(file)!r} is of a prepared folder, which knows what is"
-                f" held out; give {str(file.parent)!r} itself."
-            )
-        if re.search(_HELD_OUT_WORDS, file.stem.lower()) and len(files) > 1:
-            raise ConfigError(
-                f"{prefix}paths: {str(file)!r} looks like held-out tokens; give a glob without"
-                f" it, and --config.{prefix}eval_paths=val={file}"
-            )
 
 
 def _open_records(

@@ -211,7 +211,7 @@ def read_text(path: str, text_key: str) -> list[str]:
     """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError."""
     texts = [
         text
-        for file in find_files([path], "--text", text_files.SUFFIXES)
+        for file in find_files([path], "--text", text_files.SUFFIXES)[0]
         for text, _ in text_files.read_documents(file, "--text", text_key, "--text_key")
     ]
     if not texts:
