@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
-from ngpt_jax.data.tokenizers.base import fingerprint_of
+from ngpt_jax.data.tokenizers.base import fingerprint_of, gives_back, lost_characters
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
 from ngpt_jax.export.hf_tokenizer import _plain
@@ -145,6 +145,29 @@ def test_round_trip(any_tokenizer, documents):
         assert all(0 <= i < t.vocab_size and i != t.eod for i in ids)
     joined = np.concatenate([np.append(ids, t.eod) for ids in batch] or [[]])
     assert t.decode(joined) == "".join(documents)
+
+
+def test_what_a_lossless_tokenizer_stands_for(any_tokenizer):
+    """Its caches of earlier versions stay valid."""
+    assert gives_back(any_tokenizer)
+    text = "abc  é🎉\n" * 50
+    assert lost_characters(any_tokenizer, [text]) in ((0, 50 * 5), (0, 0))
+    ids = any_tokenizer.encode(text)
+    assert any_tokenizer.text_bytes(text, ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_a_file_without_a_decoder_gets_that_of_its_characters(tmp_path, paths, kind):
+    values = json.loads((ROOT / paths["json"]).read_text()) | {"decoder": None}
+    if kind == "Metaspace":
+        values["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True,
+        }  # fmt: skip
+        values["model"]["vocab"] |= {"\u2581": max(values["model"]["vocab"].values()) + 99}
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    tokenizer = load(tmp_path / "t.json")
+    text = "abc ab a" if kind == "Metaspace" else "abc é \t a"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @property_test

@@ -70,9 +70,9 @@ def load_corpus(
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
             prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
             opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
-            opened = opened._replace(left_out=text.left_out)
+            opened = opened._replace(notes=[*text.left_out, *opened.notes])
         if terminal is not None:
-            for line in opened.left_out:
+            for line in opened.notes:
                 terminal.say(line)
         train[name] = _pack(opened, config, context, tokenizer.eod, cache)
         start = f"{name}/" if name else ""

@@ -60,6 +60,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
     from ngpt_jax.data.list_files import parse_path
+    from ngpt_jax.data.manifest import notes as manifest_notes
     from ngpt_jax.terminal import Terminal
 
     out, terminal = parse_path(_OUT.value, "--out"), Terminal()
@@ -69,6 +70,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         terminal.close()
         terminal.say("stopped; run the same command again to continue")
         return 130
+    for line in manifest_notes(manifest):
+        terminal.say(line)
     for name, facts in manifest.sets.items():
         terminal.say(
             f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"

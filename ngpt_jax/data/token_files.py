@@ -16,7 +16,7 @@ from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real
 from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import Shard, TokenStream
-from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back, utf8
 from ngpt_jax.files import digest_of, is_remote
 
 _CUT_SEARCH = 2**24  # tokens before a cut in which the end of a document is looked for
@@ -43,13 +43,13 @@ class SourceTokens(NamedTuple):
 
     Attributes:
       fingerprint: of those to train on.
-      left_out: lines that tell which files are not read.
+      notes: lines for the user: files that are not read, text that the tokenizer loses.
     """
 
     train: TokenStream
     held_out: list[EvalSet]
     fingerprint: str
-    left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def holds_tokens(source: SourceConfig, prefix: str) -> bool:
@@ -151,7 +151,8 @@ def open_prepared(
         EvalSet(name, some, manifest.sets[name].bytes, tokenizer.eod, manifest.fingerprint(name))
         for name, some in streams.items()
     ]
-    return SourceTokens(train, held_out, manifest.fingerprint("train"))
+    notes = manifest_lib.notes(manifest)
+    return SourceTokens(train, held_out, manifest.fingerprint("train"), notes)
 
 
 def _suffixes(source: SourceConfig) -> tuple[str, ...]:
@@ -207,7 +208,7 @@ def _cut(stream: TokenStream, share: float, eod: int, field: str) -> int:
 
 
 def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, cache: Path) -> int:
-    """Length in UTF-8 of the text of a stream, which is decoded document by document."""
+    """Length in UTF-8 of what a stream stands for, which is decoded document by document."""
 
     def count() -> list[np.ndarray]:
         total, rest = 0, np.zeros(0, np.int32)
@@ -215,9 +216,10 @@ def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, ca
             rest = np.concatenate([rest, chunk])
             ends = np.flatnonzero(rest == tokenizer.eod)
             cut = int(ends[-1]) + 1 if len(ends) else 0
-            total += len(utf8(tokenizer.decode(rest[:cut].tolist())))
+            total += len(utf8(tokenizer.stands_for(rest[:cut].tolist())))
             rest = rest[cut:]
-        return [np.array(total + len(utf8(tokenizer.decode(rest.tolist()))))]
+        return [np.array(total + len(utf8(tokenizer.stands_for(rest.tolist()))))]
 
-    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint])
+    known = [] if gives_back(tokenizer) else ["known"]  # earlier versions counted unknown tokens
+    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint, *known])
     return int(cached_arrays(cache, key, count)[0])

@@ -28,6 +28,7 @@ class TiktokenTokenizer(Tokenizer):
     those of the whole text, but they decode to the same text.
     """
 
+    lossless = True
     encoding: Encoding
     unused: frozenset[int]
 
