@@ -20,6 +20,7 @@ from data_helpers import (
     raises,
     text_config,
     write,
+    write_array_record,
     write_bin,
 )
 from test_prepare import contents, load, run
@@ -85,7 +86,7 @@ def test_shards_of_a_prepared_folder_one_by_one(prepared, path):
 
 def test_a_prepared_folder_without_its_manifest(prepared):
     (prepared / "manifest.json").unlink()
-    with raises("data.paths: .*held_out-00000.bin' looks like held-out tokens"):
+    with raises("data.paths: .*held_out-00000.bin' looks like held-out data"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
 
 
@@ -132,10 +133,109 @@ def test_a_mixture_that_trains_on_what_it_holds_out(tmp_path):
         load(source="mixture", mixture=mixture, cache=tmp_path / "c")
 
 
+def test_a_mixture_with_two_shares_of_one_file(tmp_path):
+    file = write(tmp_path / "a.jsonl", json_lines(*TEXTS))
+    other = write(tmp_path / "b.jsonl", json_lines(*TEXTS[:9]))
+    for fields in ({"held_out": 0.2}, {"eval_paths": (f"v={other}",)}):
+        mixture = {
+            "one": MixtureConfig(source="text", paths=(str(file),)),
+            "two": MixtureConfig(source="text", paths=(str(file),), **fields),
+        }
+        with raises("data.mixture.two.held_out: '.*a.jsonl' is trained on by data.mixture.one too"):
+            load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+        mixture["one"] = MixtureConfig(source="text", paths=(str(file),), **fields)
+        assert load(source="mixture", mixture=mixture, cache=tmp_path / "c").tokens
+
+
+def test_a_mixture_that_trains_on_a_held_out_split(tmp_path):
+    TinySet(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    same = {"source": "tfds", "paths": (str(tmp_path),)}
+    mixture = {
+        "one": MixtureConfig(**same, tfds_eval_split="validation"),
+        "two": MixtureConfig(**same, tfds_split="validation"),
+    }
+    with raises("data.mixture.one.tfds_eval_split: .* is in data.mixture.two.tfds_split too"):
+        load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+
+
 def test_uint32_taken_for_uint16(tmp_path):
     file = write_bin(tmp_path / "a.bin", RNG.integers(0, 257, 500), "<u4")
     with raises("every second token of .*a.bin' is 0: it seems to hold uint32; set token_dtype"):
         load(source="bin", paths=(str(file),), cache=tmp_path / "c")
+
+
+def word_level(file, size):
+    """A tokenizer of ``size`` ids."""
+    vocab = {"</s>": 0} | {f"w{i}": i for i in range(1, size)}
+    hf.Tokenizer(hf.models.WordLevel(vocab, unk_token="w1")).save(str(file))
+    return str(file)
+
+
+def zipf(size, most):
+    return np.minimum((RNG.pareto(0.5, size) * 20).astype(np.int64) + 1, most)
+
+
+@pytest.mark.parametrize("header", [None, (20240801, 7)])
+def test_a_large_vocabulary_means_uint32(tmp_path, header):
+    ids = zipf(20_000, 70_000)
+    ids[::200] = 0
+    write_bin(tmp_path / "a.bin", ids, "<u4", header)
+    found = load(
+        source="bin", paths=(str(tmp_path / "a.bin"),), cache=tmp_path / "c",
+        tokenizer=word_level(tmp_path / "t.json", 70_001),
+    )  # fmt: skip
+    assert found.tokens + len(found.held_out[0].stream) == 20_000
+    assert found.train[""].stream.read(0, 1000).tolist() == ids[:1000].tolist()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "most", "vocab", "token_dtype", "message"),
+    [
+        ("<u4", 130_000, 60_000, None, "every second token of .* is near 0: .* set token_dtype"),
+        ("<u4", 130_000, 130_001, "uint16", "every second token of .* is near 0: .*uint32"),
+        (">u4", 130_000, 60_000, None, "seems to hold big-endian uint32; write it as little"),
+        ("<u2", 60_000, 70_001, None, "has the token id .*, or set token_dtype"),
+        ("<u2", 60_000, 60_001, "uint32", "has the token id .*, or set token_dtype"),
+        (">u2", 30_000, 30_001, None, "seems to be big-endian; write it as little-endian"),
+        (">u2", 30_000, 65_536, "uint16", "seems to be big-endian; write it as little-endian"),
+        (">u4", 70_000, 70_001, None, "seems to be big-endian; write it as little-endian"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("source", ["bin", "array_record"])
+def test_token_ids_of_another_type(tmp_path, source, dtype, most, vocab, token_dtype, message):
+    ids, file = zipf(20_000, most), tmp_path / "a.bin"
+    if source == "bin":
+        write_bin(file, ids, dtype)
+    else:
+        token_dtype = token_dtype or ("uint16" if vocab <= 2**16 else "uint32")
+        rows = [row.astype(dtype).tobytes() for row in ids.reshape(-1, 100)]
+        write_array_record(file, rows)
+    tokenizer = word_level(tmp_path / "t.json", vocab)
+    with raises("data.*" + message):
+        load(
+            source=source, paths=(str(file),), cache=tmp_path / "c", tokenizer=tokenizer,
+            token_dtype=token_dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("most", [60_000, 3000, 9])
+def test_token_ids_of_the_right_type(tmp_path, most):
+    tokenizer = word_level(tmp_path / "t.json", 60_001)
+    sizes = (20_000, 1001, 17)
+    for size in sizes:
+        write_bin(tmp_path / f"{size}.bin", zipf(size, most))
+    found = load(
+        source="bin", paths=(str(tmp_path / "*.bin"),), cache=tmp_path / "c", tokenizer=tokenizer
+    )
+    assert found.tokens + len(found.held_out[0].stream) == sum(sizes)
+    # Halves may look like this where the user says so, or where a length is odd.
+    write_bin(tmp_path / "u.bin", np.tile([700, 0], 500))
+    config = {"cache": tmp_path / "c", "token_dtype": "uint16", "tokenizer": tokenizer}
+    assert load(source="bin", paths=(str(tmp_path / "u.bin"),), **config).tokens
+    rows = [np.tile([700, 0], 50).astype("<u2").tobytes()] * 9 + [b"ab"]
+    write_array_record(tmp_path / "u.array_record", rows)
+    paths = (str(tmp_path / "u.array_record"),)
+    assert load(source="array_record", paths=paths, **config).tokens
 
 
 @pytest.mark.parametrize("weights", [(1e-7, 1.0), (1.0, 1e-7), (1e-9, 1e-9)])

@@ -140,19 +140,19 @@ def test_bad_headers(tmp_path):
     file = write_bin(tmp_path / "a.bin", TOKENS[:50], header=LLM_C)
     path = epath.Path(file)
     with raises("holds uint16, not data.token_dtype=uint32"):
-        open_bin(path, "data.paths", "uint32")
+        open_bin(path, "data.paths", "uint32", 257)
     file.write_bytes(file.read_bytes()[:-10])
     with raises("data.paths: .*a.bin' should hold 50 tokens but holds 45; it is cut"):
-        open_bin(path, "data.paths", None)
+        open_bin(path, "data.paths", None, 257)
     write_bin(file, TOKENS[:50], header=(20240520, 3))
     with raises("has llm.c's header in version 3"):
-        open_bin(path, "data.paths", None)
+        open_bin(path, "data.paths", None, 257)
 
 
 def test_folders_with_held_out_bins(tmp_path):
     write_bin(tmp_path / "train.bin", TOKENS)
     val = write_bin(tmp_path / "val.bin", TOKENS[:100])
-    with raises("data.paths: .*val.bin' looks like held-out tokens; give a glob without it, and"):
+    with raises("data.paths: .*val.bin' looks like held-out data; give a glob without it, and"):
         load(source="bin", paths=(str(tmp_path),), cache=tmp_path / "c")
     with raises("data.eval_paths: .*val.bin' of 'val' is in data.paths too"):
         load(source="bin", paths=(str(tmp_path),), eval_paths=(f"val={val}",), cache=tmp_path / "c")
@@ -168,7 +168,7 @@ def test_a_bin_file_that_becomes_shorter(tmp_path):
 
 
 def test_threads_may_read_while_files_are_opened_and_dropped(tmp_path):
-    shard = open_bin(epath.Path(write_bin(tmp_path / "a.bin", TOKENS)), "data.paths", None)
+    shard = open_bin(epath.Path(write_bin(tmp_path / "a.bin", TOKENS)), "data.paths", None, 257)
 
     def read(_):
         shards._open_file.cache_clear()

@@ -306,6 +306,89 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
         manifest.verify(made, epath.Path(folder), "--out")
 
 
+def lossy(file, kind):
+    """A tokenizers file that knows only some characters or words."""
+    some = "abcdefghijklmnopqrstuvwxyz .\n"
+    model = {
+        "bpe": lambda: hf.models.BPE({c: i for i, c in enumerate(["</s>", *some])}, []),
+        "unigram": lambda: hf.models.Unigram(
+            [("</s>", 0.0), ("?", 0.0), *((c, -2.0) for c in some)], 1, False
+        ),
+        "words": lambda: hf.models.WordLevel(
+            {w: i for i, w in enumerate(["</s>", "[UNK]", *"the fox runs".split()])}, "[UNK]"
+        ),
+        "pieces": lambda: hf.models.WordPiece(
+            {w: i for i, w in enumerate(["</s>", "[UNK]", *some, *(f"##{c}" for c in some)])},
+            unk_token="[UNK]",
+        ),
+    }[kind]()
+    tokenizer = hf.Tokenizer(model)
+    if kind == "words":
+        tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    if kind == "pieces":
+        tokenizer.normalizer = hf.normalizers.Lowercase()
+        tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+        tokenizer.decoder = hf.decoders.WordPiece()
+    tokenizer.save(str(file))
+    return str(file)
+
+
+LOSSY = ("bpe", "unigram", "words", "pieces")
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_text_that_a_tokenizer_loses(tmp_path, kind):
+    """The digits are lost. Bytes are counted alike from text and bin."""
+    texts = ["the fox runs the fox runs 123456\n"] * 300
+    write(tmp_path / "a.jsonl", json_lines(*texts))
+    held = write(tmp_path / "b.jsonl", json_lines(*texts[:50]))
+    fields = {
+        "tokenizer": lossy(tmp_path / "t.json", kind), "eval_paths": (f"v={held}",),
+        "cache": str(tmp_path / "c"),
+    }  # fmt: skip
+    config = text_config(tmp_path / "a.jsonl", **fields)
+    made = run(config, tmp_path / "out")
+    share = 6 / 26
+    assert abs(made.tokenizer["lost"] - share) < 0.0001
+    (note,) = manifest.notes(made)
+    assert "warning" in note
+    assert f"loses {share:.1%} of the text" in note
+    known = load(source="text", paths=config.paths, **fields).held_out[0].num_bytes
+    assert known == made.sets["v"].bytes
+    assert 20 * 50 <= known <= 27 * 50  # with white space where that comes back
+    for name in ("train", "v"):  # as files of somebody else
+        (tmp_path / f"out/{name}-00000.bin").rename(tmp_path / f"{name}.bin")
+    fields["eval_paths"] = (f"v={tmp_path}/v.bin",)
+    (as_bin,) = load(source="bin", paths=(f"{tmp_path}/train.bin",), **fields).held_out
+    assert as_bin.num_bytes == known
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_a_tokenizer_that_loses_most_is_refused(tmp_path, kind):
+    write(tmp_path / "a.jsonl", json_lines(*[f"{i} ДВЕ ЖАБЫ ИДУТ fox" for i in range(900)]))
+    config = text_config(tmp_path / "a.jsonl", tokenizer=lossy(tmp_path / "t.json", kind))
+    with raises("The tokenizer 't' loses [89].% of the text: .* give a tokenizer that was made"):
+        run(config, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_normalization_is_no_loss(tmp_path):
+    write(tmp_path / "a.jsonl", json_lines(*[f"The Fox runs, {'x' * i}." for i in range(90)]))
+    alphabet = [*"abcdefghijklmnopqrstuvwxyz.,"]
+    vocab = {
+        w: i for i, w in enumerate(["</s>", "[UNK]", *alphabet, *(f"##{c}" for c in alphabet)])
+    }
+    tokenizer = hf.Tokenizer(hf.models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = hf.normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = hf.decoders.WordPiece()
+    tokenizer.save(str(tmp_path / "t.json"))
+    config = text_config(tmp_path / "a.jsonl", tokenizer=str(tmp_path / "t.json"))
+    made = run(config, tmp_path / "out")
+    assert manifest.notes(made) == []
+    assert made.tokenizer.keys() == {"name", "fingerprint", "vocab_size", "eod"}
+
+
 def test_a_text_that_changed_is_prepared_anew(config, tmp_path):
     cache = tmp_path / "cache"
     first = load(source="text", paths=config.paths, cache=cache)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import re
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig, SourceConfig
 from ngpt_jax.config.sources import SOURCES
+from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.text import held_out, sources
 from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.stdlib import stdlib_files, stdlib_texts
@@ -233,6 +235,143 @@ def test_bad_eval_paths(tmp_path):
         documents(text_config(tmp_path, eval_paths=(f"v={b}",)))
     with raises("data.eval_paths: there is no file"):
         documents(text_config(a, eval_paths=("v=gone.txt",)))
+
+
+def linked(tmp_path):
+    """d holds the folder a, a link to a folder elsewhere, circles, and files of other kinds."""
+    write(tmp_path / "d/a/x.jsonl", json_lines("a1", "a2"))
+    write(tmp_path / "disk2/b/sub/y.jsonl", json_lines("b1"))
+    write(tmp_path / "disk2/c.jsonl", json_lines("c1"))
+    (tmp_path / "d/b").symlink_to(tmp_path / "disk2/b")
+    (tmp_path / "d/0").symlink_to(tmp_path / "d")
+    (tmp_path / "disk2/b/sub/back").symlink_to(tmp_path / "d")
+    (tmp_path / "d/twice").symlink_to(tmp_path / "d/a")
+    (tmp_path / "d/c.jsonl").symlink_to(tmp_path / "disk2/c.jsonl")
+    return tmp_path / "d"
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "**/*", "**/*.jsonl", "../d/**/**", "./*"])
+def test_links_to_folders_are_followed(tmp_path, pattern):
+    folder = linked(tmp_path)
+    texts, _ = documents(text_config(folder / pattern))
+    assert sorted(texts) == ["a1", "a2", "b1", "c1"]
+
+
+def test_links_do_not_change_how_a_folder_of_files_is_read(tmp_path):
+    """The names of files are in fingerprints of prepared text: they stay those without links."""
+    folder = linked(tmp_path)
+    files, _ = find_files([str(folder)], "data.paths", (".jsonl",))
+    names = [str(file.relative_to(folder)) for file in files]
+    assert names == ["a/x.jsonl", "b/sub/y.jsonl", "c.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**"])
+def test_files_that_are_left_out_are_named(tmp_path, pattern):
+    write(tmp_path / "d/a.jsonl", json_lines("a"))
+    write(tmp_path / "d/README.md", "no")
+    write(tmp_path / "d/.b.jsonl", json_lines("b"))
+    write(tmp_path / "d/sub/config.json", '{"n": 1}')
+    write(tmp_path / "d/sub/pretty.json", json.dumps({"text": "no"}, indent=1))
+    (tmp_path / "d/gone").symlink_to(tmp_path / "nowhere")
+    for i in range(3):
+        write(tmp_path / f"d/z{i}.csv", "no")
+    config = text_config(tmp_path / "d" / pattern, eval_paths=(f"v={tmp_path}/e",))
+    write(tmp_path / "e/v.txt", "v")
+    write(tmp_path / "e/v.doc", "no")
+    assert documents(config) == (["a"], {"v": ["v"]})
+    hidden = "" if pattern == "**" else ".*b.jsonl"
+    of_train, of_held_out = sources.open_source(config).left_out
+    assert of_held_out == f"data.eval_paths leaves out 1 file or hidden folder: {tmp_path}/e/v.doc"
+    assert of_train.startswith("data.paths leaves out 8 files or hidden folders: ")
+    assert of_train.endswith(", ...")
+    assert re.search(hidden, of_train)
+    assert sources.open_source(text_config(tmp_path / "d/a.jsonl")).left_out == []
+    assert sources.open_source(text_config(tmp_path / "d/*.jsonl")).left_out == []
+
+
+def test_lines_of_json_under_other_names(tmp_path):
+    write(tmp_path / "d/a.ndjson", json_lines("a"))
+    write(tmp_path / "d/b.json", json_lines("b", "b2"))
+    write(tmp_path / "d/c.json.gz", json_lines("c"))
+    write(tmp_path / "d/d.NDJSON.zst", json_lines("d" * 5000))
+    write(tmp_path / "d/words.json", '["a", "b"]')
+    texts, _ = documents(text_config(tmp_path / "d"))
+    assert texts == ["a", "b", "b2", "c", "d" * 5000]
+    array = write(tmp_path / "d/e.json", json.dumps([{"text": "e"}], indent=2))
+    for path in ("d", "d/*", "d/**/*.json", "d/e.json"):
+        with raises("data.paths: '.*e.json' is one JSON array; write a document a line, as jq"):
+            documents(text_config(tmp_path / path))
+    array.unlink()
+    with raises("data.paths: '.*words.json', line 1 is not a JSON object"):
+        documents(text_config(tmp_path / "d/words.json"))
+    with raises("data.paths: '.*words.json' has none of the known suffixes .*or holds something"):
+        documents(text_config(tmp_path / "d/w*.json"))
+
+
+def split_files(folder, suffix, texts=("one", "two")):
+    make = {
+        ".parquet": lambda file: write_parquet(file, text=list(texts)),
+        ".jsonl.gz": lambda file: write(file, json_lines(*texts)),
+        ".array_record": lambda file: write_array_record(file, [t.encode() for t in texts]),
+    }
+    return [make[suffix](folder / f"{name}{suffix}") for name in ("train", "validation", "test")]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".array_record"])
+@pytest.mark.parametrize("pattern", ["", "*", "**"])
+def test_held_out_files_are_not_trained_on(tmp_path, suffix, pattern):
+    (tmp_path / "d").mkdir()
+    split_files(tmp_path / "d", suffix)
+    source = "array_record" if suffix == ".array_record" else "text"
+    with raises(f"data.paths: '.*{suffix}' looks like held-out data; .*eval_paths=validation=/"):
+        documents(DataConfig(source=source, paths=(str(tmp_path / "d" / pattern),)))
+
+
+@pytest.mark.parametrize(
+    ("names", "flags"),
+    [
+        (["train/0.parquet", "test/0.parquet", "test/1.parquet"], "test={}/test/*.parquet"),
+        (["train-0.jsonl", "validation-0-of-2.jsonl", "validation-1-of-2.jsonl"],
+         "validation={}/validation-*-of-2.jsonl"),
+        (["train/pos/1.txt", "test/pos/1.txt", "test/neg/2.txt"], "test={}/test/**/*.txt"),
+        (["wiki.train.txt", "wiki.valid.txt"], "valid={}/wiki.valid.txt"),
+        (["part-0.jsonl", "DEV.jsonl"], "dev={}/DEV.jsonl"),
+    ],
+)  # fmt: skip
+def test_the_right_eval_paths_are_told(tmp_path, names, flags):
+    for name in names:
+        file = tmp_path / "test" / name  # the folder of all of them says nothing
+        if name.endswith(".parquet"):
+            write_parquet(file, text=[name])
+        else:
+            write(file, json_lines(name))
+    flags = flags.format(tmp_path / "test")
+    with raises("data.paths: .* looks like held-out data; .* --config.data.eval_paths="
+                + re.escape(flags)):  # fmt: skip
+        documents(text_config(tmp_path / "test"))
+    with raises(".*--eval_paths=" + re.escape(flags)):
+        sources.open_source(text_config(tmp_path / "test"), "--")
+    # What the message says is right.
+    pattern = flags.partition("=")[2]
+    train = [f for f in (tmp_path / "test").rglob("*") if "train" in str(f) or "part" in f.name]
+    files = [str(f) for f in train if f.is_file()]
+    texts, held_out = documents(text_config(*files, eval_paths=(f"v={pattern}",)))
+    assert len(texts) + len(held_out["v"]) == len(names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["test.txt"], ["test.jsonl"], ["test.txt", "a.txt"], ["a.txt", "test/b.txt"],
+        ["latest.jsonl", "medieval.jsonl"], ["tests.jsonl", "contest.jsonl"],
+        ["train-test-mix.jsonl", "a.jsonl"], ["test-0.jsonl", "test-1.jsonl"],
+        ["test/a.jsonl", "test/b.jsonl"],
+    ],
+)  # fmt: skip
+def test_files_that_are_not_held_out(tmp_path, names):
+    for name in names:
+        write(tmp_path / "d" / name, json_lines(name))
+    assert len(documents(text_config(tmp_path / "d"))[0]) == len(names)
 
 
 # ------------------------------------------------------------------------- array_record and tfds

@@ -21,8 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ngpt_jax.config import DataConfig
+from ngpt_jax.data.tokenizers.base import fingerprint_of, gives_back, lost_characters
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
+from ngpt_jax.export.hf_tokenizer import _plain
 
 LLAMA = SHARED / "tokenizers" / "llama2-32k.json"
 GPT2 = SHARED / "tokenizers" / "gpt2"
@@ -145,6 +147,29 @@ def test_round_trip(any_tokenizer, documents):
     assert t.decode(joined) == "".join(documents)
 
 
+def test_what_a_lossless_tokenizer_stands_for(any_tokenizer):
+    """Its caches of earlier versions stay valid."""
+    assert gives_back(any_tokenizer)
+    text = "abc  é🎉\n" * 50
+    assert lost_characters(any_tokenizer, [text]) in ((0, 50 * 5), (0, 0))
+    ids = any_tokenizer.encode(text)
+    assert any_tokenizer.text_bytes(text, ids) == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", ["ByteLevel", "Metaspace"])
+def test_a_file_without_a_decoder_gets_that_of_its_characters(tmp_path, paths, kind):
+    values = json.loads((ROOT / paths["json"]).read_text()) | {"decoder": None}
+    if kind == "Metaspace":
+        values["pre_tokenizer"] = {
+            "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True,
+        }  # fmt: skip
+        values["model"]["vocab"] |= {"\u2581": max(values["model"]["vocab"].values()) + 99}
+    (tmp_path / "t.json").write_text(json.dumps(values))
+    tokenizer = load(tmp_path / "t.json")
+    text = "abc ab a" if kind == "Metaspace" else "abc é \t a"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
 @property_test
 @given(st.lists(st.integers(-2, 310)))
 def test_any_ids_decode(any_tokenizer, ids):
@@ -238,6 +263,25 @@ def test_json_tokenizer(paths):
     assert plain.eod == 260
     assert plain.eod not in plain.encode("a<eos>b")
     assert plain.decode(plain.encode("a<eos>b")) == "a<eos>b"
+
+
+@pytest.mark.parametrize("dropout", [0.1, 1.0])
+def test_dropout_of_a_file_is_off(paths, tmp_path, dropout):
+    values = json.loads((ROOT / paths["json"]).read_text())
+    values["model"]["dropout"] = dropout
+    (tmp_path / "dropout.json").write_text(json.dumps(values))
+    plain, tokenizer = load(paths["json"]), load(tmp_path / "dropout.json")
+    text = "abcabc ab abab " * 20
+    for one in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):
+        assert one.encode(text) == plain.encode(text)
+        (batch,) = one.encode_batch([text])
+        assert batch.tolist() == plain.encode(text)
+    assert json.loads(_plain(tokenizer.tokenizer).to_str())["model"]["dropout"] is None
+    # Tokens that an earlier version made with dropout are not taken for those of this tokenizer.
+    content, eod = (tmp_path / "dropout.json").read_bytes(), tokenizer.eod
+    assert tokenizer.fingerprint != fingerprint_of("json", eod, content)
+    content = (ROOT / paths["json"]).read_bytes()
+    assert plain.fingerprint == fingerprint_of("json", plain.eod, content)
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
@@ -357,6 +401,21 @@ def test_paths_that_are_no_tokenizer(tmp_path, paths):
     os.symlink("/proc/self/mem", tmp_path / "x.model")
     with raises("data.tokenizer: cannot read '.*x.model' .Input/output error.; give"):
         load(tmp_path / "x.model")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tokenizer.json", "give the file that is read: .*/tokenizer.json"),
+        ("tokenizer.model", "give the file that is read: .*/tokenizer.model"),
+        ("spiece.model", "give the file that is read: .*/spiece.model"),
+        ("tokenizer_config.json", "has no tokenizer.json; write one with transformers"),
+    ],
+)
+def test_a_hugging_face_folder_names_its_file(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    with raises("data.tokenizer: .*" + message):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -174,9 +174,9 @@ class SourceConfig:
     )  # fmt: skip
     paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,
-        "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl,"
-        " .parquet, the first two also .gz, .zst; tfds: folder of a data set, or with tfds_name the"
-        " folder of all data sets",
+        "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl"
+        " (also as .ndjson, .json), .parquet, all but the last also .gz, .zst; tfds: folder of a"
+        " data set, or with tfds_name the folder of all data sets",
     )  # fmt: skip
     eval_paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,
@@ -197,8 +197,9 @@ class SourceConfig:
     )
     token_dtype: str | None = field(
         None, one_of("uint16", "uint32"), FREE,
-        "type of the token ids. bin without a header: None is uint16. array_record: None where a"
-        " record is UTF-8 text, a type where it holds the token ids of a document",
+        "type of the token ids. bin without a header: None is uint16, or uint32 for a tokenizer of"
+        " more than 65,536 ids. array_record: None where a record is UTF-8 text, a type where it"
+        " holds the token ids of a document",
     )  # fmt: skip
 
 

@@ -70,6 +70,10 @@ def load_corpus(
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
             prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
             opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
+            opened = opened._replace(notes=[*text.left_out, *opened.notes])
+        if terminal is not None:
+            for line in opened.notes:
+                terminal.say(line)
         train[name] = _pack(opened, config, context, tokenizer.eod, cache)
         start = f"{name}/" if name else ""
         held_out += [held._replace(name=start + held.name) for held in opened.held_out]
@@ -92,6 +96,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
     train: dict[str, str] = {}  # real path -> field
     held_out: dict[str, str] = {}
+    shares: dict[str, tuple[float, str]] = {}  # real path -> share that is held out, prefix
     for _, prefix, source in _sources(config):
         if token_files.holds_tokens(source, prefix):
             files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
@@ -99,8 +104,17 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
             text = open_source(source, prefix, download=False)
             files = {unit.file for unit in text.train if unit.file}
             eval_files = {u.file for units in text.held_out.values() for u in units if u.file}
-        train |= dict.fromkeys(files, f"{prefix}paths")
-        held_out |= dict.fromkeys(eval_files, f"{prefix}eval_paths")
+        tfds = source.source == "tfds"
+        train |= dict.fromkeys(files, f"{prefix}tfds_split" if tfds else f"{prefix}paths")
+        eval_field = f"{prefix}tfds_eval_split" if tfds else f"{prefix}eval_paths"
+        held_out |= dict.fromkeys(eval_files, eval_field)
+        share = 0.0 if eval_files else source.held_out
+        for path in sorted(files):
+            if shares.setdefault(path, (share, prefix))[0] != share:
+                raise ConfigError(
+                    f"{prefix}held_out: {path!r} is trained on by {shares[path][1][:-1]} too, which"
+                    " holds out another part of it; give both the same held_out or eval_paths."
+                )
     for path in sorted(train.keys() & held_out.keys()):
         raise ConfigError(
             f"{held_out[path]}: {path!r} is in {train[path]} too; take it out of one of them."

@@ -1,14 +1,21 @@
 """Files listed by patterns: local paths and gs://, folders and globs."""
 
+import fnmatch
+import itertools
 import os
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.files import is_remote, reason
+
+PREPARED = "manifest.json"  # a file of prepared folders
+_NAMED = 5  # files that a line names
+_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|dev|test|held_?out|eval|evaluation)([^a-z]|$)"
+_TRAIN_WORDS = r"(^|[^a-z])(train|training)([^a-z]|$)"
 
 
 def parse_path(text: str, field: str) -> epath.Path:
@@ -22,49 +29,112 @@ def parse_path(text: str, field: str) -> epath.Path:
         ) from e
 
 
-def find_files(patterns: Iterable[str], field: str, suffixes: Sequence[str]) -> list[epath.Path]:
+class Files(NamedTuple):
+    """The files of a source.
+
+    Attributes:
+      train: files of ``paths``.
+      held_out: files of each set in ``eval_paths``.
+      left_out: a line for each field of which some files are not read.
+    """
+
+    train: list[epath.Path]
+    held_out: dict[str, list[epath.Path]]
+    left_out: list[str]
+
+
+def any_file(file: epath.Path, field: str) -> bool:
+    """The ``holds`` of :func:`find_files` that takes all files."""
+    return True
+
+
+def find_files(
+    patterns: Iterable[str],
+    field: str,
+    suffixes: Sequence[str],
+    holds: Callable[[epath.Path, str], bool] = any_file,
+) -> tuple[list[epath.Path], list[str]]:
     """The files that ``patterns`` (files, folders or globs, ``~`` allowed) match.
 
-    They come in the order of the patterns, sorted within each pattern, each file once.
+    They come in the order of the patterns, sorted within each pattern, each file once. Links are
+    followed. A file that is given by its own path has to be readable. Of folders and globs, hidden
+    files and files that are not readable are left out.
 
     Args:
       patterns: to match.
       field: that holds the patterns, for messages.
-      suffixes: allowed ends of a file's name, in lower case; ("",) allows every name.
+      suffixes: of readable files, in lower case; ("",) allows every name.
+      holds: whether a file with such a suffix is readable, from the file and ``field``.
 
-    Raises ConfigError: a pattern without files, a file with another suffix or that is not regular.
+    Returns:
+      The files, and a line (or none) that counts and names what was left out.
+
+    Raises ConfigError: a pattern without readable files, a file that is not regular.
     """
     found: dict[str, epath.Path] = {}
+    left_out: dict[str, epath.Path] = {}
     for pattern in patterns:
-        for file in _matches(pattern, field, suffixes):
-            if not file.name.lower().endswith(tuple(suffixes)):
-                raise ConfigError(
-                    f"{field}: {str(file)!r} has none of the known suffixes {', '.join(suffixes)};"
-                    " convert or rename it."
-                )
-            if not is_remote(file) and not os.path.isfile(file):
+        files, hidden = _matches(pattern, field)
+        given = [str(file) for file in files] == [str(parse_path(pattern, field))]
+        left, readable = {real_path(file): file for file in hidden}, False
+        for file in files:
+            known = file.name.lower().endswith(tuple(suffixes))
+            regular = is_remote(file) or os.path.isfile(file)
+            if known and not regular:
                 raise ConfigError(
                     f"{field}: {str(file)!r} is a link to nothing, or no regular file; drop it."
                 )
-            found.setdefault(real_path(file), file)
+            if given and not known:
+                raise _unknown_suffix(file, field, suffixes)
+            if known and (holds(file, field) or given):
+                found.setdefault(real_path(file), file)
+                readable = True
+            else:
+                left[real_path(file)] = file
+        if not readable and parse_path(pattern, field).is_dir():
+            there = f" but {files[0].name!r}" if files else ""
+            raise ConfigError(
+                f"{field}: there is no {', '.join(suffixes)} file below the folder {pattern!r}"
+                f"{there}; check the path."
+            )
+        if not readable:
+            raise _unknown_suffix(files[0], field, suffixes)
+        left_out |= left
     if not found:
         raise ConfigError(f"{field} is empty; give it a file, a folder or a glob.")
-    return list(found.values())
+    names = [str(file) for path, file in left_out.items() if path not in found]
+    if not names:
+        return list(found.values()), []
+    many = "1 file or hidden folder" if len(names) == 1 else f"{len(names)} files or hidden folders"
+    more = ", ..." if len(names) > _NAMED else ""
+    line = f"{field} leaves out {many}: {', '.join(names[:_NAMED])}{more}"
+    return list(found.values()), [line]
+
+
+def _unknown_suffix(file: epath.Path, field: str, suffixes: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"{field}: {str(file)!r} has none of the known suffixes {', '.join(suffixes)}, or holds"
+        " something else; convert or rename it."
+    )
 
 
 def find_train_and_eval_files(
-    config: SourceConfig, prefix: str, suffixes: Sequence[str]
-) -> tuple[list[epath.Path], dict[str, list[epath.Path]]]:
+    config: SourceConfig,
+    prefix: str,
+    suffixes: Sequence[str],
+    holds: Callable[[epath.Path, str], bool] = any_file,
+) -> Files:
     """The files of ``paths``, and those of each held-out set in ``eval_paths``.
 
     Args:
       config: of a source.
       prefix: of the names of its fields in messages.
-      suffixes: as for :func:`find_files`.
+      suffixes, holds: as for :func:`find_files`.
 
-    Raises ConfigError: as :func:`find_files`; a wrong name of a set; a file that is in both.
+    Raises ConfigError: as :func:`find_files`; a wrong name of a set; a file that is in both; files
+    to train on whose names say that they are held out.
     """
-    files = find_files(config.paths, f"{prefix}paths", suffixes)
+    files, left_out = find_files(config.paths, f"{prefix}paths", suffixes, holds)
     known = {real_path(file) for file in files}
     field = f"{prefix}eval_paths"
     held_out: dict[str, list[epath.Path]] = {}
@@ -78,13 +148,67 @@ def find_train_and_eval_files(
             )
         if name in held_out:
             raise ConfigError(f"{field}: two sets are called {name!r}; rename one.")
-        held_out[name] = find_files([pattern], field, suffixes)
+        held_out[name], more = find_files([pattern], field, suffixes, holds)
+        left_out += more
         if both := {real_path(file) for file in held_out[name]} & known:
             raise ConfigError(
                 f"{field}: {min(both)!r} of {name!r} is in {prefix}paths too; take it out of one"
                 " of them."
             )
-    return files, held_out
+    for file in files:
+        tokens = config.source == "bin" or config.token_dtype is not None
+        if tokens and (file.parent / PREPARED).exists():
+            raise ConfigError(
+                f"{prefix}paths: {str(file)!r} is of a prepared folder, which knows what is held"
+                f" out; give {str(file.parent)!r} itself."
+            )
+    _refuse_held_out(files, prefix)
+    return Files(files, held_out, left_out)
+
+
+def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
+    """Nobody wants to train on test.parquet because it lies in the same folder.
+
+    What counts is the name of a file and those of the folders that not all files share. Files are
+    refused beside others that are not held out by their names; a .txt, which is one document and
+    may be called anything, only beside files that are called train.
+    """
+    depth = _common([file.parts[:-1] for file in files])
+    names = ["/".join(file.parts[depth:]).lower() for file in files]
+    trained = [re.search(_TRAIN_WORDS, name) is not None for name in names]
+    words = [None if t else re.search(_HELD_OUT_WORDS, name) for name, t in zip(names, trained)]
+    if all(words):
+        return
+    sets: dict[str, list[epath.Path]] = {}
+    for file, word in zip(files, words):
+        if word and (any(trained) or ".txt" not in file.name.lower()):
+            sets.setdefault(word[2], []).append(file)
+    if sets:
+        option = prefix if prefix.startswith("--") else f"--config.{prefix}"
+        flags = [f"{option}eval_paths={name}={_pattern_of(some)}" for name, some in sets.items()]
+        file = next(iter(sets.values()))[0]
+        raise ConfigError(
+            f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it, and"
+            f" {' '.join(flags)}"
+        )
+
+
+def _pattern_of(files: Sequence[epath.Path]) -> str:
+    """A path or glob of these files; a glob may match others of the same beginning and end."""
+    names = [str(file) for file in files]
+    if len(names) == 1:
+        return names[0]
+    start = names[0][: _common(names)]
+    rest = [name[len(start) :] for name in names]
+    end = rest[0][len(rest[0]) - _common([name[::-1] for name in rest]) :]
+    if any("/" in name for name in rest):
+        return f"{start.rpartition('/')[0]}/**/*{end.rpartition('/')[2]}"
+    return f"{start}*{end}"
+
+
+def _common(rows: Sequence[Sequence[str]]) -> int:
+    """How many first items all rows share."""
+    return sum(1 for _ in itertools.takewhile(lambda items: len({*items}) == 1, zip(*rows)))
 
 
 def real_path(path: epath.Path) -> str:
@@ -92,21 +216,18 @@ def real_path(path: epath.Path) -> str:
     return str(path) if is_remote(path) else os.path.realpath(path)
 
 
-def _matches(pattern: str, field: str, suffixes: Sequence[str]) -> list[epath.Path]:
+def _matches(pattern: str, field: str) -> tuple[list[epath.Path], list[epath.Path]]:
+    """Sorted files that a pattern matches, and what was left out because it is hidden."""
     path = parse_path(pattern, field)
+    hidden: list[epath.Path] = []
     try:
         if path.is_file() and pattern:  # tested first, because its name may look like a glob
-            return [path]
+            return [path], []
         if path.is_dir() and pattern:
-            if not (files := _files_below(path, suffixes)):
-                raise ConfigError(
-                    f"{field}: there is no {', '.join(suffixes)} file below the folder"
-                    f" {pattern!r}; check the path."
-                )
-            return files
+            return _files_below(path, hidden), hidden
         files = []
-        for match in _glob(path):
-            files += _files_below(match, suffixes) if match.is_dir() else [match]
+        for match in _glob(path, hidden):
+            files += _files_below(match, hidden) if match.is_dir() else [match]
     except (OSError, ImportError, LookupError, ValueError, NotImplementedError) as e:
         if isinstance(e, ConfigError):
             raise
@@ -114,44 +235,79 @@ def _matches(pattern: str, field: str, suffixes: Sequence[str]) -> list[epath.Pa
     if not files:
         what = "no file matches" if _has_magic(pattern) else "there is no file or folder"
         raise ConfigError(f"{field}: {what} {pattern!r}; check the path or the glob.")
-    return files
+    return files, hidden
 
 
 def _has_magic(pattern: str) -> bool:
     return re.search(r"[*?[]", pattern) is not None
 
 
-def _glob(path: epath.Path) -> list[epath.Path]:
-    """Sorted matches without hidden files; ``**`` does not follow links to folders."""
+def _glob(path: epath.Path, hidden: list[epath.Path]) -> list[epath.Path]:
+    """Sorted matches; what ``*`` and ``**`` leave out because it is hidden goes to ``hidden``."""
     if not _has_magic(str(path)):
         return []
     parts = str(path).split("/")
     fixed = next(i for i, part in enumerate(parts) if _has_magic(part))
-    base, pattern = "/".join(parts[:fixed]) or "/", "/".join(parts[fixed:])
-    if not path.is_absolute() and not fixed:
-        base = "."
+    base = "/".join(parts[:fixed]) or ("/" if path.is_absolute() else ".")
     if is_remote(path):
-        return sorted(epath.Path(base).glob(pattern))
-    hidden = any(part.startswith(".") for part in parts[fixed:])
-    matches = sorted(Path(base).glob(pattern))
-    if not hidden:
-        above = len(Path(base).parts)
-        matches = [m for m in matches if not any(p.startswith(".") for p in m.parts[above:])]
-    return [epath.Path(match) for match in matches]
+        return sorted(epath.Path(base).glob("/".join(parts[fixed:])))
+    return sorted(_expand(epath.Path(base), parts[fixed:], hidden))
 
 
-def _files_below(folder: epath.Path, suffixes: Sequence[str]) -> list[epath.Path]:
-    """Sorted files of a folder and its subfolders, without hidden ones."""
-    files = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
+def _expand(
+    folder: epath.Path, parts: Sequence[str], hidden: list[epath.Path]
+) -> Iterator[epath.Path]:
+    """What a glob, given in its parts, matches below a local folder."""
+    part, rest = parts[0], parts[1:]
+    if part == "**":
+        for some, _ in _folders_below(folder):
+            if rest:
+                yield from _expand(some, rest, hidden)
+        if not rest:
+            yield folder
+        return
+    for entry in sorted(folder.iterdir()) if _has_magic(part) else [folder / part]:
+        if _has_magic(part) and entry.name.startswith(".") and not part.startswith("."):
+            hidden += [entry] if part == "*" else []
+        elif not fnmatch.fnmatchcase(entry.name, part) and _has_magic(part):
             continue
-        if entry.is_dir():
-            # Like os.walk, this does not follow links to folders: they may form a circle.
-            if is_remote(entry) or not os.path.islink(entry):
-                files += _files_below(entry, suffixes)
-        elif entry.name.lower().endswith(tuple(suffixes)):
-            files.append(entry)
+        elif not rest and os.path.lexists(entry):
+            yield entry
+        elif rest and entry.is_dir():
+            yield from _expand(entry, rest, hidden)
+
+
+def _folders_below(folder: epath.Path) -> list[tuple[epath.Path, list[epath.Path]]]:
+    """A folder and its subfolders without hidden ones, each with what is in it.
+
+    Links are followed, to each folder once. Paths without links go first: a folder that has one is
+    called by it.
+    """
+    folders, links, seen = [], [folder], set()
+    while links:
+        some = [links.pop(0)]
+        while some:
+            here = some.pop()
+            if real_path(here) in seen:
+                continue
+            seen.add(real_path(here))
+            folders.append((here, sorted(here.iterdir())))
+            for entry in folders[-1][1]:
+                if entry.is_dir() and not entry.name.startswith("."):
+                    linked = not is_remote(entry) and os.path.islink(entry)
+                    (links if linked else some).append(entry)
+    return folders
+
+
+def _files_below(folder: epath.Path, hidden: list[epath.Path]) -> list[epath.Path]:
+    """Sorted files of a folder and its subfolders; hidden files and folders go to ``hidden``."""
+    files = []
+    for _, entries in _folders_below(folder):
+        for entry in entries:
+            if entry.name.startswith("."):
+                hidden.append(entry)
+            elif not entry.is_dir():
+                files.append(entry)
     return sorted(files, key=lambda f: f.as_posix())
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,12 +12,14 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.sources import TOKEN_FORMATS
+from ngpt_jax.data.list_files import PREPARED
 from ngpt_jax.data.open_files import open_binary
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.files import digest_of
 
-NAME = "manifest.json"
+NAME = PREPARED
 VERSION = 1
+_LEAST_LOST, _MOST_LOST = 0.001, 0.5  # shares: told from here on, and refused beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,10 @@ class ShardFacts:
 
 @dataclasses.dataclass(frozen=True)
 class SetFacts:
-    """The training set or a held-out one; ``bytes`` is the length of its text in UTF-8."""
+    """The training set or a held-out one.
+
+    ``bytes`` is the length of its text in UTF-8; of a held-out set, of what its tokens stand for.
+    """
 
     documents: int
     bytes: int
@@ -51,7 +56,8 @@ class Manifest:
       source: fingerprint of everything that the tokens depend on.
       format: bin, or array_record (a document a record).
       dtype: of a token.
-      tokenizer: name, fingerprint, vocab_size, eod.
+      tokenizer: name, fingerprint, vocab_size, eod; and lost, the share of the characters (without
+        white space) that decoding does not give back, where it is not small.
       sets: by name; "train" is among them.
     """
 
@@ -73,6 +79,37 @@ class Manifest:
         shards = self.sets[name].shards
         head = f"{self.dtype} {self.tokenizer['fingerprint']}"
         return digest_of([head, *(f"{shard.tokens} {shard.sha256}" for shard in shards)])
+
+
+def check_lost(lost: Sequence[int], manifest: Manifest, least: int = 1) -> Manifest:
+    """The manifest with the share of characters that the tokenizer loses.
+
+    Args:
+      lost: characters of a sample that are lost, and characters of the sample.
+      manifest: without it.
+      least: characters of a sample that tells.
+
+    Raises ConfigError: more than half is lost.
+    """
+    share = lost[0] / lost[1] if lost[1] >= least else 0.0
+    if share > _MOST_LOST:
+        raise ConfigError(
+            f"The tokenizer {manifest.tokenizer['name']!r} loses {share:.0%} of the text: that many"
+            " characters have no token; give a tokenizer that was made for this text."
+        )
+    if share < _LEAST_LOST:
+        return manifest
+    return dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"lost": round(share, 4)})
+
+
+def notes(manifest: Manifest) -> list[str]:
+    """Lines that warn the user."""
+    if not (lost := manifest.tokenizer.get("lost")):
+        return []
+    return [
+        f"warning: the tokenizer {manifest.tokenizer['name']!r} loses {lost:.1%} of the text, whose"
+        " characters have no token; bits/byte counts the bytes that tokens stand for"
+    ]
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

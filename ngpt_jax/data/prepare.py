@@ -60,6 +60,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
     from ngpt_jax.data.list_files import parse_path
+    from ngpt_jax.data.manifest import notes as manifest_notes
     from ngpt_jax.terminal import Terminal
 
     out, terminal = parse_path(_OUT.value, "--out"), Terminal()
@@ -69,6 +70,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         terminal.close()
         terminal.say("stopped; run the same command again to continue")
         return 130
+    for line in manifest_notes(manifest):
+        terminal.say(line)
     for name, facts in manifest.sets.items():
         terminal.say(
             f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"
@@ -105,8 +108,11 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
         raise ConfigError("--token_dtype: training reads token ids as they are; leave it out.")
     named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
     tokenizer = load_tokenizer(named, "--")
+    text = open_source(source, "--")
+    for line in text.left_out:
+        terminal.say(line)
     manifest = prepare_folder(
-        open_source(source, "--"), source.held_out, tokenizer, out,
+        text, source.held_out, tokenizer, out,
         format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
         workers=_WORKERS.value, terminal=terminal,
     )  # fmt: skip

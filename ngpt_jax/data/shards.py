@@ -24,6 +24,8 @@ from ngpt_jax.files import digest_of, is_remote, reason
 _HEADER_BYTES = 1024
 _HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 _SAMPLE_BYTES = 2**20
+_LOOKED_AT = 2**13  # tokens of a file's start, middle and end that show a wrong type
+_SMALL_HALF = 3  # upper half of ids below 2^18, more than vocabularies have
 _TOKENS_AT_ONCE = 2**22
 
 
@@ -76,15 +78,17 @@ def _open_file(path: str, stamp: str) -> IO[bytes]:
     return open(path, "rb", buffering=0)
 
 
-def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
+def open_bin(file: epath.Path, field: str, dtype: str | None, vocab_size: int) -> BinShard:
     """A bin file with or without llm.c's header.
 
     Args:
       file: to read.
       field: that names the file, for messages.
-      dtype: of a file without a header; None: uint16.
+      dtype: of a file without a header; None: as :func:`token_dtype`.
+      vocab_size: ids have to be below it.
 
-    Raises ConfigError: the file is empty, cut short, or of an unknown kind.
+    Raises ConfigError: the file is empty, cut short, of an unknown kind, or seems to hold ids of
+    another type.
     """
     size, name = file.stat().length, str(file)
     head = read_range(name, 0, 12)
@@ -102,7 +106,7 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
                 " short or damaged."
             )
     else:
-        kind, offset = np.dtype(dtype or "uint16").newbyteorder("<"), 0
+        kind, offset = np.dtype(dtype or token_dtype(vocab_size)).newbyteorder("<"), 0
         tokens = size // kind.itemsize
         if size % kind.itemsize:
             raise ConfigError(
@@ -112,14 +116,55 @@ def open_bin(file: epath.Path, field: str, dtype: str | None) -> BinShard:
     if not tokens:
         raise ConfigError(f"{field}: {name!r} holds no tokens; drop it.")
     shard = BinShard(name, kind, offset, tokens, stamp(file))
-    if not offset and dtype is None:
-        first = shard.read(0, min(tokens, 2**14))
-        if len(first) > 16 and not first[1::2].any() and first.any():
-            raise ConfigError(
-                f"{field}: every second token of {name!r} is 0: it seems to hold uint32; set"
-                " token_dtype=uint32 (or uint16, if it does not)."
-            )
+    if not offset:
+        size = min(tokens, _LOOKED_AT) // 2 * 2
+        starts = sorted({0, (tokens - size) // 4 * 2, (tokens - size) // 2 * 2})
+        some = np.concatenate([shard.read(start, start + size) for start in starts])
+        meant = dtype == "uint16" and vocab_size <= 2**16
+        check_type(some, name, field, vocab_size, meant)
     return shard
+
+
+def check_type(
+    ids: np.ndarray, name: str, field: str, vocab_size: int, meant: bool = False
+) -> None:
+    """Refuses ids that look as if they were read as the wrong type.
+
+    Args:
+      ids: (even number,) some of a file, from an even place on.
+      name: of the file.
+      field: that names the file, for messages.
+      vocab_size: ids have to be below it.
+      meant: the user says that the ids are uint16.
+
+    Raises ConfigError.
+    """
+    if len(ids) <= 16:
+        return
+    # Halves of larger ids: nearly all the upper ones are 0, or small in a large vocabulary.
+    small = (ids.reshape(-1, 2) <= _SMALL_HALF).mean(axis=0)
+    if ids.dtype.itemsize == 2 and not meant and small.max() > 0.9 and small.min() < 0.5:
+        if small[0] > small[1]:
+            raise ConfigError(
+                f"{field}: {name!r} seems to hold big-endian uint32; write it as little-endian (or"
+                " set token_dtype=uint16, if it holds that)."
+            )
+        near = "" if not ids[1::2].any() else "near "
+        raise ConfigError(
+            f"{field}: every second token of {name!r} is {near}0: it seems to hold uint32; set"
+            " token_dtype=uint32 (or uint16, if it does not)."
+        )
+    # In the right order the upper bytes vary less than the lower ones.
+    low, high = (_entropy(ids.astype("<u4") >> shift & 255) for shift in (0, 8))
+    odd = ids.max() >= vocab_size or (len(ids) > 1000 and low + 1 < high)
+    if ids.byteswap().max() < vocab_size and odd:
+        raise ConfigError(f"{field}: {name!r} seems to be big-endian; write it as little-endian.")
+
+
+def _entropy(values: np.ndarray) -> float:
+    """Bits a value, for values below 256."""
+    shares = np.bincount(values, minlength=256) / len(values)
+    return -float(np.sum(shares * np.log2(np.maximum(shares, 1e-9))))
 
 
 def _fingerprint(shard: Shard, dtype: np.dtype, more: bytes = b"") -> str:
@@ -159,6 +204,12 @@ class ArrayRecordShard:
         if len(tokens) < stop:
             raise ConfigError(f"data: {self.name!r} has changed; restore it.")
         return tokens[start:stop]
+
+    def check_type(self, field: str, vocab_size: int) -> None:
+        """As the function :func:`check_type`, for the first records."""
+        odd = bool((np.diff(self._ends, prepend=0) % 2).any())  # then they are no halves of uint32
+        stop = int(self._ends[:64][self._ends[:64] <= 2**20].max(initial=0))
+        check_type(self.read(0, stop // 2 * 2), self.name, field, vocab_size, meant=odd)
 
     def fingerprint(self) -> str:
         """Of the lengths of records, the first and the last MiB."""

@@ -1,6 +1,5 @@
 """Sources that hold token ids: prepared folders, bin files, array_record with token_dtype."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +16,10 @@ from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real
 from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import Shard, TokenStream
-from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back, utf8
 from ngpt_jax.files import digest_of, is_remote
 
 _CUT_SEARCH = 2**24  # tokens before a cut in which the end of a document is looked for
-_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|test|held_?out|eval)([^a-z]|$)"
 
 
 class EvalSet(NamedTuple):
@@ -41,11 +39,17 @@ class EvalSet(NamedTuple):
 
 
 class SourceTokens(NamedTuple):
-    """The tokens of a source; ``fingerprint`` is of those to train on."""
+    """The tokens of a source.
+
+    Attributes:
+      fingerprint: of those to train on.
+      notes: lines for the user: files that are not read, text that the tokenizer loses.
+    """
 
     train: TokenStream
     held_out: list[EvalSet]
     fingerprint: str
+    notes: Sequence[str] = ()
 
 
 def holds_tokens(source: SourceConfig, prefix: str) -> bool:
@@ -72,10 +76,10 @@ def check_tokens(
                 f" {prefix}source={manifest.format}."
             )
         return set(), set()
-    files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
+    files, eval_files, _ = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
         for file in files:
-            shards.open_bin(file, field, source.token_dtype)
+            shards.open_bin(file, field, source.token_dtype, tokenizer.vocab_size)
     eval_names = {real_path(file) for held in eval_files.values() for file in held}
     return {real_path(file) for file in files}, eval_names
 
@@ -95,13 +99,14 @@ def open_tokens(
     """
     if (folder := _prepared_folder(source, prefix)) is not None:
         return open_prepared(folder, f"{prefix}paths", tokenizer, cache)
-    files, eval_files = find_train_and_eval_files(source, prefix, _suffixes(source))
-    _refuse_held_out_files(files, prefix)
+    files, eval_files, left_out = find_train_and_eval_files(source, prefix, _suffixes(source))
 
     def open_shard(file: epath.Path, field: str) -> Shard:
         if source.source == "bin":
-            return shards.open_bin(file, field, source.token_dtype)
-        return _open_records(file, field, np.dtype(source.token_dtype), cache)
+            return shards.open_bin(file, field, source.token_dtype, tokenizer.vocab_size)
+        shard = _open_records(file, field, np.dtype(source.token_dtype), cache)
+        shard.check_type(field, tokenizer.vocab_size)
+        return shard
 
     def stream_of(some: Sequence[epath.Path], field: str) -> TokenStream:
         return TokenStream([open_shard(file, field) for file in some], tokenizer.vocab_size)
@@ -119,7 +124,7 @@ def open_tokens(
         fingerprint = some.fingerprint()
         num_bytes = _count_bytes(some, fingerprint, tokenizer, cache)
         held_out.append(EvalSet(name, some, num_bytes, tokenizer.eod, fingerprint))
-    return SourceTokens(train, held_out, train.fingerprint())
+    return SourceTokens(train, held_out, train.fingerprint(), left_out)
 
 
 def open_prepared(
@@ -146,7 +151,8 @@ def open_prepared(
         EvalSet(name, some, manifest.sets[name].bytes, tokenizer.eod, manifest.fingerprint(name))
         for name, some in streams.items()
     ]
-    return SourceTokens(train, held_out, manifest.fingerprint("train"))
+    notes = manifest_lib.notes(manifest)
+    return SourceTokens(train, held_out, manifest.fingerprint("train"), notes)
 
 
 def _suffixes(source: SourceConfig) -> tuple[str, ...]:
@@ -182,22 +188,9 @@ def _verify_once(manifest: Manifest, folder: epath.Path, field: str, cache: Path
     cached_arrays(cache, digest_of(["verified", *stamps]), verify)
 
 
-def _refuse_held_out_files(files: Sequence[epath.Path], prefix: str) -> None:
-    """Nobody wants to train on val.bin because it lies in the same folder."""
-    for file in files:
-        if (file.parent / manifest_lib.NAME).exists():
-            raise ConfigError(
-                f"{prefix}paths: {str(file)!r} is of a prepared folder, which knows what is"
-                f" held out; give {str(file.parent)!r} itself."
-            )
-        if re.search(_HELD_OUT_WORDS, file.stem.lower()) and len(files) > 1:
-            raise ConfigError(
-                f"{prefix}paths: {str(file)!r} looks like held-out tokens; give a glob without"
-                f" it, and --config.{prefix}eval_paths=val={file}"
-            )
-
-
-def _open_records(file: epath.Path, field: str, dtype: np.dtype, cache: Path) -> Shard:
+def _open_records(
+    file: epath.Path, field: str, dtype: np.dtype, cache: Path
+) -> shards.ArrayRecordShard:
     records, dtype = RecordFile(file, field), dtype.newbyteorder("<")
     key = digest_of(["lengths", records.stamp, dtype.str])
     (lengths,) = cached_arrays(cache, key, lambda: [shards.record_lengths(records, dtype)])
@@ -215,7 +208,7 @@ def _cut(stream: TokenStream, share: float, eod: int, field: str) -> int:
 
 
 def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, cache: Path) -> int:
-    """Length in UTF-8 of the text of a stream, which is decoded document by document."""
+    """Length in UTF-8 of what a stream stands for, which is decoded document by document."""
 
     def count() -> list[np.ndarray]:
         total, rest = 0, np.zeros(0, np.int32)
@@ -223,9 +216,10 @@ def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, ca
             rest = np.concatenate([rest, chunk])
             ends = np.flatnonzero(rest == tokenizer.eod)
             cut = int(ends[-1]) + 1 if len(ends) else 0
-            total += len(utf8(tokenizer.decode(rest[:cut].tolist())))
+            total += len(utf8(tokenizer.stands_for(rest[:cut].tolist())))
             rest = rest[cut:]
-        return [np.array(total + len(utf8(tokenizer.decode(rest.tolist()))))]
+        return [np.array(total + len(utf8(tokenizer.stands_for(rest.tolist()))))]
 
-    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint])
+    known = [] if gives_back(tokenizer) else ["known"]  # earlier versions counted unknown tokens
+    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint, *known])
     return int(cached_arrays(cache, key, count)[0])

@@ -28,7 +28,7 @@ import numpy as np
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.text import text_files
-from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.evaluation.tasks import Task
 from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
@@ -211,7 +211,7 @@ def read_text(path: str, text_key: str) -> list[str]:
     """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError."""
     texts = [
         text
-        for file in find_files([path], "--text", text_files.SUFFIXES)
+        for file in find_files([path], "--text", text_files.SUFFIXES)[0]
         for text, _ in text_files.read_documents(file, "--text", text_key, "--text_key")
     ]
     if not texts:
@@ -222,15 +222,17 @@ def read_text(path: str, text_key: str) -> list[str]:
 def score_text(
     model: LoadedModel, texts: Sequence[str], batch_size: int = 16, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Perplexity a token, and bits a byte of UTF-8, of documents that are read one by one.
+    """Perplexity a token, and bits a byte, of documents that are read one by one.
 
+    The bytes are those of the UTF-8 that the tokens stand for.
     The end of a document is not scored (in training it is).
     """
     length, eod = model.config.model.context, model.tokenizer.eod
     ids: list[Any] = [model.tokenizer.encode_batch([text])[0] for text in texts]
     cut = [list(rolling_windows(row, eod, length)) for row in ids]
     nats = -sum(f.log_prob for f in log_likelihoods(model, cut, batch_size, progress))
-    tokens, size = sum(map(len, ids)), sum(len(utf8(text)) for text in texts)
+    tokens = sum(map(len, ids))
+    size = sum(model.tokenizer.text_bytes(text, row.tolist()) for text, row in zip(texts, ids))
     return {
         "documents": len(texts), "tokens": tokens, "bytes": size, "nats_per_token": nats / tokens,
         "perplexity": perplexity(nats / tokens), "bits_per_byte": nats / math.log(2) / size,

@@ -26,7 +26,7 @@ from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, toke
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.units import TextSource
-from ngpt_jax.data.tokenizers.base import Tokenizer
+from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
 from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.terminal import Terminal, format_duration
 
@@ -86,15 +86,20 @@ def prepare_folder(
                 return done
             facts = manifest_lib.tokenizer_facts(tokenizer)
             empty = Manifest(key, format, token_dtype(tokenizer.vocab_size).name, facts, {})
-            place, done = _read_progress(out, empty)
+            place, done, lost = _read_progress(out, empty)
             groups = _groups(source, held_out)
-            _write_progress(out, place, done)  # before any shard: it tells whose the folder is
+            _write_progress(
+                out, place, done, lost
+            )  # before any shard: it tells whose the folder is
             portions = tokenized(groups, place, tokenizer, workers or os.cpu_count() or 1)
             report = _Report(groups, terminal)
-            done = _write_shards(out, done, portions, shard_tokens, report, stopped)
+            done = _write_shards(out, done, lost, portions, shard_tokens, report, stopped)
             for group in groups:
                 if group.name not in done.sets:
                     raise ConfigError(f"{group.name}: there is no text in it; give some.")
+            for name, some in done.sets.items():
+                if some.bytes < 1:
+                    raise ConfigError(f"{name}: the tokenizer loses all of its text; give another.")
             write_atomically(out / manifest_lib.NAME, done.to_json())
             (out / _PROGRESS).unlink(missing_ok=True)
             return done
@@ -108,6 +113,7 @@ def source_key(
     """Fingerprint of everything that the prepared tokens depend on."""
     units = [("train", source.train), *source.held_out.items()]
     how = f"{manifest_lib.VERSION} {held_out} {format} {shard_tokens} {tokenizer.fingerprint}"
+    how += "" if gives_back(tokenizer) else " decoded bytes"  # earlier versions counted others
     return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
 
 
@@ -165,6 +171,7 @@ def _lock(
 def _write_shards(
     out: epath.Path,
     done: Manifest,
+    lost: Sequence[int],
     portions: Iterable[tuple[Portion, list[Tokens]]],
     shard_tokens: int,
     report: _Report,
@@ -175,6 +182,7 @@ def _write_shards(
     Args:
       out: the folder.
       done: what is finished.
+      lost: ``Tokens.lost`` of that.
       portions: of all documents that are left, with their tokens.
       shard_tokens, stopped: as for :func:`prepare_folder`.
       report: shows progress.
@@ -183,13 +191,16 @@ def _write_shards(
         writer = stack.enter_context(ShardWriter(out, done.format))
         for portion, some in portions:
             writer.add(some)
+            lost = [a + sum(b) for a, b in zip(lost, zip(*(tokens.lost for tokens in some)))]
+            manifest_lib.check_lost(lost, done, least=2**16)
             report.show(portion, sum(len(tokens.ids) for tokens in some))
             if writer.tokens("train") >= shard_tokens:
                 done = _with_shards(done, writer)
-                _write_progress(out, portion.after, done)
+                _write_progress(out, portion.after, done, lost)
                 writer = stack.enter_context(ShardWriter(out, done.format))
             if stopped():
                 raise Stopped
+        done = manifest_lib.check_lost(lost, done)
         return _with_shards(done, writer)
 
 
@@ -306,14 +317,14 @@ def _with_shards(done: Manifest, writer: ShardWriter) -> Manifest:
     return dataclasses.replace(done, sets={**done.sets, **sums})
 
 
-def _write_progress(out: epath.Path, place: Place, done: Manifest) -> None:
+def _write_progress(out: epath.Path, place: Place, done: Manifest, lost: Sequence[int]) -> None:
     sets = {name: dataclasses.asdict(facts) for name, facts in done.sets.items()}
-    text = json.dumps({"source": done.source, "place": place, "sets": sets})
+    text = json.dumps({"source": done.source, "place": place, "sets": sets, "lost": lost})
     write_atomically(out / _PROGRESS, text)
 
 
-def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest]:
-    """The place to continue at, and what is finished; raises ConfigError.
+def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest, list[int]]:
+    """The place to continue at, what is finished, and its ``Tokens.lost``; raises ConfigError.
 
     Args:
       out: the folder, perhaps without progress.json.
@@ -321,12 +332,13 @@ def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest]:
     """
     file = out / _PROGRESS
     if not file.exists():
-        return Place(0, 0, 0), empty
+        return Place(0, 0, 0), empty, [0, 0]
     try:
         progress = json.loads(file.read_text())
         _check_key(progress["source"], empty.source, "the beginning", out)
         place = Place(*progress["place"])
-        if any(type(n) is not int or n < 0 for n in place):
+        lost = list(progress.get("lost", (0, 0)))  # an earlier version did not write it
+        if any(type(n) is not int or n < 0 for n in (*place, *lost)) or len(lost) != 2:
             raise ValueError("place")
         sets = manifest_lib.parse_sets(progress["sets"], empty.format, empty.dtype)
     except ConfigError:
@@ -335,7 +347,7 @@ def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest]:
         raise ConfigError(f"{str(file)!r} is damaged; delete {str(out)!r}.") from e
     done = dataclasses.replace(empty, sets=sets)
     manifest_lib.check_shards(done, out, "--out")
-    return place, done
+    return place, done, lost
 
 
 class _Report:

@@ -14,7 +14,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import Split
 from ngpt_jax.data.text.units import Unit
-from ngpt_jax.data.tokenizers.base import Tokenizer, utf8
+from ngpt_jax.data.tokenizers.base import Tokenizer, lost_characters, utf8
 from ngpt_jax.data.workers import follow_parent
 from ngpt_jax.files import reason
 
@@ -61,13 +61,15 @@ class Tokens(NamedTuple):
       name: of the set.
       ids: (tokens,) uint16 or uint32, with ``eod`` after each document.
       ends: (documents,) where each document ends, its ``eod`` included.
-      bytes: length of the documents in UTF-8.
+      bytes: length of the documents in UTF-8; but in held-out sets, of what their tokens stand for.
+      lost: characters of a sample that decoding does not give back, and characters of the sample.
     """
 
     name: str
     ids: np.ndarray
     ends: np.ndarray
     bytes: int
+    lost: tuple[int, int]
 
 
 def tokenized(
@@ -144,9 +146,20 @@ def _tokenize(
         ids = np.full(ends[-1], tokenizer.eod, dtype)
         for some, end in zip(encoded, ends):
             ids[end - 1 - len(some) : end - 1] = some
-        num_bytes = sum(len(p) if p.isascii() else len(utf8(p)) for p in pieces)
-        out.append(Tokens(part, ids, ends, num_bytes))
+        if part == "train":
+            num_bytes = sum(len(p) if p.isascii() else len(utf8(p)) for p in pieces)
+        else:
+            num_bytes = sum(tokenizer.text_bytes(p, i.tolist()) for p, i in zip(pieces, encoded))
+        lost = (0, 0) if tokenizer.lossless else lost_characters(tokenizer, _sample(pieces))
+        out.append(Tokens(part, ids, ends, num_bytes, lost))
     return out
+
+
+def _sample(texts: Sequence[str]) -> Iterator[str]:
+    """The beginnings of a few texts, cut at white space. All texts would double the time."""
+    for text in texts[: 2**14 // 2**12]:
+        start = text[: 2**12]
+        yield start if len(start) == len(text) else (start.rsplit(None, 1) or [""])[0]
 
 
 # ------------------------------------------------------------------------------------- workers

@@ -1,9 +1,11 @@
 """Files of text: a .txt is one document.
 
-.jsonl has a document a line, .parquet one a row, array_record one a record.
+.jsonl, .ndjson and .json have a document a line, .parquet one a row, array_record one a record.
 """
 
 import functools
+import json
+import re
 from collections.abc import Iterator
 
 from etils import epath
@@ -15,7 +17,8 @@ from ngpt_jax.data.text.units import TextSource, Unit, decode_records, source_of
 from ngpt_jax.files import reason
 
 _PACKED = ("", ".gz", ".zst")
-SUFFIXES = (*(f"{kind}{packed}" for kind in (".txt", ".jsonl") for packed in _PACKED), ".parquet")
+_KINDS = (".txt", ".jsonl", ".ndjson", ".json")
+SUFFIXES = (*(f"{kind}{packed}" for kind in _KINDS for packed in _PACKED), ".parquet")
 
 
 def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSource:
@@ -26,7 +29,32 @@ def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSo
         stamps = f"{stamp(file)} {config.text_key}"
         return Unit(stamps, file.stat().length, read, real_path(file))
 
-    return source_of_files(config, prefix, SUFFIXES, unit)
+    def holds(file: epath.Path, field: str) -> bool:
+        return holds_documents(file, field, config.text_key)
+
+    return source_of_files(config, prefix, SUFFIXES, unit, holds)
+
+
+def holds_documents(file: epath.Path, field: str, text_key: str) -> bool:
+    """Whether a .json has objects with ``text_key`` a line; other kinds of files: True.
+
+    Raises ConfigError for one JSON array of objects, which is text, but not a document a line.
+    """
+    if not file.name.lower().endswith(tuple(f".json{packed}" for packed in _PACKED)):
+        return True
+    with open_text(file, field) as (stream, _):
+        start = stream.read(2**12).lstrip()
+        if re.match(r"\[\s*\{", start):
+            raise ConfigError(
+                f"{field}: {str(file)!r} is one JSON array; write a document a line, as jq -c '.[]'"
+                " does."
+            )
+        line, end, _ = start.partition("\n")
+        try:
+            record = json.loads(line if end else line + stream.readline())
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(record, dict) and text_key in record
 
 
 def open_array_record(config: SourceConfig, prefix: str, download: bool) -> TextSource:

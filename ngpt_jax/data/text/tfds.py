@@ -1,5 +1,6 @@
 """Text of TensorFlow Datasets."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,7 @@ def _unit(builder: Any, split: str, text_key: str, prefix: str, name: str) -> Un
         files = [stamp(epath.Path(file)) for file in info.filepaths]
     except OSError as e:
         raise ConfigError(f"{field}: {e.filename} cannot be read: {reason(e)}.") from e
-    where = f"{field}: split {split!r}"
+    where, folder = f"{field}: split {split!r}", os.path.realpath(builder.data_dir)
 
     def records() -> Iterator[Any]:
         try:
@@ -56,7 +57,12 @@ def _unit(builder: Any, split: str, text_key: str, prefix: str, name: str) -> Un
 
     mend = f"set {prefix}text_key, or prepare the set anew"
     stamps = "\n".join([text_key, *files])
-    return Unit(stamps, info.num_examples, lambda: decode_records(records(), where, mend))
+    return Unit(
+        stamps,
+        info.num_examples,
+        lambda: decode_records(records(), where, mend),
+        f"{folder} {split}",
+    )
 
 
 def _builder(config: SourceConfig, prefix: str, download: bool) -> Any:

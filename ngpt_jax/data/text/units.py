@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
-from ngpt_jax.data.list_files import find_train_and_eval_files
+from ngpt_jax.data.list_files import any_file, find_train_and_eval_files
 
 
 class Unit(NamedTuple):
@@ -16,7 +16,8 @@ class Unit(NamedTuple):
       stamp: changes when the documents may have changed.
       size: bytes or records, to show progress.
       read: returns the documents that are not blank, each with how much of ``size`` was read.
-      file: its real path; None where the unit is not one file of ``paths`` or ``eval_paths``.
+      file: what it is read from, its real path or the folder and split of a data set; None where
+        that cannot be told.
     """
 
     stamp: str
@@ -31,11 +32,13 @@ class TextSource(NamedTuple):
     Attributes:
       held_out: empty where a share of the documents to train on is to be held out.
       field: that names the text, for messages.
+      left_out: lines that tell which files are not read.
     """
 
     train: Sequence[Unit]
     held_out: Mapping[str, Sequence[Unit]]
     field: str
+    left_out: Sequence[str] = ()
 
 
 def source_of_files(
@@ -43,19 +46,20 @@ def source_of_files(
     prefix: str,
     suffixes: Sequence[str],
     unit: Callable[[epath.Path, str], Unit],
+    holds: Callable[[epath.Path, str], bool] = any_file,
 ) -> TextSource:
     """A source whose units are the files of ``paths`` and ``eval_paths``; raises ConfigError.
 
     Args:
       config: of the source.
       prefix: of the names of its fields in messages.
-      suffixes: allowed ends of a file's name.
+      suffixes, holds: as for :func:`ngpt_jax.data.list_files.find_files`.
       unit: makes a unit from a file and the name of the field that gave it.
     """
-    files, eval_files = find_train_and_eval_files(config, prefix, suffixes)
+    files, eval_files, left_out = find_train_and_eval_files(config, prefix, suffixes, holds)
     field, eval_field = f"{prefix}paths", f"{prefix}eval_paths"
     held_out = {name: [unit(f, eval_field) for f in some] for name, some in eval_files.items()}
-    return TextSource([unit(file, field) for file in files], held_out, field)
+    return TextSource([unit(file, field) for file in files], held_out, field, left_out)
 
 
 def decode_records(records: Iterable[Any], where: str, mend: str) -> Iterator[tuple[str, int]]:

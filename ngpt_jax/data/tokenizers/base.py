@@ -1,5 +1,6 @@
 """What every tokenizer is, the one without a file, and what is common to those from files."""
 
+import collections
 import hashlib
 import itertools
 import os
@@ -16,6 +17,8 @@ KINDS = (
     "a tokenizers JSON file (.json), a SentencePiece .model, a .tiktoken file, or a folder with"
     " GPT-2's encoder.json and vocab.bpe"
 )
+_PROBE = "".join(map(chr, range(33, 127)))
+_PROBE += "  two\n\n\tand na\u00efve \u6f22\u5b57 \u0939\u093f\u0928 \U0001f389 \u03b1\u0436\u05d0."
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,13 @@ class Tokenizer:
     vocab_size: int
     eod: int
     fingerprint: str
+
+    lossless = False  # whether decode(encode(text)) == text for all texts
+
+    @property
+    def unknown(self) -> int | None:
+        """The id for text that has no token; None where there is none."""
+        return None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text. None is a special token, even where the text spells one."""
@@ -60,12 +70,27 @@ class Tokenizer:
         """Text of ids below ``vocab_size``, none of which is ``eod``."""
         raise NotImplementedError
 
+    def normalize(self, text: str) -> str:
+        """The text that is encoded in place of ``text``."""
+        return text
+
+    def stands_for(self, ids: Iterable[int]) -> str:
+        """As :meth:`decode`, but nothing for unknown text."""
+        return self.decode(i for i in ids if i != self.unknown)
+
+    def text_bytes(self, text: str, ids: Iterable[int]) -> int:
+        """Length in UTF-8 of what the ids of a text stand for: what bits a byte are divided by."""
+        known = text if self.lossless else self.stands_for(ids)
+        return len(known) if known.isascii() else len(utf8(known))
+
 
 class ByteTokenizer(Tokenizer):
     """UTF-8 bytes are ids 0 to 255, ``eod`` is 256, which no text can spell.
 
     ``decode(encode(text)) == text``; bytes that are not UTF-8 decode to U+FFFD.
     """
+
+    lossless = True
 
     def __init__(self) -> None:
         super().__init__("byte", 257, 256, fingerprint_of("byte", 256))
@@ -75,6 +100,34 @@ class ByteTokenizer(Tokenizer):
 
     def decode_document(self, ids: list[int]) -> str:
         return bytes(ids).decode("utf-8", "replace")
+
+
+def gives_back(tokenizer: Tokenizer) -> bool:
+    """Whether a text with all kinds of characters is decoded as it was, but for white space around.
+
+    A tokenizer that does may still lose rare characters.
+    """
+    return tokenizer.lossless or tokenizer.stands_for(tokenizer.encode(_PROBE)).strip() == _PROBE
+
+
+def lost_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, int]:
+    """How many characters decoding does not give back, and how many there are, without white space.
+
+    What the tokenizer's own normalization changes is not lost.
+    """
+    lost = total = 0
+    for text in texts:
+        found = collections.Counter(tokenizer.stands_for(tokenizer.encode(text)))
+        # A normalizer may also write bytes as other characters, which are decoded to the text.
+        both = [collections.Counter(t) - found for t in (text, tokenizer.normalize(text))]
+        missing = [sum(n for c, n in some.items() if not _is_space(c)) for some in both]
+        total += sum(not _is_space(c) for c in text)
+        lost += min(missing)
+    return lost, total
+
+
+def _is_space(character: str) -> bool:
+    return character.isspace() or character == "\u2581"  # as which some tokenizers write spaces
 
 
 def check_tokenizer(tokenizer: Tokenizer, saved: str, where: str, verb: str = "trained") -> None:

@@ -29,6 +29,13 @@ class SentencePieceTokenizer(Tokenizer):
     def decode_document(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
+    def normalize(self, text: str) -> str:
+        return self.processor.normalize(utf8(text).decode())
+
+    @property
+    def unknown(self) -> int:
+        return self.processor.unk_id()
+
 
 def load_sentencepiece(file: TokenizerFile) -> SentencePieceTokenizer:
     """Reads a SentencePiece model.

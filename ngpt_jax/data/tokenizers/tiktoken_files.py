@@ -3,6 +3,7 @@
 import base64
 import itertools
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class TiktokenTokenizer(Tokenizer):
     those of the whole text, but they decode to the same text.
     """
 
+    lossless = True
     encoding: Encoding
     unused: frozenset[int]
 
@@ -84,6 +86,8 @@ _O200K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Files of a Hugging Face folder that can be read instead.
+_OTHERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 _CL100K_SPECIAL_TOKENS = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_FORMATS = {
     "gpt2": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
@@ -153,6 +157,16 @@ def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
     """
     names = ("encoder.json", "vocab.bpe")
     if not all(Path(folder.real_path, name).exists() for name in names):
+        if there := [name for name in _OTHERS if Path(folder.real_path, name).exists()]:
+            raise folder.error(
+                f"of the folder {folder.path!r}, give the file that is read:"
+                f" {os.path.join(folder.path, there[0])}."
+            )
+        if Path(folder.real_path, "tokenizer_config.json").exists():
+            raise folder.error(
+                f"the folder {folder.path!r} has no tokenizer.json; write one with transformers:"
+                " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
+            )
         raise folder.error(
             f"the folder {folder.path!r} lacks encoder.json or vocab.bpe; give {KINDS}."
         )
