@@ -156,7 +156,7 @@ def test_tiny_weights(tmp_path, weights):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("data.seed", -1, "data.seed must not be negative, got -1"),
+        ("data.seed", -1, "data.seed must be a whole number from 0 to 4294967295, got -1"),
         ("data.cache", "", "data.cache must name a folder"),
         ("data.held_out", float("nan"), "data.held_out must be finite"),
         ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate must be finite"),

@@ -156,6 +156,14 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("train.steps=0", r"train.steps must be positive"),
         ("train.tokens=0", r"train.tokens must be positive, got 0"),
         ("train.batch_size=-1", r"train.batch_size must be positive"),
+        *(
+            (
+                f"{section}.seed={seed}",
+                rf"{section}.seed must be a whole number from 0 to 4294967295",
+            )
+            for section in ("train", "data", "sample")
+            for seed in (-1, 2**32, 2**64 + 1)
+        ),
     ],
 )
 def test_bad_fields(override, message):
@@ -195,6 +203,14 @@ def test_bad_command_lines_and_files(tmp_path):
     assert load("--config.model.width=64", spec=str(path)).model.width == 64
 
 
+def run_module(module, *arguments, **options):
+    """A command that is expected to refuse its input."""
+    options = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}} | options
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, **options
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,10 +222,7 @@ def test_bad_command_lines_and_files(tmp_path):
     ],
 )
 def test_the_command_answers_bad_input_with_one_line(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "ngpt_jax.main", *arguments],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    done = run_module("ngpt_jax.main", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(message)
@@ -259,3 +272,19 @@ def test_a_command_whose_output_cannot_be_written():
     process.stdout.close()
     said = process.stderr.read()
     assert (process.wait(), said) == (1, "")
+
+
+def test_the_largest_seed_is_not_another_one():
+    import jax
+    import numpy as np
+
+    load("--config.train.seed=4294967295", "--config.data.seed=4294967295")
+    keys = {np.asarray(jax.random.key_data(jax.random.key(s))).tobytes() for s in (0, 2**32 - 1)}
+    assert len(keys) == 2
+
+
+def test_a_seed_flag_that_is_too_large():
+    done = run_module("ngpt_jax.tools.sample", "--workdir=nowhere", "--seed=4294967296")
+    assert done.stderr == (
+        "error: --seed must be a whole number from 0 to 4294967295, got 4294967296.\n"
+    )

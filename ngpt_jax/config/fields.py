@@ -20,6 +20,7 @@ from ngpt_jax.config.facts import (
     OWN,
     POSITIVE,
     SCHEDULE,
+    SEED,
     field,
     one_of,
     section,
@@ -231,7 +232,7 @@ class DataConfig(SourceConfig):
     cache: str = field(
         "~/.cache/ngpt_jax/data", FOLDER, NEUTRAL, "folder of prepared tokens, for all hosts"
     )
-    seed: int = field(0, NOT_NEGATIVE, OWN, "seed of the shuffle", set_by_study=True)
+    seed: int = field(0, SEED, OWN, "seed of the shuffle", set_by_study=True)
     workers: int = field(0, NOT_NEGATIVE, NEUTRAL, "processes that read ahead; 0: only threads")
     threads: int = field(2, POSITIVE, NEUTRAL, "that read ahead, in the program or in each worker")
     prefetch: int = field(8, POSITIVE, NEUTRAL, "batches read ahead")
@@ -249,7 +250,7 @@ class TrainConfig:
     accumulate: int = field(
         1, POSITIVE, NEUTRAL, "gradient accumulation: microbatches per step, to save memory"
     )
-    seed: int = field(0, ANY, OWN, "seed of the initial parameters", set_by_study=True)
+    seed: int = field(0, SEED, OWN, "seed of the initial parameters", set_by_study=True)
     max_skipped: int = field(10, POSITIVE, FREE, "skipped steps in a row that end the run")
     spike_deviations: float = field(
         0.0, NOT_NEGATIVE, FREE,
@@ -339,7 +340,7 @@ class SampleConfig:
     temperature: float = field(
         0.8, NOT_NEGATIVE, NEUTRAL, "temperature of the softmax; 0: always the likeliest token"
     )
-    seed: int = field(0, ANY, NEUTRAL, "seed of that text")
+    seed: int = field(0, SEED, NEUTRAL, "seed of that text")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.config.facts import check_seed
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
 from ngpt_jax.model.transformer import Transformer
@@ -110,6 +111,7 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
     All pairs of at most 2048 rows, chosen by ``seed`` where there are more.
     """
     if len(table) > _PAIRED_ROWS:
+        check_seed("seed", seed)
         rows = np.random.default_rng(seed).choice(len(table), _PAIRED_ROWS, replace=False)
         table = table[np.sort(rows)]
     rows = unit(table)
