@@ -30,6 +30,7 @@ def one_of(*choices: str) -> Allowed:
 
 
 ANY = Allowed("", "", lambda value: True)
+TEXT = Allowed("must not be empty", "", bool)
 FOLDER = Allowed("must name a folder", "", bool)
 POSITIVE = Allowed("must be positive", "> 0", lambda x: x > 0)
 NOT_NEGATIVE = Allowed("must not be negative", ">= 0", lambda x: x >= 0)
@@ -39,7 +40,7 @@ BETWEEN_0_AND_1 = Allowed("must lie between 0 and 1", "in (0, 1)", lambda x: 0 <
 SEED = Allowed(  # jax keeps only the lowest 32 bits of a seed
     f"must be a whole number from 0 to {2**32 - 1}",
     "from 0 to 2^32 - 1",
-    lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and 0 <= x < 2**32,
+    lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and 0 <= int(x) < 2**32,
 )
 AXIS = Allowed("must be positive or -1", "> 0 or -1", lambda x: x > 0 or x == -1)
 
