@@ -227,5 +227,5 @@ def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, ca
             rest = rest[cut:]
         return [np.array(total + len(utf8(tokenizer.decode(rest.tolist()))))]
 
-    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint])
+    key = digest_of(["bytes", fingerprint, stream.stamp(), tokenizer.fingerprint])
     return int(cached_arrays(cache, key, count)[0])
