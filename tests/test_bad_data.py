@@ -334,7 +334,7 @@ if __name__ == "__main__":
     def told(*args):
         print(*(p.pid for p in multiprocessing.active_children()), flush=True)
         import time; time.sleep(60)
-    folder._Report.show = lambda self, portion, tokens: (
+    folder.Progress.show = lambda self, *_: (
         told() if len(multiprocessing.active_children()) == 2 else None)
     t.run(t.text_config(sys.argv[1], tokenizer=sys.argv[3]), sys.argv[2], workers=2)
 """
