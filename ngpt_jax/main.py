@@ -46,7 +46,7 @@ _START_TIMEOUT = flags.DEFINE_integer(
 
 
 def _default_workdir(spec: str) -> Path:
-    name, _, variants = spec.partition(":")
+    name, variants = experiment.split_spec(spec)
     return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
 
 
@@ -80,7 +80,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         if problem is not None:
             raise problem
         return 0
-    workdir = _WORKDIR.value or _default_workdir(_CONFIG.value)
+    workdir = _default_workdir(_CONFIG.value) if _WORKDIR.value is None else _WORKDIR.value
     try:
         return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
     except RunError as e:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ngpt_jax.errors import ConfigError
+from ngpt_jax.errors import ConfigError, install_hint
 from ngpt_jax.files import write_atomically
 
 # One colour a model; people who cannot tell red from green can tell these (Okabe and Ito).
@@ -34,7 +34,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib
     except ImportError as e:
-        raise ConfigError("Plots need matplotlib: pip install 'ngpt-jax[plots]'.") from e
+        raise ConfigError(f"Plots need matplotlib: {install_hint('plots')}.") from e
     matplotlib.use("agg")  # no display
 
 

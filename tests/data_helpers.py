@@ -70,6 +70,6 @@ def documents(config):
     source = sources.open_source(config)
 
     def read(units):
-        return [text for unit in units for text, _ in unit.read()]
+        return [text for unit in units for text, _ in unit.read() if text]
 
     return read(source.train), {name: read(units) for name, units in source.held_out.items()}

@@ -256,7 +256,7 @@ def test_tiny_weights(tmp_path, weights):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("data.seed", -1, "data.seed must not be negative, got -1"),
+        ("data.seed", -1, "data.seed must be a whole number from 0 to 4294967295, got -1"),
         ("data.cache", "", "data.cache must name a folder"),
         ("data.held_out", float("nan"), "data.held_out must be finite"),
         ("optimizer.learning_rate", float("inf"), "optimizer.learning_rate must be finite"),
@@ -434,7 +434,7 @@ if __name__ == "__main__":
     def told(*args):
         print(*(p.pid for p in multiprocessing.active_children()), flush=True)
         import time; time.sleep(60)
-    folder._Report.show = lambda self, portion, tokens: (
+    folder.Progress.show = lambda self, *_: (
         told() if len(multiprocessing.active_children()) == 2 else None)
     t.run(t.text_config(sys.argv[1], tokenizer=sys.argv[3]), sys.argv[2], workers=2)
 """

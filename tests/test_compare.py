@@ -140,6 +140,8 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         ({"budgets": (20, 10)}, "budgets must be whole numbers, ascending"),
         ({"seeds": ()}, "seeds must be whole numbers, ascending"),
         ({"seeds": 3}, "seeds must be whole numbers, ascending"),
+        ({"seeds": (0, 2**32)}, "seeds: each must be a whole number from 0 to 4294967295, got 429"),
+        ({"seeds": (False, True)}, "seeds: each must be a whole number from 0 to"),
         ({"models": {}}, "must be a dict, not empty"),
         ({"models": ["gpt"]}, "must be a dict, not empty"),
         ({"models": {3: {}}}, "3: a name is made of"),

@@ -1,6 +1,7 @@
 """Fields, overrides, experiment files, and what bad input is told."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from ngpt_jax import config as config_lib
+from ngpt_jax import main
 from ngpt_jax.config import ConfigError, convert
 from ngpt_jax.config.command import split_overrides
 from ngpt_jax.config.experiment import describe, load_config
 from ngpt_jax.config.resolve import resolve
+from ngpt_jax.study import results
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "experiments/quickstart.py")
@@ -60,7 +63,7 @@ def test_overrides_of_every_type():
     assert config.model.kv_heads == 2
     assert config.train.steps == -(-1_000_000 // 2048)
     assert config.data.paths == ("a.txt", "b.txt")
-    assert load("--config.data.paths=").data.paths == ()
+    assert load("--config.data.paths=a.txt", "--config.data.paths=None").data.paths == ()
     assert config.model.s_z.init == 3.5
 
 
@@ -156,6 +159,14 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("train.steps=0", r"train.steps must be positive"),
         ("train.tokens=0", r"train.tokens must be positive, got 0"),
         ("train.batch_size=-1", r"train.batch_size must be positive"),
+        *(
+            (
+                f"{section}.seed={seed}",
+                rf"{section}.seed must be a whole number from 0 to 429496",
+            )
+            for section in ("train", "data", "sample")
+            for seed in (-1, 2**32, 2**64 + 1)
+        ),
     ],
 )
 def test_bad_fields(override, message):
@@ -195,6 +206,14 @@ def test_bad_command_lines_and_files(tmp_path):
     assert load("--config.model.width=64", spec=str(path)).model.width == 64
 
 
+def run_module(module, *arguments, **options):
+    """A command that is expected to refuse its input."""
+    options = {"cwd": ROOT, "env": os.environ | {"JAX_PLATFORMS": "cpu"}} | options
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], capture_output=True, text=True, **options
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -206,10 +225,7 @@ def test_bad_command_lines_and_files(tmp_path):
     ],
 )
 def test_the_command_answers_bad_input_with_one_line(arguments, message):
-    done = subprocess.run(
-        [sys.executable, "-m", "ngpt_jax.main", *arguments],
-        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )  # fmt: skip
+    done = run_module("ngpt_jax.main", *arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(message)
@@ -259,3 +275,96 @@ def test_a_command_whose_output_cannot_be_written():
     process.stdout.close()
     said = process.stderr.read()
     assert (process.wait(), said) == (1, "")
+
+
+def test_the_largest_seed_is_not_another_one():
+    import jax
+    import numpy as np
+
+    load("--config.train.seed=4294967295", "--config.data.seed=4294967295")
+    keys = {np.asarray(jax.random.key_data(jax.random.key(s))).tobytes() for s in (0, 2**32 - 1)}
+    assert len(keys) == 2
+
+
+def test_a_seed_flag_that_is_too_large():
+    done = run_module("ngpt_jax.tools.sample", "--workdir=nowhere", "--seed=4294967296")
+    assert done.stderr == (
+        "error: --seed must be a whole number from 0 to 4294967295, got 4294967296.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "flag"),
+    [
+        ("ngpt_jax.main", ("--workdir=",), "--workdir"),
+        ("ngpt_jax.main", ("--workdir", ""), "--workdir"),
+        ("ngpt_jax.main", ("--config=",), "--config"),
+        ("ngpt_jax.main", ("--config.data.cache=",), "--config.data.cache"),
+        ("ngpt_jax.main", ("--config.data.eval_paths=",), "--config.data.eval_paths"),
+        ("ngpt_jax.main", ("--config.init_from", ""), "--config.init_from"),
+        ("ngpt_jax.main", ("--coordinator_address=",), "--coordinator_address"),
+        ("ngpt_jax.data.prepare", ("--out=o", "--paths="), "--paths"),
+        ("ngpt_jax.data.prepare", ("--out=",), "--out"),
+        ("ngpt_jax.tools.evaluate", ("--workdir=x", "--tasks="), "--tasks"),
+        ("ngpt_jax.tools.evaluate", ("--workdir=x", "--out="), "--out"),
+        ("ngpt_jax.tools.compare", ("--experiment=" + QUICKSTART, "--out="), "--out"),
+        ("ngpt_jax.tools.convert", ("--workdir=x", "--to_hf="), "--to_hf"),
+        ("ngpt_jax.tools.sample", ("--workdir=x", "--stop="), "--stop"),
+    ],
+)
+def test_an_empty_value_is_never_a_default(module, arguments, flag, tmp_path):
+    arguments = ("--config=" + QUICKSTART, *arguments) if module == "ngpt_jax.main" else arguments
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = run_module(module, *arguments, cwd=tmp_path, env=env)
+    assert done.returncode == 2
+    assert done.stderr == f"error: {flag} is empty; give it a value, or leave it out.\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_a_prompt_can_be_empty():
+    assert load("--config.sample.prompt=").sample.prompt == ""
+    for name in ("tokenizer", "text_key", "end_of_document", "tfds_name"):
+        with pytest.raises(ConfigError, match=rf"data.{name} must not be empty, got ''"):
+            config_lib.from_config_dict({"train": {"steps": 1}, "data": {name: ""}})
+
+
+def test_paths_with_a_colon(tmp_path):
+    folder = tmp_path / "12:30:05"
+    folder.mkdir()
+    for name in ("e.py", "a:b.py"):
+        shutil.copy(QUICKSTART, folder / name)
+        assert load(spec=str(folder / name)).model.kind == "ngpt"
+        assert load(spec=f"{folder / name}:gpt").model.kind == "gpt"
+        assert load(spec=f"{folder / name}:").model.kind == "ngpt"
+        assert main._default_workdir(f"{folder / name}:gpt,debug").name == f"{name[:-3]}-gpt-debug"
+    assert results.default_folder(f"{folder}/e.py:gpt") == folder / "e-gpt"
+    with pytest.raises(ConfigError, match=r"no file '.*/12:30:05/gone.py'"):
+        load(spec=f"{folder}/gone.py")
+
+
+def test_a_file_can_import_its_siblings(tmp_path):
+    """Also inside of its functions; the siblings of another file are others."""
+    for steps in (3, 5):
+        folder = tmp_path / str(steps)
+        (folder / "shared").mkdir(parents=True)
+        (folder / "common.py").write_text(f"STEPS = {steps}")
+        (folder / "shared/__init__.py").write_text("")
+        (folder / "shared/width.py").write_text(f"WIDTH = {16 * steps}")
+        (folder / "e.py").write_text(
+            "import shutil\nfrom common import STEPS\n"
+            "def get_config(v):\n"
+            "  from shared.width import WIDTH\n"
+            "  return {'train': {'steps': STEPS}, 'model': {'width': WIDTH}}\n"
+            "def get_study(v):\n"
+            "  import common\n"
+            "  from ngpt_jax.study.plan import Study\n"
+            "  return Study(settings={'a': {}}, models={'m': {}}, budgets=(common.STEPS,))\n"
+        )
+    (tmp_path / "link.py").symlink_to(tmp_path / "5/e.py")
+    before = list(sys.path)
+    for spec, steps in (("3/e.py", 3), ("5/e.py", 5), ("link.py", 5)):
+        config = load(spec=str(tmp_path / spec))
+        assert (config.train.steps, config.model.width) == (steps, 16 * steps)
+        assert results.load_study(str(tmp_path / spec)).budgets == (steps,)
+    assert sys.path == before
+    assert "common" not in sys.modules

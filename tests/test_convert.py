@@ -441,7 +441,7 @@ def test_command_refuses_in_one_line(tmp_path):
     places = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     for flags, message in (
         ([f"--workdir={tmp_path}", f"--to_hf={tmp_path}/hf"], "is not the folder of a training"),
-        (["--from_reference=a.pt", f"--out={tmp_path}/run"], "pip install 'ngpt-jax[torch]'"),
+        (["--from_reference=a.pt", f"--out={tmp_path}/run"], "pip install '.[torch]' in the clone"),
     ):
         out = convert(*flags, PYTHONPATH=places)
         assert (out.returncode, out.stderr.count("\n")) == (2, 1), out.stderr
@@ -450,7 +450,7 @@ def test_command_refuses_in_one_line(tmp_path):
 
 def test_without_torch(tiny, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    with raises(r"--to_reference needs PyTorch: pip install 'ngpt-jax\[torch\]'"):
+    with raises(r"--to_reference needs PyTorch: pip install '\.\[torch\]' in the clone"):
         reference_checkpoint.write(make_run(tiny), str(tmp_path / "ckpt.pt"))
-    with raises(r"--from_reference needs PyTorch: pip install 'ngpt-jax\[torch\]'"):
+    with raises(r"--from_reference needs PyTorch: pip install '\.\[torch\]' in the clone"):
         reference_checkpoint.read(str(tmp_path / "ckpt.pt"))

@@ -31,7 +31,7 @@ from ngpt_jax import sphere
 from ngpt_jax.export import huggingface, reference_checkpoint
 from ngpt_jax.inference.opening import write_weights
 
-WHY = "needs pip install 'ngpt-jax[torch]'"
+WHY = "needs pip install '.[torch]'"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
 modeling_ngpt = pytest.importorskip("ngpt_jax.export.modeling_ngpt", reason=WHY)

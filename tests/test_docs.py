@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 import pytest
 
+from ngpt_jax.errors import install_hint
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -467,6 +469,25 @@ def test_every_command_runs(path, request, tmp_path):
             more = shlex.split(more.format(n=n))
             server.run(folder, command + more, {"NGPT_PROSE": str(folder), **variables})
             server.done.append((variables, command))
+
+
+def test_no_hint_names_a_package_that_is_in_no_registry():
+    for file in [ROOT / "README.md", *(ROOT / "ngpt_jax").rglob("*.py"), *ROOT.rglob("*/*.md")]:
+        text = file.read_text(encoding="utf-8")
+        assert not re.search(r"pip install +'?ngpt[-_]jax\b", text), file
+
+
+def test_the_hint_names_an_extra_that_there_is():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    named = {
+        extra
+        for file in (ROOT / "ngpt_jax").rglob("*.py")
+        for extra in re.findall(r"install_hint\('(\w+)'\)", file.read_text(encoding="utf-8"))
+    }
+    assert named and named <= extras.keys()
+    assert install_hint("plots") == "pip install '.[plots]' in the clone of ngpt_jax"
 
 
 if __name__ == "__main__":

@@ -534,5 +534,5 @@ def test_bad_input_is_told_in_a_line(run, tmp_path):
 def test_without_the_harness_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "ngpt_jax.evaluation.harness", raising=False)
-    with pytest.raises(ConfigError, match="pip install 'ngpt-jax\\[eval\\]'"):
+    with pytest.raises(ConfigError, match="pip install '.\\[eval\\]' in the clone of ngpt_jax"):
         import ngpt_jax.evaluation.harness  # noqa: F401

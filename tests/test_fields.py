@@ -32,7 +32,7 @@ def test_every_field_has_facts_that_fit_its_type():
         plain = next((a for a in typing.get_args(f.type) if a is not type(None)), f.type)
         assert f.help.strip(), name
         if plain in (int, float):
-            any_number = name.endswith((".init", "train.seed", "sample.seed"))
+            any_number = name.endswith(".init")
             assert (f.allowed is facts.ANY) == any_number, name
         assert not f.allowed.choices or plain is str, name
         if f.value is not None:

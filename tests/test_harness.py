@@ -1,4 +1,4 @@
-"""Scores against lm-evaluation-harness itself: pip install 'ngpt-jax[eval]'."""
+"""Scores against lm-evaluation-harness itself: pip install '.[eval]'."""
 
 # ruff: noqa: F811 (fixtures of another file)
 
@@ -29,7 +29,7 @@ from ngpt_jax.evaluation import scorers, tasks
 
 @pytest.fixture
 def adapter():
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'ngpt-jax[eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[eval]'")
     from ngpt_jax.evaluation import harness
 
     return harness

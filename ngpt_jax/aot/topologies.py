@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.errors import install_hint
 
 # Cloud TPU's name of a slice is PREFIX-COUNT; v4 and v5p count two cores a chip.
 _ACCELERATORS = {"v4": ("v4", 2), "v5e": ("v5litepod", 1), "v5p": ("v5p", 2), "v6e": ("v6e", 1)}
@@ -36,9 +37,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
             f" {', '.join(_ACCELERATORS)}, for example v5e:4x4, v5p:2x2x4, v6e:8x8."
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(
-            "libtpu is not installed: pip install 'ngpt-jax[tpu]' (no TPU is needed)."
-        )
+        raise ConfigError(f"libtpu is not installed: {install_hint('tpu')} (no TPU is needed).")
     prefix, cores = _ACCELERATORS[generation]
     chips = math.prod(int(n) for n in shape.split("x"))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

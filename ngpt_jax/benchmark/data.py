@@ -75,6 +75,8 @@ def _library_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
     texts, characters = [], 0
     units = open_source(config).train
     for text, _ in itertools.chain.from_iterable(unit.read() for unit in units):
+        if not text:
+            continue
         texts.append(text)
         characters += len(text)
         if characters > _CHARACTERS:

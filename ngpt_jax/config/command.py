@@ -29,11 +29,19 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
             rest.append(argument)
             continue
         if not equals:
-            text = next(arguments, "")
-            if not text or text.startswith("--"):
+            text = next(arguments, "--")
+            if text.startswith("--"):
                 raise ConfigError(f"{name} needs a value: {name}=value.")
+        _check_not_empty(name, text)
         overrides.append((name.split(".", 1)[1], text))
     return rest, overrides
+
+
+def _check_not_empty(flag: str, value: Any) -> None:
+    """Refuses an empty value, as of --workdir=$OUT without OUT; only a prompt can be empty."""
+    empty = value in ("", []) or (isinstance(value, list) and "" in value)
+    if empty and flag.rpartition(".")[2].lstrip("-") != "prompt":
+        raise ConfigError(f"{flag} is empty; give it a value, or leave it out.")
 
 
 def _fail(message: str) -> NoReturn:
@@ -92,6 +100,9 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
     def checked(argv: list[str]) -> int | None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # orbax logs much of what it reads and writes
+        for name in flags.FLAGS:
+            if flags.FLAGS[name].present:
+                _check_not_empty(f"--{name}", flags.FLAGS[name].value)
         if len(argv) > 1:
             raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
         return command(overrides)

@@ -1,8 +1,12 @@
 """Experiment files and command-line overrides: FILE[:variant,...] and --config.a.b=value."""
 
+import contextlib
+import importlib
+import os
 import re
 import runpy
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +41,31 @@ def apply_variants(
     return config
 
 
+def split_spec(spec: str) -> tuple[str, str]:
+    """The path and the variants of FILE[:variant,...]; the path may have a ":" too."""
+    path, colon, variants = spec.rpartition(":")
+    whole = not colon or "/" in variants or Path(spec).is_file()
+    return (spec, "") if whole else (path, variants)
+
+
+@contextlib.contextmanager
+def _siblings_importable(path: str) -> Iterator[None]:
+    """Lets a file import the files beside it, as ``python FILE`` does.
+
+    These modules are forgotten afterwards: another folder may have others under the same names.
+    """
+    folder, known = os.path.dirname(os.path.realpath(path)), set(sys.modules)
+    sys.path.insert(0, folder)
+    importlib.invalidate_caches()  # it may have been written a moment ago
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
+        for name in set(sys.modules) - known:
+            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
+                del sys.modules[name]
+
+
 def call_in_file(flag: str, spec: str, name: str) -> Any:
     """Calls the function ``name(variants)`` of an experiment file and returns its result.
 
@@ -47,14 +76,15 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
 
     Raises ConfigError.
     """
-    path, _, variants = spec.partition(":")
+    path, variants = split_spec(spec)
     if not Path(path).is_file():
         raise ConfigError(f"--{flag}: no file {path!r}; the repository has some in experiments/.")
     try:
-        function = runpy.run_path(path).get(name)
-        if function is None:
-            raise ConfigError(f"it defines no function {name}(variants)")
-        return function(variants)
+        with _siblings_importable(path):
+            function = runpy.run_path(path).get(name)
+            if function is None:
+                raise ConfigError(f"it defines no function {name}(variants)")
+            return function(variants)
     except Exception as e:  # a file of the user's can raise anything
         raise ConfigError(f"--{flag}={spec}: {_first_line(e)}") from e
 
@@ -75,7 +105,7 @@ def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
     if convert.is_optional(type_) and text == "None":
         return None
     if plain is tuple:
-        return (*old, text) if text else old
+        return () if text == "None" else (*old, text)
     try:
         if plain is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
@@ -96,7 +126,7 @@ def load_config(
     Args:
       source: FILE[:variant,...], or the ConfigDict itself.
       overrides: (dotted name, text) pairs; of two for one field the last one counts. For a field
-        of several strings, each pair adds one, and an empty text removes all.
+        of several strings, each pair adds one, and None removes all.
     """
     values = call_in_file("config", source, "get_config") if isinstance(source, str) else source
     if not isinstance(values, Mapping | ml_collections.ConfigDict):

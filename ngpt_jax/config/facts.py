@@ -6,8 +6,11 @@ digests of a study's rows (study/results.py).
 """
 
 import dataclasses
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from ngpt_jax.errors import ConfigError
 
 
 class Allowed(NamedTuple):
@@ -27,13 +30,25 @@ def one_of(*choices: str) -> Allowed:
 
 
 ANY = Allowed("", "", lambda value: True)
+TEXT = Allowed("must not be empty", "", bool)
 FOLDER = Allowed("must name a folder", "", bool)
 POSITIVE = Allowed("must be positive", "> 0", lambda x: x > 0)
 NOT_NEGATIVE = Allowed("must not be negative", ">= 0", lambda x: x >= 0)
 FRACTION = Allowed("must lie in [0, 1]", "in [0, 1]", lambda x: 0 <= x <= 1)
 BELOW_1 = Allowed("must lie in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1)
 BETWEEN_0_AND_1 = Allowed("must lie between 0 and 1", "in (0, 1)", lambda x: 0 < x < 1)
+SEED = Allowed(  # jax keeps only the lowest 32 bits of a seed
+    f"must be a whole number from 0 to {2**32 - 1}",
+    "from 0 to 2^32 - 1",
+    lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and 0 <= int(x) < 2**32,
+)
 AXIS = Allowed("must be positive or -1", "> 0 or -1", lambda x: x > 0 or x == -1)
+
+
+def check_seed(name: str, seed: Any) -> None:
+    """Raises ConfigError for a seed that no field would take; ``name`` is for the message."""
+    if not SEED.holds(seed):
+        raise ConfigError(f"{name} {SEED.must}, got {seed!r}.")
 
 
 class Effect(NamedTuple):

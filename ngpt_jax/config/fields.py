@@ -20,6 +20,8 @@ from ngpt_jax.config.facts import (
     OWN,
     POSITIVE,
     SCHEDULE,
+    SEED,
+    TEXT,
     field,
     one_of,
     section,
@@ -183,17 +185,17 @@ class SourceConfig:
         "held-out sets as name=path, of the same source; none: held_out of the documents",
     )  # fmt: skip
     text_key: str = field(
-        "text", ANY, FREE, "name of a field in .jsonl, a column in .parquet, a feature in tfds"
+        "text", TEXT, FREE, "name of a field in .jsonl, a column in .parquet, a feature in tfds"
     )
     held_out: float = field(
         0.05, BETWEEN_0_AND_1, FREE, "share of the documents that is held out without held-out sets"
     )
     tfds_name: str | None = field(
-        None, ANY, FREE, "tfds: name of a prepared data set, e.g. lm1b or wiki40b/en"
+        None, TEXT, FREE, "tfds: name of a prepared data set, e.g. lm1b or wiki40b/en"
     )
-    tfds_split: str = field("train", ANY, FREE, "tfds: split to train on")
+    tfds_split: str = field("train", TEXT, FREE, "tfds: split to train on")
     tfds_eval_split: str | None = field(
-        None, ANY, FREE, "tfds: held-out split; None: held_out of the documents"
+        None, TEXT, FREE, "tfds: held-out split; None: held_out of the documents"
     )
     token_dtype: str | None = field(
         None, one_of("uint16", "uint32"), FREE,
@@ -216,12 +218,12 @@ class DataConfig(SourceConfig):
         dict, "named sources with weights, for source=mixture: data.mixture.NAME.weight=0.3"
     )
     tokenizer: str = field(
-        "byte", ANY, FREE,
+        "byte", TEXT, FREE,
         "byte, or a path: a tokenizers JSON file, a SentencePiece .model, a .tiktoken file, or a"
         " folder with GPT-2's encoder.json and vocab.bpe",
     )  # fmt: skip
     end_of_document: str | None = field(
-        None, ANY, FREE, "token put after each document; None: </s>, <|endoftext|>, ... as found"
+        None, TEXT, FREE, "token put after each document; None: </s>, <|endoftext|>, ... as found"
     )
     packing: str = field(
         "concatenate", one_of("concatenate", "best_fit"), OWN,
@@ -232,7 +234,7 @@ class DataConfig(SourceConfig):
     cache: str = field(
         "~/.cache/ngpt_jax/data", FOLDER, NEUTRAL, "folder of prepared tokens, for all hosts"
     )
-    seed: int = field(0, NOT_NEGATIVE, OWN, "seed of the shuffle", set_by_study=True)
+    seed: int = field(0, SEED, OWN, "seed of the shuffle", set_by_study=True)
     workers: int = field(0, NOT_NEGATIVE, NEUTRAL, "processes that read ahead; 0: only threads")
     threads: int = field(2, POSITIVE, NEUTRAL, "that read ahead, in the program or in each worker")
     prefetch: int = field(8, POSITIVE, NEUTRAL, "batches read ahead")
@@ -250,7 +252,7 @@ class TrainConfig:
     accumulate: int = field(
         1, POSITIVE, NEUTRAL, "gradient accumulation: microbatches per step, to save memory"
     )
-    seed: int = field(0, ANY, OWN, "seed of the initial parameters", set_by_study=True)
+    seed: int = field(0, SEED, OWN, "seed of the initial parameters", set_by_study=True)
     max_skipped: int = field(10, POSITIVE, FREE, "skipped steps in a row that end the run")
     spike_deviations: float = field(
         0.0, NOT_NEGATIVE, FREE,
@@ -275,7 +277,7 @@ class RuntimeConfig:
         "overlap", one_of("overlap", "none"), NEUTRAL, "GPUs communicate while they compute, or not"
     )
     compilation_cache: str | None = field(
-        "~/.cache/ngpt_jax", ANY, NEUTRAL, "folder of compiled programs (TPU, GPU); None: none"
+        "~/.cache/ngpt_jax", TEXT, NEUTRAL, "folder of compiled programs (TPU, GPU); None: none"
     )
     hang_seconds: int = field(
         1800, NOT_NEGATIVE, NEUTRAL, "a longer step prints the stacks of all threads; 0: never"
@@ -329,7 +331,7 @@ class CheckpointConfig:
 class LogConfig:
     every: int = field(50, POSITIVE, NEUTRAL, "steps between lines of metrics")
     wandb_project: str | None = field(
-        None, ANY, NEUTRAL, "also log to this Weights & Biases project (extra wandb)"
+        None, TEXT, NEUTRAL, "also log to this Weights & Biases project (extra wandb)"
     )
 
 
@@ -340,13 +342,13 @@ class SampleConfig:
     temperature: float = field(
         0.8, NOT_NEGATIVE, NEUTRAL, "temperature of the softmax; 0: always the likeliest token"
     )
-    seed: int = field(0, ANY, NEUTRAL, "seed of that text")
+    seed: int = field(0, SEED, NEUTRAL, "seed of that text")
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     init_from: str | None = field(
-        None, ANY, FREE, "a run's folder, or one of its checkpoints, whose weights a new run takes"
+        None, TEXT, FREE, "a run's folder, or one of its checkpoints, whose weights a new run takes"
     )
     model: ModelConfig = section(ModelConfig, "the network")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Adam and its schedule")

@@ -203,7 +203,8 @@ def _check_data(data: DataConfig) -> None:
 
 def _how_to_empty(flag: str, value: Any) -> str:
     """How the command line removes strings that an experiment file gives, for a message."""
-    return f" ({flag}= empties it)" if isinstance(value, tuple) else ""
+    many = isinstance(value, tuple) and flag.startswith("--config.")
+    return f" ({flag}=None empties it)" if many else ""
 
 
 def check_source(s: SourceConfig, prefix: str, known: tuple[str, ...]) -> None:

@@ -43,7 +43,9 @@ def cached_arrays(
         write_atomically(folder / "crc32.json", json.dumps(crcs))
         return _load_arrays(folder)
     except OSError as e:
-        raise ConfigError(f"data.cache: {str(folder)!r} cannot be written: {reason(e)}.") from e
+        raise ConfigError(
+            f"data.cache = {str(cache)!r} cannot be written: {reason(e)}; give another folder."
+        ) from e
 
 
 def _load_arrays(folder: Path) -> list[np.ndarray]:

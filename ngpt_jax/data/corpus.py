@@ -3,6 +3,7 @@
 Text is first prepared into token ids in the cache folder. Everything is checked and fingerprinted.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from ngpt_jax.data import packing, token_files
 from ngpt_jax.data.cached_arrays import cached_arrays
 from ngpt_jax.data.packing import Sequences
 from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder, source_key
+from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.text.sources import open_source
 from ngpt_jax.data.token_files import EvalSet, SourceTokens
 from ngpt_jax.data.tokenizers.base import Tokenizer
@@ -63,18 +65,27 @@ def load_corpus(
     tokens, prints = 0, []
     for name, prefix, source in _sources(config):
         if token_files.holds_tokens(source, prefix):
-            opened = token_files.open_tokens(source, prefix, tokenizer, cache)
+            with Progress(f"reading tokens of {prefix}paths", terminal) as progress:
+                progress.doing("reading and hashing")
+                opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
             text, share = open_source(source, prefix), source.held_out
             key = source_key(text, share, tokenizer, "bin", SHARD_TOKENS)
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
-            prepare_folder(text, share, tokenizer, folder, terminal=terminal, stopped=stopped)
-            opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
+            prepare_folder(
+                text, share, tokenizer, folder, terminal=terminal, stopped=stopped,
+                where=f"data.cache = {config.cache!r}",
+            )  # fmt: skip
+            with Progress("reading prepared tokens", terminal) as progress:
+                progress.doing("hashing")
+                opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
             opened = opened._replace(notes=[*text.left_out, *opened.notes])
         if terminal is not None:
             for line in opened.notes:
                 terminal.say(line)
-        train[name] = _pack(opened, config, context, tokenizer.eod, cache)
+        with Progress("packing documents", terminal) as progress:
+            progress.doing("fitting them into sequences")
+            train[name] = _pack(opened, config, context, tokenizer.eod, cache)
         start = f"{name}/" if name else ""
         held_out += [held._replace(name=start + held.name) for held in opened.held_out]
         tokens += len(opened.train)
@@ -94,6 +105,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     """
     if is_remote(config.cache):
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
+    _check_cache(config.cache)
     train: dict[str, str] = {}  # real path -> field
     held_out: dict[str, str] = {}
     shares: dict[str, tuple[float, str]] = {}  # real path -> share that is held out, prefix
@@ -121,6 +133,19 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         )
 
 
+def _check_cache(cache: str) -> None:
+    """Refuses a folder that cannot be made or written, before any work is done for it."""
+    folder = Path(os.path.abspath(Path(cache).expanduser()))
+    there = next(f for f in (folder, *folder.parents) if os.path.lexists(f))
+    if not there.is_dir():
+        raise ConfigError(f"data.cache = {cache!r}: {str(there)!r} is no folder; give another.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"data.cache = {cache!r} cannot be written: {str(there)!r} is read-only for this user;"
+            " give another folder."
+        )
+
+
 def _sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
     """(name, prefix of the names of its fields, source) of each source."""
     if config.source != "mixture":
@@ -139,8 +164,7 @@ def _pack(
         def index() -> list[np.ndarray]:
             return list(packing.best_fit(packing.document_lengths(stream, eod), context))
 
-        fingerprint = digest_of([opened.fingerprint, config.packing])
-        key = digest_of(["best_fit", fingerprint, str(context), str(eod)])
+        key = digest_of(["best_fit", opened.fingerprint, stream.stamp(), str(context), str(eod)])
         arrays = packing.BestFitIndex(*cached_arrays(cache, key, index))
         sequences = packing.BestFit(stream, context, eod, arrays, config.mask_documents)
     packing.check_sequences(sequences, stream, context)

@@ -1,5 +1,6 @@
 """Files listed by patterns: local paths and gs://, folders and globs."""
 
+import contextlib
 import fnmatch
 import itertools
 import os
@@ -140,6 +141,12 @@ def find_train_and_eval_files(
     held_out: dict[str, list[epath.Path]] = {}
     for item in config.eval_paths:
         name, _, pattern = (part.strip() for part in item.partition("="))
+        # The folders of Hive have a "=" in their names: split=val/part-0.parquet.
+        if _is_there(item) and not _is_there(pattern):
+            raise ConfigError(
+                f"{field}: {item[:99]!r} is a path without a name; put one before it, e.g."
+                f" val={item[:99]}"
+            )
         bad = name in ("", "train") or set(name) & set("/\\.") or len(name) > 64
         if bad or not pattern:
             raise ConfigError(
@@ -209,6 +216,16 @@ def _pattern_of(files: Sequence[epath.Path]) -> str:
 def _common(rows: Sequence[Sequence[str]]) -> int:
     """How many first items all rows share."""
     return sum(1 for _ in itertools.takewhile(lambda items: len({*items}) == 1, zip(*rows)))
+
+
+def _is_there(pattern: str) -> bool:
+    """Whether a local file or folder has this name, or matches this glob."""
+    if not pattern or is_remote(pattern):
+        return False
+    path = epath.Path(pattern).expanduser()
+    with contextlib.suppress(OSError, ValueError, NotImplementedError):
+        return path.exists() or bool(_glob(path, []))
+    return False
 
 
 def real_path(path: epath.Path) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,6 +59,7 @@ class Manifest:
       tokenizer: name, fingerprint, vocab_size, eod; and lost, the share of the characters (without
         white space) that decoding does not give back, where it is not small.
       sets: by name; "train" is among them.
+      empty: documents that were left out because they have no text.
     """
 
     source: str
@@ -66,6 +67,7 @@ class Manifest:
     dtype: str
     tokenizer: dict[str, Any]
     sets: dict[str, SetFacts]
+    empty: int = 0
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
@@ -127,6 +129,8 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
             raise ValueError("it is of another version of ngpt_jax")
         if values["format"] not in TOKEN_FORMATS or values["dtype"] not in ("uint16", "uint32"):
             raise ValueError("format or dtype is wrong")
+        if type(values.get("empty", 0)) is not int:
+            raise ValueError("empty is wrong")
         sets = parse_sets(values.pop("sets"), values["format"], values["dtype"])
         manifest = Manifest(sets=sets, **values)
         tokenizer_facts(SimpleNamespace(**manifest.tokenizer))
@@ -182,10 +186,23 @@ def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
             )
 
 
-def verify(manifest: Manifest, folder: epath.Path, field: str) -> None:
-    """Reads every shard; refuses one that is missing, or whose size or sha256 differs."""
+def verify(
+    manifest: Manifest,
+    folder: epath.Path,
+    field: str,
+    doing: Callable[[str], None] = lambda what: None,
+) -> None:
+    """Reads every shard; refuses one that is missing, or whose size or sha256 differs.
+
+    Args:
+      manifest: of the folder.
+      folder: of the shards.
+      field: that names the folder, for messages.
+      doing: told what is being done.
+    """
     check_shards(manifest, folder, field)
     for shard in manifest.shards():
+        doing(f"hashing {shard.file}")
         if sha256_of(folder / shard.file) != shard.sha256:
             raise ConfigError(
                 f"{field}: {str(folder / shard.file)!r} was altered; prepare the folder anew."

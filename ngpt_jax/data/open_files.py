@@ -16,6 +16,7 @@ from ngpt_jax.data.list_files import stamp
 from ngpt_jax.files import is_remote, reason
 
 RECORDS_AT_ONCE = 256
+_PACKED_AT_ONCE = 2**13  # a block of zstd takes 4 bytes or more and unpacks to 128 KiB or less
 
 
 def open_binary(path: epath.Path) -> IO[Any]:
@@ -24,16 +25,18 @@ def open_binary(path: epath.Path) -> IO[Any]:
 
 
 class _Zstandard(io.RawIOBase):
-    """The decompressed bytes of consecutive frames.
+    """The decompressed bytes of consecutive frames, of any window (``zstd --long=31`` too).
 
-    Raises EOFError where the last frame is cut short.
+    The memory is bounded: a frame's window, at most 2 GiB and no more than its text, and what
+    ``_PACKED_AT_ONCE`` bytes unpack to, at most 256 MiB. Raises EOFError where the last frame is
+    cut short.
     """
 
     def __init__(self, raw: IO[Any]):
         import zstandard
 
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._raw, self._frame, self._left = raw, self._new(), b""
+        self._new = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj
+        self._raw, self._frame, self._left = raw, self._new(), memoryview(b"")
         self._between = False  # between two frames, where a file may end
 
     def readable(self) -> bool:
@@ -44,12 +47,12 @@ class _Zstandard(io.RawIOBase):
             data = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
                 self._frame, self._between = self._new(), True
-            if not (data := data or self._raw.read(2**17)):
+            if not (data := data or self._raw.read(_PACKED_AT_ONCE)):
                 if self._between:
                     return 0
                 raise EOFError("it is cut short")
             self._between = False
-            self._left = self._frame.decompress(data)
+            self._left = memoryview(self._frame.decompress(data))
             self._between = self._frame.eof and not self._frame.unused_data
         size = min(len(buffer), len(self._left))
         buffer[:size], self._left = self._left[:size], self._left[size:]
@@ -70,19 +73,53 @@ def open_text(path: epath.Path, field: str) -> Iterator[tuple[TextIO, Callable[[
 
     try:
         with open_binary(path) as raw:
-            stream: Any = raw
-            if path.name.lower().endswith(".gz"):
-                # With this buffer, lines are read without a call of Python code for each.
-                stream = io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 2**18)
-            elif path.name.lower().endswith(".zst"):
-                stream = io.BufferedReader(_Zstandard(raw), 2**17)
-            yield io.TextIOWrapper(stream, encoding="utf-8-sig"), raw.tell
+            yield io.TextIOWrapper(_unpacked(path, raw), encoding="utf-8-sig"), raw.tell
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{field}: {str(path)!r} is not UTF-8; convert it to UTF-8.") from e
+        raise ConfigError(f"{field}: {_first_bad_line(path)}") from e
     except (OSError, EOFError, zlib.error, ZstdError) as e:
+        test = {".gz": "gzip -t", ".zst": "zstd -t --long=31"}.get(path.suffix.lower())
+        whole = f"if {test} finds it whole, unpack it; else " if test else ""
         raise ConfigError(
-            f"{field}: cannot read {str(path)!r}: {reason(e)}; mend or drop it."
+            f"{field}: cannot read {str(path)!r}: {reason(e)}; {whole}mend or drop it."
         ) from e
+
+
+def _unpacked(path: epath.Path, raw: IO[Any]) -> Any:
+    """The bytes of a file's text, decompressed as its suffix says."""
+    if path.name.lower().endswith(".gz"):
+        # With this buffer, lines are read without a call of Python code for each.
+        return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 2**18)
+    if path.name.lower().endswith(".zst"):
+        return io.BufferedReader(_Zstandard(raw), 2**17)
+    return raw
+
+
+def bad_byte(error: UnicodeDecodeError, before: int = 0) -> str:
+    """Which byte is not UTF-8, for a message; ``before`` are the bytes before those decoded."""
+    return f"byte {error.object[error.start]:#04x} at offset {before + error.start:,}"
+
+
+def _first_bad_line(path: epath.Path) -> str:
+    """Where a file is not UTF-8, and what to do: the file is read once more."""
+    lines = offset = 0
+    with open_binary(path) as raw:
+        for line in _unpacked(path, raw):
+            if not offset and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                return f"{str(path)!r} is not UTF-8 but UTF-16; convert it to UTF-8."
+            try:
+                lines += _line_ends(line.decode())
+            except UnicodeDecodeError as e:
+                lines += _line_ends(line[: e.start].decode())
+                return (
+                    f"{str(path)!r}, line {lines + 1} is not UTF-8 ({bad_byte(e, offset)} of the"
+                    " text); mend that line, or convert the file if all of it has another encoding."
+                )
+            offset += len(line)
+    return f"{str(path)!r} is not UTF-8, or has changed; convert it to UTF-8."
+
+
+def _line_ends(text: str) -> int:
+    return text.count("\n") + text.count("\r") - text.count("\r\n")
 
 
 def read_jsonl(

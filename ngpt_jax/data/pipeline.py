@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from ngpt_jax.config import DataConfig
+from ngpt_jax.config.facts import check_seed
 from ngpt_jax.data.corpus import Corpus
 from ngpt_jax.data.packing import Batch, Sequences, by_document
 from ngpt_jax.data.token_files import EvalSet
@@ -33,8 +34,9 @@ def train_dataset(sequences: Sequences, seed: int) -> grain.MapDataset:
 
     Args:
       sequences: at least one, of {"inputs", "targets", ...}, each (context,).
-      seed: of the shuffle, not negative.
+      seed: of the shuffle, below 2^32.
     """
+    check_seed("seed", seed)
     # grain shuffles epoch e with seed + e. The hash keeps seeds 0 and 1 from sharing epochs.
     hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     indices = grain.MapDataset.range(len(sequences)).shuffle(seed=hashed)
@@ -51,8 +53,9 @@ def mixed_dataset(
     Args:
       sources: sequences by the name of their source.
       weights: by the same names; a share is a weight divided by their sum.
-      seed: of the shuffles, not negative.
+      seed: of the shuffles, below 2^32.
     """
+    check_seed("seed", seed)
     # Each source has its own seed, so that two sources of one length differ in order.
     names = sorted(sources)
     seeds = np.random.SeedSequence(seed).generate_state(len(names))

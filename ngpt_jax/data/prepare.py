@@ -82,11 +82,14 @@ def _command(overrides: list[tuple[str, str]]) -> int:
 
 def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
     from ngpt_jax.data import manifest as manifest_lib
+    from ngpt_jax.data.preparing.progress import Progress
 
     if not (out / manifest_lib.NAME).exists():
         raise ConfigError(f"--out={out}: there is no {manifest_lib.NAME} in it.")
     manifest = manifest_lib.read_manifest(out, "--out")
-    manifest_lib.verify(manifest, out, "--out")
+    with Progress("verifying shards", terminal) as progress:
+        manifest_lib.verify(manifest, out, "--out", progress.doing)
+    terminal.close()
     terminal.say(f"{out}: all shards are as the manifest says")
     return manifest
 

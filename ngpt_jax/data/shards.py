@@ -185,7 +185,7 @@ class ArrayRecordShard:
     """
 
     def __init__(self, records: RecordFile, dtype: np.dtype, lengths: np.ndarray):
-        self.name = str(records.file)
+        self.name, self.stamp = str(records.file), records.stamp
         self._records, self._dtype = records, dtype
         self._ends = np.cumsum(lengths, dtype=np.int64)
 
@@ -228,6 +228,11 @@ def record_lengths(records: RecordFile, dtype: np.dtype) -> np.ndarray:
 
 
 Shard = BinShard | ArrayRecordShard
+
+
+def _changed(path: str) -> int:
+    """When a local file was last changed, in nanoseconds; no program can set this time back."""
+    return 0 if is_remote(path) else os.stat(path).st_ctime_ns
 
 
 class TokenStream:
@@ -276,6 +281,11 @@ class TokenStream:
         """All tokens in order, in arrays (tokens,) int32."""
         for start in range(0, len(self), _TOKENS_AT_ONCE):
             yield self.read(start, min(start + _TOKENS_AT_ONCE, len(self)))
+
+    def stamp(self) -> str:
+        """Changes when a file may have changed anywhere; for what is kept about its tokens."""
+        shards = [f"{shard.stamp} {_changed(shard.name)}" for shard in self.shards]
+        return digest_of([f"{self._start} {self._stop}", *shards])
 
     def fingerprint(self) -> str:
         """Hex SHA-256 that streams of copies of the files share."""

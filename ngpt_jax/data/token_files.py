@@ -221,5 +221,5 @@ def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, ca
         return [np.array(total + len(utf8(tokenizer.stands_for(rest.tolist()))))]
 
     known = [] if gives_back(tokenizer) else ["known"]  # earlier versions counted unknown tokens
-    key = digest_of(["bytes", fingerprint, tokenizer.fingerprint, *known])
+    key = digest_of(["bytes", fingerprint, stream.stamp(), tokenizer.fingerprint, *known])
     return int(cached_arrays(cache, key, count)[0])

@@ -1,4 +1,4 @@
-"""Runs EleutherAI's lm-evaluation-harness on a trained model; needs 'ngpt-jax[eval]'.
+"""Runs EleutherAI's lm-evaluation-harness on a trained model; needs the extra eval.
 
 Examples:
   >>> import lm_eval, ngpt_jax  # doctest: +SKIP
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.convert import did_you_mean
+from ngpt_jax.errors import install_hint
 from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.evaluation.tasks import Task
@@ -33,9 +34,7 @@ try:
     from lm_eval.tasks import TaskManager
     from tqdm import tqdm
 except ImportError as e:
-    raise ConfigError(
-        f"The harness needs lm_eval ({reason(e)}): pip install 'ngpt-jax[eval]'."
-    ) from e
+    raise ConfigError(f"The harness needs lm_eval ({reason(e)}): {install_hint('eval')}.") from e
 
 
 @register_model("ngpt_jax")

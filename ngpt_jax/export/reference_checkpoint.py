@@ -22,6 +22,7 @@ from ngpt_jax.config import Config, ConfigError, ModelConfig, experiment
 from ngpt_jax.config.fields import Scale
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
+from ngpt_jax.errors import install_hint
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.huggingface import check_tensors, choices
 from ngpt_jax.export.reference_layout import from_reference, to_reference
@@ -49,7 +50,7 @@ def require_torch(flag: str) -> Any:
     try:
         import torch
     except ImportError as e:
-        raise ConfigError(f"--{flag} needs PyTorch: pip install 'ngpt-jax[torch]'.") from e
+        raise ConfigError(f"--{flag} needs PyTorch: {install_hint('torch')}.") from e
     return torch
 
 

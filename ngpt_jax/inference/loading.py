@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.facts import check_seed
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding, generation
@@ -137,8 +138,7 @@ class LoadedModel:
             raise ConfigError(f"{problem}.")
         if tokens < 1:
             raise ConfigError(f"tokens must be positive, got {tokens}.")
-        if not 0 <= seed < 2**32:  # jax would keep only its lowest 32 bits
-            raise ConfigError(f"seed must lie in 0 to {2**32 - 1}, got {seed}.")
+        check_seed("seed", seed)
         if not streams:
             return
         limit = self.config.model.context if context is None else context

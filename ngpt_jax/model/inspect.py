@@ -15,6 +15,7 @@ import numpy as np
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.config.facts import check_seed
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
 from ngpt_jax.model.transformer import Batch, Transformer
@@ -108,6 +109,7 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
     Of a table with more than 2048 rows, 2048 are drawn with ``seed``.
     """
     if len(table) > _PAIRED_ROWS:
+        check_seed("seed", seed)
         rows = np.random.default_rng(seed).choice(len(table), _PAIRED_ROWS, replace=False)
         table = table[np.sort(rows)]
     rows = unit(table)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.convert import field_named
+from ngpt_jax.config.facts import check_seed
 
 # Fields of the config by dotted name.
 Overrides = Mapping[str, Any]
@@ -138,6 +139,8 @@ def check(study: Study) -> None:
         good = good and all(isinstance(x, int) and x >= 0 for x in values)
         good = good and list(values) == sorted(set(values))
         require(good, f"{what} must be whole numbers, ascending.")
+    for seed in study.seeds:
+        check_seed("seeds: each", seed)
     good = study.baseline is None or study.baseline in study.models
     require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")

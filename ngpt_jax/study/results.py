@@ -13,7 +13,7 @@ from typing import Any
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.config.experiment import call_in_file, load_config
+from ngpt_jax.config.experiment import call_in_file, load_config, split_spec
 from ngpt_jax.config.presets import value_of_kind
 from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
@@ -50,7 +50,7 @@ def load_study(spec: str) -> Study:
 
 def default_folder(experiment: str) -> Path:
     """The folder of the results of FILE[:variant,...]: FILE-variant, beside the file."""
-    path, _, variants = experiment.partition(":")
+    path, variants = split_spec(experiment)
     return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
 
 
@@ -175,7 +175,7 @@ def add(path: Path, study: Study, row: Result) -> None:
 def origin_of(experiment: str, study: Study, point: Point) -> Result:
     """The columns that are noted at the start of a run, as files may change while it runs."""
     config = digest(config_of(experiment, study, point))
-    return {"config": config, "commit": _commit(experiment.partition(":")[0])}
+    return {"config": config, "commit": _commit(split_spec(experiment)[0])}
 
 
 def _commit(experiment: str) -> str | None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ngpt_jax.config.facts import check_seed
 from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
@@ -142,6 +143,7 @@ def speed_up(
     value, bound = ratio(statistics.fmean(baseline.losses), means)
     if min(len(cell.losses) for cell in (baseline, *curve)) < 2:
         return SpeedUp(value, bound, None, None)
+    check_seed("seed", seed)
     rng = np.random.default_rng(seed)
 
     def draw(runs: Runs) -> np.ndarray:

@@ -8,7 +8,7 @@ Examples:
   python -m ngpt_jax.tools.aot --config=experiments/quickstart.py --topology=local
 
 The step is the same program that training runs, with its mesh, kernels and donation. Needs libtpu
-(pip install 'ngpt-jax[tpu]') but no TPU. --topology=local compiles for the devices of this machine.
+(pip install '.[tpu]') but no TPU. --topology=local compiles for the devices of this machine.
 Exit code 1 means that the step does not fit.
 """
 

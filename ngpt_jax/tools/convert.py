@@ -23,7 +23,7 @@ position operator of the released code is not RoPE: weights trained with it do n
 here. Weights trained with standard RoPE do.
 
 --config.NAME=VALUE changes the config for this command: where the tokenizer lies (data.tokenizer).
-PyTorch is needed for the authors' layout alone (pip install 'ngpt-jax[torch]').
+PyTorch is needed for the authors' layout alone (pip install '.[torch]').
 """
 
 import os

@@ -21,7 +21,7 @@ perplexity a token and the bits a byte. Each token is scored once, in windows of
 context: each begins where the one before ended, and the last one reaches back (as in lm_eval's
 loglikelihood_rolling with context_len=1). Documents are read one by one; their end is not scored.
 
---harness runs the tasks through EleutherAI's lm-evaluation-harness (pip install 'ngpt-jax[eval]'):
+--harness runs the tasks through EleutherAI's lm-evaluation-harness (pip install '.[eval]'):
 local files without a network, and the harness's own tasks, by their names, with one.
 --config.NAME=VALUE changes the run's config for this command: where the tokenizer lies
 (data.tokenizer), data.text_key, model.dtype, the mesh (one device unless some mesh.* is given).

@@ -19,6 +19,7 @@ of the document, or where the context is full.
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command
+from ngpt_jax.config.facts import check_seed
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
 _STEP = flags.DEFINE_integer("step", None, "The checkpoint; the newest by default.")
@@ -37,9 +38,7 @@ _TOP_P = flags.DEFINE_float(
 _MIN_P = flags.DEFINE_float(
     "min_p", 0.0, "Draw from tokens at least this share as likely as the likeliest one."
 )
-_SEED = flags.DEFINE_integer(
-    "seed", 0, "Of the random draws.", lower_bound=0, upper_bound=2**32 - 1
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the random draws; below 2^32.")
 _STOP = flags.DEFINE_multi_string("stop", [], "Text at which to stop; repeat the flag for several.")
 _CONTEXT = flags.DEFINE_integer(
     "context", None, "Tokens of prompt and text together; the training context by default.",
@@ -50,6 +49,7 @@ _CONTEXT = flags.DEFINE_integer(
 def _main(overrides: list[tuple[str, str]]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is needed: the folder of a training run.")
+    check_seed("--seed", _SEED.value)
     from ngpt_jax.inference import sample
     from ngpt_jax.inference.loading import open_model
 

@@ -14,6 +14,7 @@ from tensorboardX import event_file_writer, summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.errors import install_hint
 from ngpt_jax.files import is_remote, reason, write_atomically
 from ngpt_jax.parallel import distributed
 from ngpt_jax.training.workdir import RunError
@@ -166,7 +167,7 @@ def _start_wandb(project: str, config: dict[str, Any] | None, workdir: epath.Pat
         import wandb
     except ImportError as e:
         raise ConfigError(
-            "log.wandb_project needs wandb: pip install 'ngpt-jax[wandb]', or set it to None."
+            f"log.wandb_project needs wandb: {install_hint('wandb')}, or set it to None."
         ) from e
     id_file = workdir / "wandb_id"
     if not id_file.exists():

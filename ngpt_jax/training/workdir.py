@@ -18,6 +18,7 @@ from ngpt_jax import config as config_lib
 from ngpt_jax import files
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
+from ngpt_jax.errors import install_hint
 from ngpt_jax.parallel import distributed
 
 
@@ -177,6 +178,8 @@ def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
 
 def open_workdir(path: str) -> epath.Path:
     """The folder that --workdir names; raises ConfigError where its storage cannot be used."""
+    if not os.fspath(path):
+        raise ConfigError("--workdir is empty; name a folder.")
     workdir = epath.Path(path).expanduser()
     if files.is_remote(workdir):
         try:
@@ -184,8 +187,8 @@ def open_workdir(path: str) -> epath.Path:
         except Exception as e:  # of gcsfs and what it uses: not installed, not allowed
             why = f"{type(e).__name__}: {files.reason(e)}"
             raise ConfigError(
-                f"--workdir={path} cannot be reached ({why}); gs:// needs pip install"
-                " 'ngpt-jax[gcs]' and credentials."
+                f"--workdir={path} cannot be reached ({why}); gs:// needs"
+                f" {install_hint('gcs')}, and credentials."
             ) from e
     return workdir
 

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,13 +21,14 @@ from etils import epath
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data.manifest import Manifest, SetFacts, ShardFacts
+from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, tokenized
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.units import TextSource
 from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
 from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
-from ngpt_jax.terminal import Terminal, format_duration
+from ngpt_jax.terminal import Terminal
 
 SHARD_TOKENS = 100_000_000
 _PROGRESS = "progress.json"
@@ -50,6 +50,7 @@ def prepare_folder(
     workers: int | None = None,
     terminal: Terminal | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    where: str | None = None,
 ) -> Manifest:
     """Writes the tokens of a source into a folder, or continues with that.
 
@@ -65,6 +66,7 @@ def prepare_folder(
       workers: processes that tokenize; None: one a core.
       terminal: shows progress.
       stopped: asked after each portion and while waiting; True raises Stopped.
+      where: what the user named where the folder cannot be written; None: the folder.
 
     Returns:
       The manifest of the finished folder.
@@ -75,7 +77,7 @@ def prepare_folder(
     try:
         _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
-        with _lock(out, terminal, stopped):
+        with _lock(out, terminal, stopped), Progress("preparing tokens", terminal) as progress:
             for left in out.glob(f"{_TEMPORARY}*"):
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
@@ -83,17 +85,19 @@ def prepare_folder(
                 done = manifest_lib.read_manifest(out, "--out")
                 _check_key(done.source, key, "tokens", out)
                 manifest_lib.check_shards(done, out, "--out")
+                _tell_empty(done, terminal)
                 return done
             facts = manifest_lib.tokenizer_facts(tokenizer)
             empty = Manifest(key, format, token_dtype(tokenizer.vocab_size).name, facts, {})
             place, done, lost = _read_progress(out, empty)
+            progress.doing("choosing what to hold out")
             groups = _groups(source, held_out)
-            _write_progress(
-                out, place, done, lost
-            )  # before any shard: it tells whose the folder is
-            portions = tokenized(groups, place, tokenizer, workers or os.cpu_count() or 1)
-            report = _Report(groups, terminal)
-            done = _write_shards(out, done, lost, portions, shard_tokens, report, stopped)
+            progress.begin([sum(unit.size for unit in group.units) for group in groups])
+            _write_progress(out, place, done, lost)  # before any shard: whose folder it is
+            workers = workers or os.cpu_count() or 1
+            portions = tokenized(groups, place, tokenizer, workers, progress.doing)
+            done = _write_shards(out, done, lost, portions, shard_tokens, progress, stopped)
+            _tell_empty(done, terminal)
             for group in groups:
                 if group.name not in done.sets:
                     raise ConfigError(f"{group.name}: there is no text in it; give some.")
@@ -104,7 +108,8 @@ def prepare_folder(
             (out / _PROGRESS).unlink(missing_ok=True)
             return done
     except (OSError, ImportError, LookupError) as e:  # LookupError: an unknown kind of storage
-        raise ConfigError(f"{str(out)!r} cannot be written: {reason(e)}.") from e
+        where = where or repr(str(out))
+        raise ConfigError(f"{where} cannot be written: {reason(e)}; give another folder.") from e
 
 
 def source_key(
@@ -122,9 +127,16 @@ def _groups(source: TextSource, held_out: float) -> list[Group]:
         sets = {"train": source.train, **source.held_out}
         return [Group(name, units, None) for name, units in sets.items()]
     split = choose_split(
-        lambda: (text for unit in source.train for text, _ in unit.read()), held_out, source.field
+        lambda: (text for unit in source.train for text, _ in unit.read() if text),
+        held_out,
+        source.field,
     )
     return [Group("train", source.train, split)]
+
+
+def _tell_empty(done: Manifest, terminal: Terminal | None) -> None:
+    if done.empty and terminal is not None:
+        terminal.say(f"left out {done.empty:,} documents without text (null or blank)")
 
 
 def _refuse_occupied(out: epath.Path) -> None:
@@ -174,7 +186,7 @@ def _write_shards(
     lost: Sequence[int],
     portions: Iterable[tuple[Portion, list[Tokens]]],
     shard_tokens: int,
-    report: _Report,
+    progress: Progress,
     stopped: Callable[[], bool],
 ) -> Manifest:
     """Writes portions into shards; returns ``done`` with these.
@@ -185,7 +197,7 @@ def _write_shards(
       lost: ``Tokens.lost`` of that.
       portions: of all documents that are left, with their tokens.
       shard_tokens, stopped: as for :func:`prepare_folder`.
-      report: shows progress.
+      progress: shows it.
     """
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(ShardWriter(out, done.format))
@@ -193,8 +205,10 @@ def _write_shards(
             writer.add(some)
             lost = [a + sum(b) for a, b in zip(lost, zip(*(tokens.lost for tokens in some)))]
             manifest_lib.check_lost(lost, done, least=2**16)
-            report.show(portion, sum(len(tokens.ids) for tokens in some))
+            done = dataclasses.replace(done, empty=done.empty + portion.empty)
+            progress.show(portion.after.group, portion.done, sum(len(t.ids) for t in some))
             if writer.tokens("train") >= shard_tokens:
+                progress.doing("hashing shards")
                 done = _with_shards(done, writer)
                 _write_progress(out, portion.after, done, lost)
                 writer = stack.enter_context(ShardWriter(out, done.format))
@@ -319,7 +333,10 @@ def _with_shards(done: Manifest, writer: ShardWriter) -> Manifest:
 
 def _write_progress(out: epath.Path, place: Place, done: Manifest, lost: Sequence[int]) -> None:
     sets = {name: dataclasses.asdict(facts) for name, facts in done.sets.items()}
-    text = json.dumps({"source": done.source, "place": place, "sets": sets, "lost": lost})
+    body = {
+        "source": done.source, "place": place, "sets": sets, "empty": done.empty, "lost": lost
+    }  # fmt: skip
+    text = json.dumps(body)
     write_atomically(out / _PROGRESS, text)
 
 
@@ -337,40 +354,15 @@ def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest, l
         progress = json.loads(file.read_text())
         _check_key(progress["source"], empty.source, "the beginning", out)
         place = Place(*progress["place"])
-        lost = list(progress.get("lost", (0, 0)))  # an earlier version did not write it
-        if any(type(n) is not int or n < 0 for n in (*place, *lost)) or len(lost) != 2:
+        number = progress.get("empty", 0)  # older versions did not count
+        lost = list(progress.get("lost", (0, 0)))
+        if any(type(n) is not int or n < 0 for n in (*place, number, *lost)) or len(lost) != 2:
             raise ValueError("place")
         sets = manifest_lib.parse_sets(progress["sets"], empty.format, empty.dtype)
     except ConfigError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{str(file)!r} is damaged; delete {str(out)!r}.") from e
-    done = dataclasses.replace(empty, sets=sets)
+    done = dataclasses.replace(empty, sets=sets, empty=number)
     manifest_lib.check_shards(done, out, "--out")
     return place, done, lost
-
-
-class _Report:
-    """Progress on the terminal, with the time that is left."""
-
-    def __init__(self, groups: Sequence[Group], terminal: Terminal | None):
-        self._terminal = terminal
-        self._sizes = [sum(unit.size for unit in group.units) for group in groups]
-        self._start, self._first, self._tokens = time.monotonic(), -1.0, 0
-
-    def show(self, portion: Portion, tokens: int) -> None:
-        if self._terminal is None:
-            return
-        done = sum(self._sizes[: portion.after.group]) + portion.done
-        share = min(done / max(sum(self._sizes), 1), 1.0)
-        self._first = share if self._first < 0 else self._first
-        self._tokens += tokens
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        status = f"{self._tokens / seconds:,.0f} tokens/s"
-        if share > self._first:
-            left = (1 - share) / (share - self._first) * seconds
-            status += f"  eta {format_duration(left)}"
-        label = f"preparing tokens {share:4.0%}"
-        self._terminal.show(label, share, status)
-        if seconds > 5:
-            self._terminal.tell(f"{label}  {status}", seconds=10)

@@ -5,7 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,11 +47,13 @@ class Portion(NamedTuple):
       texts: the documents.
       after: the place of the document that follows.
       done: how much of the group's size has been read.
+      empty: how many documents without text were left out on the way.
     """
 
     texts: list[str]
     after: Place
     done: int
+    empty: int
 
 
 class Tokens(NamedTuple):
@@ -73,7 +75,11 @@ class Tokens(NamedTuple):
 
 
 def tokenized(
-    groups: Sequence[Group], start: Place, tokenizer: Tokenizer, workers: int
+    groups: Sequence[Group],
+    start: Place,
+    tokenizer: Tokenizer,
+    workers: int,
+    doing: Callable[[str], None] = lambda what: None,
 ) -> Iterator[tuple[Portion, list[Tokens]]]:
     """Portions of all documents from ``start`` on, in order, each with its tokens by set.
 
@@ -82,6 +88,7 @@ def tokenized(
       start: where a portion ended, or Place(0, 0, 0).
       tokenizer: encodes; pickled for workers.
       workers: processes; 1: this one.
+      doing: told what is being done.
 
     Raises ConfigError.
     """
@@ -92,11 +99,14 @@ def tokenized(
         in_process: int | None = _PORTIONS_BEFORE_WORKERS if small else 0
         if workers == 1 or tokenizer.name == "byte":  # bytes cost less than workers
             in_process = None  # all of them
+        doing("reading")
         for portion in itertools.islice(portions, in_process):
+            doing(_work(portion))
             yield portion, _tokenize(portion.texts, group.name, group.split, tokenizer)
+            doing("reading")
         if (first := next(portions, None)) is not None:
             rest = itertools.chain([first], portions)
-            yield from _in_workers(rest, group, tokenizer, workers)
+            yield from _in_workers(rest, group, tokenizer, workers, doing)
 
 
 def _portions(group: Group, start: Place) -> Iterator[Portion]:
@@ -105,22 +115,36 @@ def _portions(group: Group, start: Place) -> Iterator[Portion]:
     A portion depends on its start alone, so that a run that continues makes the same ones.
     """
     texts: list[str] = []
-    characters, place = 0, start
+    characters, empty, place = 0, 0, start
     before = sum(unit.size for unit in group.units[: start.unit])
     done = before
     for number in range(start.unit, len(group.units)):
         unit = group.units[number]
         skip = start.document if number == start.unit else 0
-        for document, (text, read) in enumerate(itertools.islice(unit.read(), skip, None), skip):
+        document = 0  # those without text do not count
+        for text, read in unit.read():
+            document += bool(text)
+            if document <= skip and (text or document < skip):
+                continue  # an earlier run has dealt with it
+            if not text:
+                empty += 1
+                continue
             texts.append(text)
             characters += len(text)
-            place, done = Place(start.group, number, document + 1), before + read
+            place, done = Place(start.group, number, document), before + read
             if characters >= _CHARACTERS_AT_ONCE:
-                yield Portion(texts, place, done)
-                texts, characters = [], 0
+                yield Portion(texts, place, done, empty)
+                texts, characters, empty = [], 0, 0
         before += unit.size
-    if texts:
-        yield Portion(texts, place, done)
+    if texts or empty:
+        yield Portion(texts, place, done, empty)
+
+
+def _work(portion: Portion) -> str:
+    longest = max(map(len, portion.texts), default=0)
+    if longest < _CHARACTERS_AT_ONCE:
+        return "tokenizing"
+    return f"tokenizing a document of {longest / 1e6:,.1f} million characters"
 
 
 def _tokenize(
@@ -166,7 +190,11 @@ def _sample(texts: Sequence[str]) -> Iterator[str]:
 
 
 def _in_workers(
-    portions: Iterator[Portion], group: Group, tokenizer: Tokenizer, workers: int
+    portions: Iterator[Portion],
+    group: Group,
+    tokenizer: Tokenizer,
+    workers: int,
+    doing: Callable[[str], None],
 ) -> Iterator[tuple[Portion, list[Tokens]]]:
     # Spawned, not forked: the fork of a process with threads (jax has some) may hang.
     pool = concurrent.futures.ProcessPoolExecutor(
@@ -179,8 +207,11 @@ def _in_workers(
             pending.append((portion, job))
             if len(pending) > 2 * workers:  # bounds the memory
                 portion, job = pending.popleft()
+                doing(_work(portion))
                 yield portion, job.result()
+                doing("reading")
         for portion, job in pending:
+            doing(_work(portion))
             yield portion, job.result()
     except concurrent.futures.process.BrokenProcessPool as e:
         raise ConfigError(

@@ -7,13 +7,27 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import real_path, stamp
-from ngpt_jax.data.open_files import RecordFile, check_key, open_binary, open_text, read_jsonl
-from ngpt_jax.data.text.units import TextSource, Unit, decode_records, source_of_files
+from ngpt_jax.data.open_files import (
+    RecordFile,
+    bad_byte,
+    check_key,
+    open_binary,
+    open_text,
+    read_jsonl,
+)
+from ngpt_jax.data.text.units import (
+    TextSource,
+    Unit,
+    decode_records,
+    source_of_files,
+    text_or_nothing,
+)
 from ngpt_jax.files import reason
 
 _PACKED = ("", ".gz", ".zst")
@@ -72,10 +86,10 @@ def open_array_record(config: SourceConfig, prefix: str, download: bool) -> Text
 def read_documents(
     file: epath.Path, field: str, text_key: str, key_field: str
 ) -> Iterator[tuple[str, int]]:
-    """Documents of a file that are not blank, each with the bytes of the file read so far.
+    """Documents of a file, each with the bytes of the file read so far.
 
     Text is UTF-8, with or without a byte order mark; line ends become ``\\n``. JSON can spell half
-    a surrogate pair, which tokenizers encode as "?".
+    a surrogate pair, which tokenizers encode as "?". A document that is null or blank is "".
 
     Args:
       file: with one of ``SUFFIXES``.
@@ -93,22 +107,21 @@ def read_documents(
     else:
         texts = _jsonl_texts(file, field, text_key, key_field)
     for text, position in texts:
-        if text and not text.isspace():
-            yield text, position
+        yield text_or_nothing(text), position
 
 
-def _whole_text(file: epath.Path, field: str) -> Iterator[tuple[str, int]]:
+def _whole_text(file: epath.Path, field: str) -> Iterator[tuple[str | None, int]]:
     with open_text(file, field) as (stream, position):
         yield stream.read(), position()
 
 
 def _jsonl_texts(
     file: epath.Path, field: str, text_key: str, key_field: str
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[tuple[str | None, int]]:
     for where, record, position in read_jsonl(file, field, f"such as {{{text_key!r}: ...}}"):
         check_key(record, text_key, where, f"set {key_field}")
         text = record[text_key]
-        if not isinstance(text, str):
+        if not isinstance(text, str | None):
             kind = type(text).__name__
             raise ConfigError(f"{where} has {text_key!r} of type {kind}, not str; set {key_field}.")
         yield text, position
@@ -116,7 +129,7 @@ def _jsonl_texts(
 
 def _parquet_texts(
     file: epath.Path, field: str, text_key: str, key_field: str
-) -> Iterator[tuple[str, int]]:
+) -> Iterator[tuple[str | None, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -130,17 +143,34 @@ def _parquet_texts(
                     f"{where} has no column {text_key!r} but {', '.join(map(repr, names[:9]))};"
                     f" set {key_field}."
                 )
+            if names.count(text_key) > 1:
+                raise ConfigError(f"{where} has several columns {text_key!r}; rename all but one.")
             kind = table.schema_arrow.field(text_key).type
-            if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+            if not _holds_text(kind):
                 raise ConfigError(
-                    f"{where}: column {text_key!r} holds {kind}, not strings; set {key_field}."
+                    f"{where}: column {text_key!r} holds {kind}, not strings; set {key_field}, or"
+                    " cast the column to string."
                 )
             size, rows, done = file.stat().length, max(table.metadata.num_rows, 1), 0
             for batch in table.iter_batches(batch_size=256, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
+                for value in batch.column(0):
                     done += 1
-                    yield text or "", size * done // rows
+                    text = value.as_py()
+                    yield text.decode() if isinstance(text, bytes) else text, size * done // rows
     except UnicodeDecodeError as e:
-        raise ConfigError(f"{where} is not UTF-8; convert it to UTF-8.") from e
+        raise ConfigError(
+            f"{where}, row {done} of column {text_key!r} is not UTF-8 ({bad_byte(e)}); mend that"
+            f" row, or set {key_field}."
+        ) from e
     except (OSError, LookupError, pyarrow.ArrowException) as e:
         raise ConfigError(f"{where} cannot be read: {reason(e)}; mend or drop it.") from e
+
+
+def _holds_text(kind: Any) -> bool:
+    """Whether a type of pyarrow is of strings, of bytes (of UTF-8), or of nulls alone."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = "string large_string string_view binary large_binary binary_view null".split()
+    return any(getattr(types, f"is_{test}")(kind) for test in tests)

@@ -7,6 +7,7 @@ from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import any_file, find_train_and_eval_files
+from ngpt_jax.data.open_files import bad_byte
 
 
 class Unit(NamedTuple):
@@ -15,7 +16,8 @@ class Unit(NamedTuple):
     Attributes:
       stamp: changes when the documents may have changed.
       size: bytes or records, to show progress.
-      read: returns the documents that are not blank, each with how much of ``size`` was read.
+      read: returns the documents, each with how much of ``size`` was read; "" stands for one
+        without text: null, or blank.
       file: what it is read from, its real path or the folder and split of a data set; None where
         that cannot be told.
     """
@@ -63,10 +65,10 @@ def source_of_files(
 
 
 def decode_records(records: Iterable[Any], where: str, mend: str) -> Iterator[tuple[str, int]]:
-    """Texts of records that are not blank, each with how many records were read.
+    """Texts of records, "" for a blank one, each with how many records were read.
 
     Args:
-      records: strings, or UTF-8 bytes.
+      records: strings, or UTF-8 bytes; None is refused: so tfds gives what it cannot read.
       where: they lie, for messages.
       mend: what to do where they are not text, for messages.
 
@@ -75,7 +77,14 @@ def decode_records(records: Iterable[Any], where: str, mend: str) -> Iterator[tu
     for number, record in enumerate(records, start=1):
         try:
             text = record if isinstance(record, str) else record.decode()
-        except (UnicodeDecodeError, AttributeError):
-            raise ConfigError(f"{where}, record {number} is not UTF-8 text; {mend}.") from None
-        if text.strip():
-            yield text, number
+        except (UnicodeDecodeError, AttributeError) as e:
+            why = bad_byte(e) if isinstance(e, UnicodeDecodeError) else type(record).__name__
+            raise ConfigError(
+                f"{where}, record {number} is not UTF-8 text ({why}); {mend}."
+            ) from None
+        yield text_or_nothing(text), number
+
+
+def text_or_nothing(text: str | None) -> str:
+    """A document's text, or "" where it is null or blank."""
+    return text if text and not text.isspace() else ""
