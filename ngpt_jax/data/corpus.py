@@ -61,7 +61,7 @@ def load_corpus(
     train: dict[str, Sequences] = {}
     held_out: list[EvalSet] = []
     tokens, prints = 0, []
-    for name, prefix, source in _sources(config):
+    for name, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
             opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
@@ -92,7 +92,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
     train: dict[str, str] = {}  # real path -> field
     held_out: dict[str, str] = {}
-    for _, prefix, source in _sources(config):
+    for _, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
             files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
         else:
@@ -107,7 +107,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
+def sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
     """(name, prefix of the names of its fields, source) of each source."""
     if config.source != "mixture":
         return [("", "data.", config)]
