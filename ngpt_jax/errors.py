@@ -1,4 +1,11 @@
-"""The one error that a user is meant to see, and how to install what is missing."""
+"""What a program tells its user: the one error that is meant for people, how to install what is
+missing, and lines on stderr.
+"""
+
+import contextlib
+import io
+import os
+import sys
 
 
 class ConfigError(ValueError):
@@ -8,3 +15,29 @@ class ConfigError(ValueError):
 def install_hint(extra: str) -> str:
     """How to install what an extra of pyproject.toml holds: the package is in no registry."""
     return f"pip install '.[{extra}]' in the clone of ngpt_jax"
+
+
+def tell(line: str) -> None:
+    """A line on stderr. That nobody can read it ends nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def escape_what_cannot_be_encoded() -> None:
+    r"""Lets stdout and stderr write \\xe9, say, where their encoding has no such character."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def drop_unwritten() -> None:
+    """Throws away what stdout and stderr cannot write; Python would change the exit code for it.
+
+    For the end of programs whose work lies in files, as that of training does.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -6,12 +6,11 @@ import fcntl
 import hashlib
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
-from ngpt_jax.errors import ConfigError
+from ngpt_jax.errors import ConfigError, tell
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
@@ -96,11 +95,9 @@ def lock(path: str | os.PathLike[str], keep_waiting: Callable[[], bool] = lambda
                 time.sleep(0.2)
                 continue
             except OSError as e:
-                print(
+                tell(
                     f"warning: {path} cannot be locked ({reason(e)}); make sure yourself that no"
-                    " other program uses its folder.",
-                    file=sys.stderr,
-                    flush=True,
+                    " other program uses its folder."
                 )
             return file
     except BaseException:

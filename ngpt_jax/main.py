@@ -12,12 +12,12 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
 
-import sys
 from pathlib import Path
 
 from absl import flags, logging
 
 from ngpt_jax.config import Config, ConfigError, command, experiment
+from ngpt_jax.errors import drop_unwritten, tell
 from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
@@ -83,11 +83,13 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     workdir = _default_workdir(_CONFIG.value) if _WORKDIR.value is None else _WORKDIR.value
     try:
         return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
-    except RunError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return distributed.leave(e.exit_code)
+    except (RunError, ConfigError) as e:
+        tell(f"error: {e}")
+        return distributed.leave(e.exit_code if isinstance(e, RunError) else 2)
     except KeyboardInterrupt:
         return distributed.leave(130)
+    finally:
+        drop_unwritten()
 
 
 if __name__ == "__main__":

@@ -32,19 +32,34 @@ def format_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def _unread() -> contextlib.AbstractContextManager[None]:
+    """Around what is written to people, who may be unable to read it."""
+    return contextlib.suppress(OSError, ValueError)  # UnicodeEncodeError is a ValueError
+
+
+class _Console(rich_console.Console):
+    def on_broken_pipe(self) -> None:
+        """Without this rich would end the program."""
+        self.quiet = True
+
+
 class Terminal:
-    """A progress bar on a terminal, plain lines elsewhere, nothing where ``quiet``."""
+    """A progress bar on a terminal, plain lines elsewhere, nothing where ``quiet``.
+
+    A closed pipe, a terminal that has gone or a full disk does not end a run.
+    """
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
-        self._console = rich_console.Console(file=sys.stdout, highlight=False)
+        self._console = _Console(file=sys.stdout, highlight=False)
+        self._draws = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar: rich_progress.Progress | None = None
         self._shown = self._told = 0.0
         self._status = ""
 
     def say(self, text: str) -> None:
-        """Prints a line that stays. A closed pipe or a full disk does not end a run."""
-        with contextlib.suppress(OSError):
+        """Prints a line that stays."""
+        with _unread():
             if self._bar:
                 self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
             elif not self._quiet:
@@ -53,7 +68,7 @@ class Terminal:
     def show(self, label: str, share: float, status: str | None = None) -> None:
         """Moves the bar; without a new status at most five times a second, as that costs time."""
         now = time.monotonic()
-        if self._quiet or not self._console.is_terminal or (status is None and now < self._shown):
+        if self._quiet or not self._draws or (status is None and now < self._shown):
             return
         self._shown = now + 0.2
         if self._bar is None:
@@ -65,11 +80,13 @@ class Terminal:
                 auto_refresh=False,
             )
             self._task = self._bar.add_task("", total=1.0, label=label, status="")
-            self._bar.start()
+            with _unread():
+                self._bar.start()
         self._status = self._status if status is None else status
-        self._bar.update(
-            self._task, completed=share, refresh=True, label=label, status=self._status
-        )
+        with _unread():
+            self._bar.update(
+                self._task, completed=share, refresh=True, label=label, status=self._status
+            )
 
     def tell(self, text: str, seconds: float = 0.0) -> None:
         """Prints a line where there is no bar, at most one in ``seconds``."""
@@ -81,5 +98,6 @@ class Terminal:
     def close(self) -> None:
         """Ends the bar; a new one may follow."""
         if self._bar:
-            self._bar.stop()
+            with _unread():
+                self._bar.stop()
             self._bar, self._status = None, ""

@@ -22,7 +22,7 @@ from test_sources import TinySet
 from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.checkpoint import saving
-from ngpt_jax.config import ConfigError
+from ngpt_jax.config import CheckpointConfig, ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.training import evaluator, loop, saver, workdir
 from ngpt_jax.training.logger import Logger
@@ -261,6 +261,7 @@ def test_where_nobody_reads_what_is_said(tmp_path):
         )  # fmt: skip
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()], done.stderr
     assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 # ------------------------------------------------------------------------------------- init_from
@@ -323,6 +324,46 @@ def test_checkpoints_by_the_clock(small, tmp_path, monkeypatch):
     names = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
     assert 3 <= len(names) <= 8
     assert names[-1] == 12
+
+
+@pytest.mark.slow
+def test_the_clock_is_looked_at_between_rows_of_metrics(small, tmp_path, monkeypatch):
+    clock = iter(range(0, 10_000, 40))
+    fake = SimpleNamespace(monotonic=lambda: next(clock), perf_counter=time.perf_counter)
+    monkeypatch.setattr(saver, "time", fake)
+    config = small(**{"checkpoint.every": 100, "checkpoint.minutes": 1.0, "checkpoint.keep": 9,
+                      "log.every": 100, "eval.every": 100})  # fmt: skip
+    assert loop.train(config, tmp_path) == 0
+    assert len(list((tmp_path / "checkpoints").iterdir())) >= 3
+
+
+@pytest.mark.parametrize(("seconds", "minutes"), [(0.1, 10.0), (2.0, 30.0), (700.0, 10.0)])
+def test_processes_look_at_the_clock_rarely_and_in_time(monkeypatch, seconds, minutes):
+    """Several processes meet at each look: few looks, and no save later than a step or two."""
+    now, looks = [0.0], []
+    monkeypatch.setattr(saver.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(saver, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def of_first(fn):
+        looks.append(now[0])
+        return fn()
+
+    monkeypatch.setattr(saver.distributed, "of_first", of_first)
+    nothing = SimpleNamespace(save=lambda *_: None, is_best=lambda _: False)
+    config = CheckpointConfig(every=10**9, minutes=minutes)
+    due = saver.Saver(nothing, config, {}, lambda _: None, print)
+    saves = []
+    for step in range(1, 30_000 if seconds < 1 else 5_000):
+        now[0] += seconds
+        due.look_at_clock(step)
+        if due.due(step):
+            saves.append(now[0])
+            due.save(step, None, {})
+    gaps = np.diff([0.0, *saves])
+    assert len(saves) > 3
+    assert (gaps >= 60 * minutes - 1e-6).all()
+    assert gaps.max() <= max(60 * minutes, seconds) + 2 * seconds
+    assert len(looks) <= 20 * len(saves)
 
 
 def full_disk(monkeypatch, step):

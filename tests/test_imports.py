@@ -33,6 +33,7 @@ ROOMS = (
     "plots",
     "terminal",
     "files",
+    "signals",
     "errors",
     "projection",
     "sphere",

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 
+from ngpt_jax import files
 from ngpt_jax.checkpoint.checkpoints import Checkpoints
 from ngpt_jax.config import ConfigError, from_config_dict
 from ngpt_jax.optim.recipes import make_optimizer
@@ -207,6 +208,74 @@ def test_what_is_wrong_with_one_process_ends_all(book, tmp_path, change, message
     assert [p.returncode for p in running] == [2, 2], errors
     for text in errors:
         assert message in text.splitlines()[-1]
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("first", "own", "name"),
+    [
+        ({"a": 1, "text": LONG + "1"}, {"a": 1, "text": LONG + "2"}, "text"),
+        ({f"fact{i}": i for i in range(300)}, {f"fact{i}": i + i // 299 for i in range(300)},
+         "fact299"),
+        ({"a": LONG, "b": "two\nlines"}, {"a": LONG, "b": "two\nother lines"}, "b"),
+        ({"a": 1, "new": 2}, {"a": 1}, "new"),
+    ],
+)  # fmt: skip
+def test_the_fact_that_differs_is_named(monkeypatch, first, own, name):
+    told = []
+    monkeypatch.setattr(distributed.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(distributed.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(distributed, "together", lambda fn, error: fn())
+    monkeypatch.setattr(distributed, "of_first", lambda fn: told.append(fn()) or told[-1])
+    distributed.check_same(**first)
+    monkeypatch.setattr(distributed, "of_first", lambda fn: told[0])
+    distributed.check_same(**first)
+    with pytest.raises(ConfigError, match=f"^{name} of process 1 is not that of process 0"):
+        distributed.check_same(**own)
+
+
+@pytest.mark.slow
+def test_a_second_start_in_the_workdir_of_two_processes_is_refused(book, tmp_path):
+    impatient = f"""
+import sys; sys.path.insert(0, "{ROOT}")
+from ngpt_jax import main
+from ngpt_jax.config import command
+from ngpt_jax.training import workdir
+workdir.lock_workdir.__defaults__ = (1.0,)
+command.run_command(main._main)
+"""
+    (tmp_path / "program.py").write_text(impatient)
+    long = ["--config.train.steps=100000", "--config.eval.every=100000",
+            "--config.checkpoint.every=100000"]  # fmt: skip
+    running = start(2, 1, tmp_path / "run", book, *long)
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    second = start(2, 1, tmp_path / "run", book, *long, program=[str(tmp_path / "program.py")])
+    errors = [process.communicate(timeout=120)[1] for process in second]
+    assert sorted(process.returncode for process in second) == [1, 2], errors
+    assert all("is in use by another process" in err for err in errors)
+    running[0].send_signal(signal.SIGUSR1)
+    assert "SIGUSR1 received: stopping" in finish(running, code=75)[0]
+
+
+@pytest.mark.slow
+def test_the_lock_ends_with_a_run_that_is_killed(book, tmp_path):
+    (process,) = start(1, 1, tmp_path / "run", book, "--config.data.workers=2",
+                       "--config.train.steps=100000")  # fmt: skip
+    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+    with pytest.raises(BlockingIOError):
+        files.lock(tmp_path / "run/.lock", lambda: False)
+    process.kill()
+    process.wait()
+    end = time.time() + 5
+    files.lock(tmp_path / "run/.lock", lambda: time.time() < end).close()
 
 
 def test_a_workdir_that_others_do_not_see_is_refused(tmp_path, monkeypatch):

@@ -268,6 +268,34 @@ def test_each_eval_target_once(tokens, context, batch_size):
     assert not targets[n:].any()
 
 
+@property_test
+@given(st.integers(1, 60), st.sets(st.integers(0, 4), min_size=1), st.sampled_from([None, 1, 2]))
+def test_some_rows_of_eval_batches(tokens, rows, limit):
+    """They are those of the whole batch, and nothing else is read."""
+    eval_set = EvalSet("val", stream_of(np.arange(tokens) % 256), 0, 256)
+    rows = np.array(sorted(rows))
+    whole = list(pipeline.eval_batches(eval_set, 3, 5, limit, True))
+    some = list(pipeline.eval_batches(eval_set, 3, 5, limit, True, rows))
+    assert len(some) == len(whole)
+    for a, b in zip(some, whole):
+        np.testing.assert_equal(a, {name: x[rows] for name, x in b.items()})
+    total = sum(batch["weights"].sum() for batch in whole)
+    assert pipeline.num_eval_tokens(eval_set, 3, 5, limit) == total
+
+
+def test_a_process_reads_its_rows_alone(monkeypatch):
+    eval_set = EvalSet("val", stream_of(np.arange(250)), 0, 256)
+    read, real = [], eval_set.stream.read
+
+    def counted(start, stop):
+        read.append(stop - start)
+        return real(start, stop)
+
+    monkeypatch.setattr(type(eval_set.stream), "read", lambda self, *at: counted(*at))
+    list(pipeline.eval_batches(eval_set, 5, 10, rows=np.array([3, 4])))
+    assert read == [11] * 5
+
+
 def test_eval_limit():
     eval_set = EvalSet("val", stream_of([7] * 100 + [256]), 100, 256)
     every = list(pipeline.eval_batches(eval_set, 8, 2))

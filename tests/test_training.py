@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -249,7 +250,7 @@ def test_evaluation_counts_every_token_once_and_bytes_of_text(tiny):
     params = init_params(config.model, jax.random.key(0))
     placer = BatchPlacer(make_mesh(config), 3, 16)
     batches = pipeline.eval_batches(eval_set, 16, 3)
-    result = evaluator.evaluate(config.model, params, batches, placer, eval_set.num_bytes)
+    result = evaluator.evaluate(config.model, params, batches, placer, len(ids), eval_set.num_bytes)
     tokens = np.array([t.eod, *ids])
     assert result["tokens"] == len(tokens) - 1 == 12 + 133 + 2
     nats = 0.0
@@ -273,6 +274,7 @@ import sys, json, numpy as np, jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 jax.config.update("jax_enable_x64", True)
 from pathlib import Path
+from types import SimpleNamespace
 from ngpt_jax import config as c
 from ngpt_jax.training import loop
 v = c.default_config()
@@ -355,6 +357,51 @@ def test_dry_run_tells_shapes_axes_and_memory(tiny, kind):
     assert "layers, heads, head_dim, embed" in line
     assert ("embed (axis 3)" in line) == (kind == "ngpt")
     assert "memory per device" in report
+
+
+@pytest.mark.parametrize("vocab", [1000, 50304])
+def test_a_vocabulary_far_larger_than_the_tokenizer_s_is_told(small, vocab):
+    report, _ = dry_run.report(small(**{"model.vocab_size": vocab}))
+    (line,) = [row for row in report.splitlines() if row.startswith("warning: model.vocab")]
+    assert f"{vocab - 257:,} rows are never used" in line
+    # Rows of both tables, and a scale for each logit.
+    assert f"{(2 * 16 + 1) * (vocab - 257):,} parameters cannot learn" in line
+    report, _ = dry_run.report(small(**{"model.vocab_size": 384}))
+    assert "warning" not in report
+
+
+@pytest.mark.parametrize("steps", [30_000, 10**6])
+def test_many_epochs_are_told(small, tmp_path, steps):
+    """Of text from an estimate, of tokens from their number."""
+    report, _ = dry_run.report(small(**{"train.steps": steps}))
+    assert "about " in report
+    assert "times; give more text, or fewer train.steps" in report
+    assert "times; give" not in dry_run.report(small())[0]
+    np.arange(10_000).__mod__(256).astype(np.uint16).tofile(tmp_path / "a.bin")
+    tokens = {"data.source": "bin", "data.paths": (str(tmp_path / "a.bin"),), "data.held_out": 0.1,
+              "data.token_dtype": "uint16", "data.cache": str(tmp_path / "cache")}  # fmt: skip
+    report, _ = dry_run.report(small(**tokens, **{"train.steps": steps}))
+    assert "text               9,000 tokens, each read" in report
+    assert (
+        f"warning: the run reads its 9,000 tokens of text {steps * 64 / 9000:,.0f} times" in report
+    )
+
+
+@pytest.mark.slow
+def test_a_run_warns_of_its_sizes(small, tmp_path, capsys):
+    assert loop.train(small(**{"model.vocab_size": 2000}), tmp_path) == 0
+    assert "warning: model.vocab_size = 2,000, but byte has 257 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("limit", "end"), [(2**40, "fits, with "), (2**10, "does not fit")])
+def test_dry_run_tells_whether_it_fits(tiny, limit, end):
+    kind = {"device_kind": "some chip", "platform": "gpu"}
+    device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": limit}, **kind)
+    assert end in dry_run._fits(2**20, device)
+    unknown = SimpleNamespace(memory_stats=lambda: None, **kind)
+    assert "memory of some chip is not known" in dry_run._fits(2**20, unknown)
+    report, _ = dry_run.report(tiny(**{"model.vocab_size": 300}))
+    assert "left for activations" in report
 
 
 def test_dry_run_tells_of_missing_files_beside_the_table(tiny):

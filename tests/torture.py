@@ -2,8 +2,9 @@
 
     python tests/torture.py --kills=25 --out=/tmp/torture
 
-A third of the kills falls inside a save, a third inside an evaluation, a third anywhere. Prints
-one line a kill, and at the end whether weights, moments and metrics are the same bit for bit.
+A third of the kills falls inside a save, a third inside an evaluation, a third anywhere. With
+--signal=HUP or USR1 the run is asked to stop instead, and saves its step. Prints one line a kill,
+and at the end whether weights, moments and metrics are the same bit for bit.
 tests/test_torture.py runs a short form of it.
 """
 
@@ -24,7 +25,7 @@ STEPS, LOG, EVAL, SAVE = 60, 3, 7, 5
 CLOCKS = ("seconds", "tokens_per_second")
 
 
-def child(workdir: str, book: str, kill_in: str, seed: int) -> int:
+def child(workdir: str, book: str, kill_in: str, seed: int, number: int) -> int:
     """A run that kills itself at a random instant of a save or of an evaluation."""
     from ngpt_jax import config as config_lib
     from ngpt_jax.checkpoint import saving
@@ -34,7 +35,7 @@ def child(workdir: str, book: str, kill_in: str, seed: int) -> int:
 
     def die_soon(seconds: float) -> None:
         delay = rng.uniform(0, seconds)
-        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+        timer = threading.Timer(delay, os.kill, (os.getpid(), number))
         timer.daemon = True
         timer.start()
 
@@ -65,8 +66,11 @@ def child(workdir: str, book: str, kill_in: str, seed: int) -> int:
     return loop.train(config_lib.from_config_dict(values), Path(workdir))
 
 
-def start(workdir: Path, book: Path, kill_in: str = "-", seed: int = 0) -> subprocess.Popen:
-    command = [sys.executable, __file__, "--child", str(workdir), str(book), kill_in, str(seed)]
+def start(
+    workdir: Path, book: Path, kill_in: str = "-", seed: int = 0, number: int = signal.SIGKILL
+) -> subprocess.Popen:
+    command = [sys.executable, __file__, "--child", str(workdir), str(book), kill_in]
+    command += [str(seed), str(int(number))]
     root = Path(__file__).parents[1]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     return subprocess.Popen(
@@ -74,9 +78,11 @@ def start(workdir: Path, book: Path, kill_in: str = "-", seed: int = 0) -> subpr
     )
 
 
-def one_life(workdir: Path, book: Path, kill_in: str, seed: int, say) -> bool:
-    """A start that is killed; whether it was before it came to its end."""
-    process = start(workdir, book, kill_in, seed)
+def one_life(
+    workdir: Path, book: Path, kill_in: str, seed: int, say, number: int = signal.SIGKILL
+) -> bool:
+    """A start that is killed, or stopped; whether it was before it came to its end."""
+    process = start(workdir, book, kill_in, seed, number)
     before = []
     if kill_in == "-":
         assert process.stdout is not None
@@ -85,13 +91,14 @@ def one_life(workdir: Path, book: Path, kill_in: str, seed: int, say) -> bool:
             if line.startswith("compiled"):
                 break
         time.sleep(random.Random(seed).uniform(0, 1.0))
-        process.send_signal(signal.SIGKILL)
+        process.send_signal(number)
     out, err = process.communicate(timeout=300)
-    if process.returncode not in (0, -signal.SIGKILL):
+    # 75: saved, the same command goes on. A signal after the end of the training kills.
+    if process.returncode not in (0, -number, 0 if number == signal.SIGKILL else 75):
         raise AssertionError(f"exit code {process.returncode}\n{out}\n{err}")
     lines = before + out.splitlines()
     resumed = next((line for line in lines if line.startswith("resumed")), "from the start")
-    killed = process.returncode == -signal.SIGKILL
+    killed = process.returncode != 0
     where = {"-": "anywhere"}.get(kill_in, kill_in)
     say(f"{resumed}; {f'killed in {where}' if killed else 'came to its end'}  {err.strip()}")
     return killed
@@ -114,7 +121,7 @@ def final_arrays(workdir: Path) -> list[np.ndarray]:
     return [np.asarray(x) for x in jax.tree.leaves(tree)]
 
 
-def torture(out: Path, kills: int, say=print) -> None:
+def torture(out: Path, kills: int, say=print, number: int = signal.SIGKILL) -> None:
     """Raises AssertionError where the tortured run is not the undisturbed one."""
     out.mkdir(parents=True, exist_ok=True)
     book = out / "book.txt"
@@ -129,7 +136,7 @@ def torture(out: Path, kills: int, say=print) -> None:
             break
         # The end of a run is a place like any other: one that came to it begins anew.
         kind = ("save", "eval", "-")[seed % 3]
-        done += (killed := one_life(out / "cut", book, kind, seed, say))
+        done += (killed := one_life(out / "cut", book, kind, seed, say, number))
         if not killed:
             check(out)
             (out / "cut").rename(out / f"cut-{seed}")
@@ -148,12 +155,13 @@ def check(out: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        workdir_, book_, kill_in_, seed_ = sys.argv[2:]
-        sys.exit(child(workdir_, book_, kill_in_, int(seed_)))
+        workdir_, book_, kill_in_, seed_, number_ = sys.argv[2:]
+        sys.exit(child(workdir_, book_, kill_in_, int(seed_), int(number_)))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=25)
     parser.add_argument("--out", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--signal", default="KILL", help="KILL, HUP, USR1, ...")
     given = parser.parse_args()
-    torture(given.out, given.kills)
+    torture(given.out, given.kills, number=signal.Signals[f"SIG{given.signal}"])

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 from etils import epath
 
 from ngpt_jax.checkpoint import saving
-from ngpt_jax.checkpoint.folder import CheckpointFolder, warn
+from ngpt_jax.checkpoint.folder import CheckpointFolder
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import CheckpointConfig, ConfigError
+from ngpt_jax.errors import tell
 from ngpt_jax.parallel import distributed
 
 State = TypeVar("State", bound=Any)  # a NamedTuple of trees with the field step
@@ -107,7 +108,8 @@ class Checkpoints:
             try:
                 self._folder.remove(step)
             except Exception as e:
-                warn(f"checkpoint {step}, no longer needed, cannot be removed: {saving.why(e)}")
+                why = f"no longer needed, cannot be removed: {saving.why(e)}"
+                tell(f"warning: checkpoint {step}, {why}")
         with self._lock:
             self._save = None
 

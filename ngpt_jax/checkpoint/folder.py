@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import sys
 from typing import Any
 
 from etils import epath
@@ -12,6 +11,7 @@ from orbax.checkpoint.path import atomicity, atomicity_defaults
 from ngpt_jax.checkpoint import checksums
 from ngpt_jax.checkpoint.checksums import DamagedCheckpoint
 from ngpt_jax.config import ConfigError
+from ngpt_jax.errors import tell
 from ngpt_jax.files import is_remote, reading, reason
 
 
@@ -103,7 +103,7 @@ class CheckpointFolder:
                     aside = self._set_aside(step)
                     warnings.append(f"checkpoint {step} is damaged ({e}); set aside in {aside}")
             for warning in warnings:
-                warn(warning + (f", going on from {steps[-1]}" if steps else ""))
+                tell("warning: " + warning + (f", going on from {steps[-1]}" if steps else ""))
             if not steps and self.damaged.exists() and any(self.damaged.iterdir()):
                 raise ConfigError(
                     f"--workdir={self.workdir} holds damaged checkpoints only (in {self.damaged});"
@@ -171,8 +171,3 @@ def absolute(path: epath.PathLike) -> epath.Path:
     """The path without ~, and absolute where it is local."""
     path = epath.Path(path).expanduser()
     return path if is_remote(path) else path.absolute()
-
-
-def warn(line: str) -> None:
-    """A warning to the user, on stderr."""
-    print(f"warning: {line}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from ngpt_jax.errors import ConfigError
+from ngpt_jax.errors import ConfigError, escape_what_cannot_be_encoded, tell
 from ngpt_jax.files import is_remote, reason, write_atomically
 
 
@@ -45,7 +45,7 @@ def _check_not_empty(flag: str, value: Any) -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
+    tell(f"error: {message}")
     sys.exit(2)
 
 
@@ -89,12 +89,33 @@ def output_folder(workdir: str, out: str | None, name: str) -> Path:
     return folder
 
 
+def _backend_problem() -> str:
+    """Why jax has no devices, where that may be what an error came from; or nothing."""
+    jax = sys.modules.get("jax")
+    if jax is None:
+        return ""
+    try:
+        jax.devices()
+        return ""
+    except Exception as e:  # bare AssertionErrors too
+        why = f" ({reason(e)})" if str(e) else ""
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+    if platforms:
+        return (
+            f"JAX_PLATFORMS={platforms}: jax finds no such device here{why}; unset JAX_PLATFORMS,"
+            " or install jax for the device (jax[cuda13], jax[tpu])."
+        )
+    return f"jax cannot start its devices{why}; JAX_PLATFORMS=cpu does without them."
+
+
 def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
     """Parses the flags, runs ``command(overrides)`` and exits with the code that it returns.
 
-    A wrong flag or a ConfigError is printed in one line, and the exit code is 2. --help prints the
-    docstring and the flags of the command's module, and the exit code is 0.
+    A wrong flag, a ConfigError or a backend that jax cannot start is printed in one line, and the
+    exit code is 2. --help prints the docstring and the flags of the command's module, and the exit
+    code is 0.
     """
+    escape_what_cannot_be_encoded()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes of XLA about the CPU
 
     def checked(argv: list[str]) -> int | None:
@@ -120,4 +141,8 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
         if e.errno == errno.EPIPE:  # the reader has gone, as in `| head`
             sys.exit(1)
         _fail(f"{reason(e)}{'' if e.filename is None else f': {e.filename}'}.")
+    except Exception:
+        if problem := _backend_problem():
+            _fail(problem)
+        raise
     raise AssertionError("app.run exits")

@@ -63,7 +63,7 @@ def load_corpus(
     train: dict[str, Sequences] = {}
     held_out: list[EvalSet] = []
     tokens, prints = 0, []
-    for name, prefix, source in _sources(config):
+    for name, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
             with Progress(f"reading tokens of {prefix}paths", terminal) as progress:
                 progress.doing("reading and hashing")
@@ -109,7 +109,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     train: dict[str, str] = {}  # real path -> field
     held_out: dict[str, str] = {}
     shares: dict[str, tuple[float, str]] = {}  # real path -> share that is held out, prefix
-    for _, prefix, source in _sources(config):
+    for _, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
             files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
         else:
@@ -146,7 +146,7 @@ def _check_cache(cache: str) -> None:
         )
 
 
-def _sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
+def sources(config: DataConfig) -> list[tuple[str, str, SourceConfig]]:
     """(name, prefix of the names of its fields, source) of each source."""
     if config.source != "mixture":
         return [("", "data.", config)]

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from ngpt_jax import signals
 from ngpt_jax.config import DataConfig
 from ngpt_jax.config.facts import check_seed
 from ngpt_jax.data.corpus import Corpus
@@ -138,7 +139,8 @@ def train_batches(
             flags.FLAGS.mark_as_parsed()  # grain's workers read them; a script may not parse any
         each = max(1, prefetch // workers)
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(workers, each), follow_parent)
-    return iter(batches)
+    with signals.blocked():  # the workers are started here
+        return iter(batches)
 
 
 # ---------------------------------------------------------------------------------- evaluation
@@ -149,12 +151,21 @@ def num_eval_batches(eval_set: EvalSet, context: int, batch_size: int) -> int:
     return -(-len(eval_set.stream) // (context * batch_size))
 
 
+def num_eval_tokens(
+    eval_set: EvalSet, context: int, batch_size: int, limit: int | None = None
+) -> int:
+    """How many targets :func:`eval_batches` gives, all rows together."""
+    tokens = len(eval_set.stream)
+    return tokens if limit is None else min(limit * context * batch_size, tokens)
+
+
 def eval_batches(
     eval_set: EvalSet,
     context: int,
     batch_size: int,
     limit: int | None = None,
     mask_documents: bool = False,
+    rows: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Batches of sequences in the order of the text.
 
@@ -164,24 +175,33 @@ def eval_batches(
       batch_size: sequences a batch.
       limit: only the first so many batches; None: all.
       mask_documents: also give segment_ids and positions.
+      rows: of each batch, ascending, which alone are read; None: all.
 
     Returns:
       An iterator over {"inputs", "targets": int32, "weights": float32} and, with
-      ``mask_documents``, "segment_ids", "positions": int32, each (batch_size, context). The weight
-      of a target is 1, of the padding at the end 0.
+      ``mask_documents``, "segment_ids", "positions": int32, each (rows, context). The weight of a
+      target is 1, of the padding at the end 0.
     """
-    shape, size, stream = (batch_size, context), batch_size * context, eval_set.stream
+    rows = np.arange(batch_size) if rows is None else rows
+    runs = np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1)  # each is read at once
+    stream, size = eval_set.stream, batch_size * context
     batches = num_eval_batches(eval_set, context, batch_size)
-    for start in range(0, size * (batches if limit is None else min(limit, batches)), size):
-        tokens = stream.read(max(start - 1, 0), min(start + size, len(stream)))
-        if start == 0:
-            tokens = np.concatenate([np.array([eval_set.eod], np.int32), tokens])
-        inputs, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        weights = np.zeros(size, np.float32)
-        real = len(tokens) - 1
-        inputs[:real], targets[:real], weights[:real] = tokens[:-1], tokens[1:], 1
-        batch = {"inputs": inputs, "targets": targets, "weights": weights}
-        batch = {name: x.reshape(shape) for name, x in batch.items()}
+    for first in range(0, size * (batches if limit is None else min(limit, batches)), size):
+        shape = len(rows) * context
+        batch: Batch = {name: np.zeros(shape, np.int32) for name in ("inputs", "targets")}
+        batch["weights"], at = np.zeros(shape, np.float32), 0
+        for run in runs:
+            start = first + int(run[0]) * context
+            stop = min(start + len(run) * context, len(stream))
+            if start < stop:
+                tokens = stream.read(max(start - 1, 0), stop)
+                if start == 0:
+                    tokens = np.concatenate([np.array([eval_set.eod], np.int32), tokens])
+                real = slice(at, at + stop - start)
+                batch["inputs"][real], batch["targets"][real] = tokens[:-1], tokens[1:]
+                batch["weights"][real] = 1
+            at += len(run) * context
+        batch = {name: x.reshape(len(rows), context) for name, x in batch.items()}
         if mask_documents:
             batch |= by_document(batch["inputs"] == eval_set.eod)
         yield batch

@@ -14,14 +14,15 @@ tokenizer give the same bytes, whatever the number of workers.
 from __future__ import annotations
 
 import dataclasses
-import signal
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from ngpt_jax import config as config_lib
+from ngpt_jax import signals
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig, command
 from ngpt_jax.config.sources import TOKEN_FORMATS
+from ngpt_jax.errors import drop_unwritten
 
 if TYPE_CHECKING:  # imported where they are used, so that --help is quick
     from etils import epath
@@ -77,6 +78,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"
             f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
         )
+    drop_unwritten()
     return 0
 
 
@@ -102,7 +104,7 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    signals.Listener(interrupt, "received: stopping; what is done is kept")
     given = {name: flag.value for name, flag in _SOURCE_FLAGS.items()}
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     source = SourceConfig(**given)

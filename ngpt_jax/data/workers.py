@@ -2,14 +2,14 @@
 
 import multiprocessing
 import os
-import signal
 import threading
+
+from ngpt_jax import signals
 
 
 def follow_parent(*_: object) -> None:
     """Called in a worker: it ignores signals, and ends when its parent ends, even by SIGKILL."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signals.ignore()
 
     def watch() -> None:
         if (parent := multiprocessing.parent_process()) is not None:

@@ -1,10 +1,11 @@
 """Several processes as one program: how they start, and how they agree."""
 
 import itertools
+import json
 import os
 import re
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.errors import drop_unwritten, tell
+from ngpt_jax.files import digest_of
 
 T = TypeVar("T")
 
@@ -58,7 +61,7 @@ def initialize(
         # jax itself would abort with a stack trace, which nobody can catch.
         silent = f"{where}some of the other processes did not answer within {timeout} s"
         mend = f"{_ADVICE}, and see that the port is open."
-        print(f"error: {silent}; {mend}", file=sys.stderr, flush=True)
+        tell(f"error: {silent}; {mend}")
         os._exit(1)
 
     timer = threading.Timer(timeout, give_up)
@@ -175,17 +178,25 @@ def of_first(fn: Callable[[], str]) -> str:
 
 
 def check_same(**facts: object) -> None:
-    """Refuses, on all processes, to go on where they were started with different facts."""
+    """Refuses, on all processes, to go on where they were started with different facts.
+
+    Args:
+      **facts: any number, of any length as text; the first that differs is named.
+    """
     if jax.process_count() == 1:
         return
-    values = _all_messages("\n".join(str(x) for x in facts.values()))
-    for name, *of_processes in zip(facts, *(v.split("\n") for v in values)):
-        for process, value in enumerate(of_processes):
-            if value != of_processes[0]:
+    own = {name: digest_of([str(fact)])[:16] for name, fact in facts.items()}
+    first = json.loads(of_first(lambda: json.dumps(own)))
+
+    def compare() -> None:
+        for name in sorted(own.keys() | first.keys()):
+            if own.get(name) != first.get(name):
                 raise ConfigError(
-                    f"{name} of process {process} is not that of process 0; start all processes"
-                    " with the same command, versions and files."
+                    f"{name} of process {jax.process_index()} is not that of process 0; start all"
+                    " processes with the same command, versions and files."
                 )
+
+    together(compare, ConfigError)
 
 
 def stop_agreed(poll: int) -> bool:
@@ -239,7 +250,8 @@ def leave(code: int) -> int:
     others, which wait for this process. The coordination service notices its end, and ends them.
     """
     if jax.process_count() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        drop_unwritten()
+        if is_first():
+            time.sleep(2)  # the service ends with this process, and aborts those that are left
         os._exit(code)
     return code

@@ -1,12 +1,10 @@
 """A study from its experiment file: the runs that are due, one run again, the report."""
 
-import os
-import signal
-import sys
 from pathlib import Path
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
+from ngpt_jax.errors import tell
 from ngpt_jax.files import is_remote
 from ngpt_jax.study import plan, report, results, runner
 from ngpt_jax.terminal import Terminal
@@ -50,15 +48,13 @@ def compare(
     terminal.say(f"report -> {report.write(experiment, study, rows, folder)}")
     lost = plan.given_up(study, results.losses_of(study, rows))
     for line in lost:
-        print(f"error: {line}", file=sys.stderr)
+        tell(f"error: {line}")
     return 1 if lost else 0 if complete else EXIT_RESUME
 
 
 def _run_all(c: runner.Comparison, terminal: Terminal) -> bool:
     """Runs what is due until a signal comes; returns whether the study is complete."""
     stop = StopSignal()
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # of a closed terminal, without nohup
-        signal.signal(signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         return runner.run_all(c, terminal, lambda: stop.name)
     finally:

@@ -1,7 +1,17 @@
 """What a run would be: parameter table, counts and memory, from shapes alone."""
 
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.data.corpus import check_corpus
+from ngpt_jax.data.corpus import check_corpus, sources
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.text.units import Unit
+from ngpt_jax.data.token_files import holds_tokens, open_tokens
+from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.model.params import axis_sizes, num_params
 from ngpt_jax.optim.recipes import make_optimizer
@@ -9,7 +19,50 @@ from ngpt_jax.parallel.mesh import check_eval_batch, make_mesh
 from ngpt_jax.parallel.rules import axis_size
 from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout
-from ngpt_jax.training.throughput import train_flops_per_token
+from ngpt_jax.training.setup import epochs_of, size_warnings
+from ngpt_jax.training.throughput import chip_of, train_flops_per_token
+
+
+def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
+    """Tokens to train on, 0 where they are not known, and a line that tells them."""
+    tokens, exact = 0, True
+    for _, prefix, source in sources(config.data):
+        if holds_tokens(source, prefix):
+            cache = Path(config.data.cache).expanduser()
+            tokens += len(open_tokens(source, prefix, tokenizer, cache).train)
+        else:
+            exact = False
+            tokens += _estimate(open_source(source, prefix, download=False).train, tokenizer)
+    if not tokens:
+        return 0, "its size is not known before it is prepared"
+    about = "" if exact else "about "
+    return tokens, f"{about}{tokens:,} tokens, each read {epochs_of(config, tokens):,.3g} times"
+
+
+def _estimate(units: Sequence[Unit], tokenizer: Tokenizer) -> int:
+    """Tokens of text that is not prepared, from the first documents of its first file."""
+    tokens = characters = read = 0
+    for text, read in units[0].read() if units else ():  # noqa: B007
+        tokens += len(tokenizer.encode(text)) + 1
+        characters += len(text)
+        if characters > 100_000:
+            break
+    return round(sum(unit.size for unit in units) * tokens / read) if read else 0
+
+
+def _fits(least: int, device: jax.Device) -> str:
+    """At least how much of a device's memory is used."""
+    chip, limit = chip_of(device), (device.memory_stats() or {}).get("bytes_limit")
+    if chip is not None:
+        limit = limit or int(chip.memory * 2**30)
+    elif device.platform == "cpu":
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    used = f"at least {format_bytes(least)} per device"
+    if limit is None:
+        return f"{used}; the memory of {device.device_kind} is not known"
+    left = limit - least
+    end = "does not fit" if left < 0 else f"fits, with {format_bytes(left)} left for activations"
+    return f"{used} of {format_bytes(limit)}: {end}"
 
 
 def report(config: Config) -> tuple[str, ConfigError | None]:
@@ -22,10 +75,12 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
       ConfigError: anything else is wrong.
     """
     problem, name = None, config.data.tokenizer
+    tokenizer, available, text = None, 0, "not known"
     try:
         config, tokenizer = with_tokenizer(config)
         name = tokenizer.name
         check_corpus(config.data, tokenizer)
+        available, text = _size_of_text(config, tokenizer)
     except ConfigError as e:
         if config.model.vocab_size is None:
             raise
@@ -45,21 +100,26 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     tensor = axis_size(mesh, "tensor")
     logits = 4 * min(model.loss_chunk, sequences * length) * vocab // tensor
     scores = 4 * sequences * length * model.context * model.heads // tensor
-    params = format_bytes(layout.bytes_per_device(state.params))
+    sizes = layout.bytes_per_device(state.params), layout.bytes_per_device(state.opt_state)
+    params, least = format_bytes(sizes[0]), 2 * sizes[0] + sizes[1] + logits
     in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
         ("vocabulary", f"{model.vocab_size:,} of {name}, padded to {vocab:,}"),
         ("run", f"{train.steps:,} steps of {tokens:,} tokens: {train.steps * tokens:,} tokens"),
+        ("text", text),
         ("compute", f"{train_flops_per_token(model):.3g} FLOPs per token,"
          f" {train_flops_per_token(model) * train.steps * tokens:.3g} in all"),
         ("devices", layout.describe_mesh(mesh)),
         ("attention", kernel.removeprefix("attention kernel: ")),
         ("memory per device", f"parameters {params},"
-         f" Adam {format_bytes(layout.bytes_per_device(state.opt_state))}, gradients {params},"
+         f" Adam {format_bytes(sizes[1])}, gradients {params},"
          f" logits of a chunk {format_bytes(logits)}"
          f"{in_memory if model.attention == 'xla' else ''}; other activations come on top"),
+        ("in all", _fits(least, mesh.devices.flat[0])),
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]
+    if tokenizer is not None:
+        lines += [f"warning: {line}" for line in size_warnings(config, tokenizer, available)]
     return "\n".join([layout.parameter_table(model, mesh), "", *lines]), problem

@@ -17,7 +17,7 @@ from ngpt_jax.model.params import compute_params
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.training.metrics import Results, Row
-from ngpt_jax.training.step import Batch, summed_nats
+from ngpt_jax.training.step import summed_nats
 from ngpt_jax.training.workdir import RunError
 
 # One program each for all runs of a process.
@@ -92,6 +92,7 @@ class Evaluator:
                 limit = self._config.batches if step < self._steps else None
                 result = evaluate(
                     self._model, params, self._batches(eval_set, limit), self._placer,
+                    pipeline.num_eval_tokens(eval_set, *self._shape, limit),
                     eval_set.num_bytes if limit is None else None, stop_asked,
                 )  # fmt: skip
                 if result is None:
@@ -107,7 +108,7 @@ class Evaluator:
             (batch,) = self._batches(self._eval_sets[0], 1)
         except ConfigError as e:  # a file that was damaged since the start
             raise RunError(str(e)) from e
-        inside = jax.device_get(_summarize(self._model, params, place(batch, self._placer)))
+        inside = jax.device_get(_summarize(self._model, params, self._placer(batch)))
         row: Row = {
             f"eval/{n}/{key}": x for n, found in results.items() for key, x in found.items()
         }
@@ -115,25 +116,23 @@ class Evaluator:
         self._remember(step, results)
 
     def _batches(self, eval_set: EvalSet, limit: int | None) -> Iterator[dict[str, Any]]:
-        return pipeline.eval_batches(eval_set, *self._shape, limit, self._mask_documents)
-
-
-def place(batch: dict[str, Any], placer: BatchPlacer) -> Batch:
-    """A whole batch, of which this process gives its rows, on the devices."""
-    return placer({name: rows[placer.rows] for name, rows in batch.items()})
+        return pipeline.eval_batches(
+            eval_set, *self._shape, limit, self._mask_documents, self._placer.rows
+        )
 
 
 def evaluate(
     model: ModelConfig, params: Any, batches: Iterator[dict[str, Any]], placer: BatchPlacer,
-    num_bytes: int | None = None, stop_asked: Callable[[], bool] = lambda: False,
+    tokens: int, num_bytes: int | None = None, stop_asked: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:  # fmt: skip
     """Loss of ``params`` on a held-out set.
 
     Args:
       model: resolved.
       params: its parameters.
-      batches: whole ones, as :func:`pipeline.eval_batches` gives them.
+      batches: this process's rows of them, as :func:`pipeline.eval_batches` gives them.
       placer: moves them to the devices.
+      tokens: how many the batches hold, all processes together.
       num_bytes: UTF-8 bytes of the text, where the batches hold all of a set.
       stop_asked: asked at each batch.
 
@@ -142,15 +141,17 @@ def evaluate(
       ``num_bytes`` bits_per_byte = nats / ln 2 / num_bytes. None where it was asked to stop.
     """
     sums: list[jax.Array] = []
-    tokens = 0.0
     for batch in batches:
         if stop_asked():
             return None
-        tokens += float(batch["weights"].sum())
-        placed = place(batch, placer)
+        placed = placer(batch)
         # One at a time: collectives of two programs in flight can wait for each other on CPUs.
         jax.block_until_ready(sums[-1:])
         sums.append(_summed_nats(model, params, placed))
     nats = math.fsum(float(s) for s in jax.device_get(sums))
-    out = {"loss": nats / tokens, "perplexity": math.exp(min(nats / tokens, 700)), "tokens": tokens}
+    out = {
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700)),
+        "tokens": float(tokens),
+    }
     return out if num_bytes is None else out | {"bits_per_byte": nats / math.log(2) / num_bytes}

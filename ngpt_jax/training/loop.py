@@ -78,7 +78,7 @@ def _run_steps(run: Run) -> bool:
         logger.add(run.step, metrics)
         if logger.due(run.step):
             logger.write_row(run.step, run.state.params)
-            saver.look_at_clock()
+        saver.look_at_clock(run.step)
 
     run.profile.end(run.state)
     saver.finish(run.step)

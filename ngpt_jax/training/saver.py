@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+
 from ngpt_jax.checkpoint.checkpoints import Checkpoints, SaveError
 from ngpt_jax.config import CheckpointConfig
 from ngpt_jax.parallel import distributed
@@ -34,17 +36,24 @@ class Saver:
         self._checkpoints, self._config = checkpoints, config
         self._facts, self._loss_at, self._say = facts, loss_at, say
         self._saved_at, self._overdue = time.monotonic(), False
+        self._next_look, self._last_look = 0, (0, 0.0)  # steps; (step, seconds)
 
-    def look_at_clock(self) -> None:
+    def look_at_clock(self, step: int) -> None:
         """Finds out, by process 0's clock, whether ``checkpoint.minutes`` have passed.
 
-        The processes wait for each other here, so it is not asked after every step.
+        Called after every step. Several processes wait for each other when they look, so each look
+        tells after how many steps the next one is: half of those that fit into the time left.
         """
-        if minutes := self._config.minutes:
-            passed = distributed.of_first(
-                lambda: str(time.monotonic() - self._saved_at > 60 * minutes)
-            )
-            self._overdue = passed == "True"
+        if not self._config.minutes or step < self._next_look:
+            return
+        left = 60 * self._config.minutes - (time.monotonic() - self._saved_at)
+        before, then = self._last_look
+        ahead = 1
+        if jax.process_count() > 1 and 0 < before < step:
+            ahead = max(1, int(left / 2 * (step - before) / (time.monotonic() - then)))
+        told = distributed.of_first(lambda: f"{ahead if left > 0 else 0}")
+        self._overdue, self._next_look = told == "0", step + max(1, int(told))
+        self._last_look = step, time.monotonic()
 
     def due(self, step: int) -> bool:
         """Whether to save after this many steps, be it the last one or not."""

@@ -5,8 +5,8 @@ import dataclasses
 import faulthandler
 import functools
 import json
+import math
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import digest_of, reason, writing
-from ngpt_jax.model.params import num_params
+from ngpt_jax.model.params import axis_sizes, num_params, param_list
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer, check_eval_batch, make_mesh
@@ -42,6 +42,8 @@ from ngpt_jax.training.stop_signal import StopSignal
 from ngpt_jax.training.workdir import RunError
 
 T = TypeVar("T")
+_FEW_ROWS = 128  # of a vocabulary, rounded up to fit the hardware
+_MANY_EPOCHS = 100
 
 
 @dataclasses.dataclass
@@ -96,7 +98,7 @@ def open_run(
     """
     # 1. All processes hear of signals, and were given the same config.
     stop.attach()
-    distributed.check_same(config=zlib.crc32(config_lib.to_json(config).encode()))
+    distributed.check_same(**_fields(config))
 
     # 2. Tokenizer, mesh and attention kernel fit the config. The folder will tell of ``config``;
     # ``on_mesh`` has the kernel for the devices here.
@@ -200,6 +202,8 @@ def open_run(
         f" {batch_size * model.context:,} tokens, {corpus.tokens:,} tokens of text"
         f" ({config.data.source}) -> {workdir}"
     )
+    for warning in size_warnings(config, tokenizer, corpus.tokens):
+        say(f"warning: {warning}")
     if mesh.size > 1:
         say(f"{layout.describe_mesh(mesh)}; {kernel}")
         say(layout.parameter_table(model, mesh))
@@ -233,6 +237,50 @@ def open_run(
         state, step, steps, progress, next_batch, placer, train_step, stop_asked, evaluator, logger,
         profile, saver, sample,
     )  # fmt: skip
+
+
+def size_warnings(config: Config, tokenizer: Tokenizer, tokens: int) -> list[str]:
+    """What looks like a mistake in the sizes of vocabulary and text, one line each.
+
+    Args:
+      config: resolved.
+      tokenizer: of the run.
+      tokens: to train on; 0: not known.
+    """
+    out, model = [], config.model
+    assert model.vocab_size is not None
+    unused = model.vocab_size - tokenizer.vocab_size
+    if unused > max(_FEW_ROWS, tokenizer.vocab_size // 10):
+        with_rows = [p.shape(model) for p in param_list(model) if "vocab" in p.axes]
+        each = sum(map(math.prod, with_rows)) // axis_sizes(model)["vocab"]
+        out.append(
+            f"model.vocab_size = {model.vocab_size:,}, but {tokenizer.name} has"
+            f" {tokenizer.vocab_size:,} tokens: {unused:,} rows are never used, and"
+            f" {unused * each:,} parameters cannot learn."
+        )
+    epochs = epochs_of(config, tokens) if tokens else 0
+    if epochs > _MANY_EPOCHS:
+        out.append(
+            f"the run reads its {tokens:,} tokens of text {epochs:,.0f} times; give more text, or"
+            " fewer train.steps."
+        )
+    return out
+
+
+def epochs_of(config: Config, tokens: int) -> float:
+    """How often a run reads its text."""
+    assert config.train.steps is not None
+    return config.train.steps * config.train.batch_size * config.model.context / tokens
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    """The values of a config by their dotted names."""
+    sections = json.loads(config_lib.to_json(config))
+    return {
+        f"{section}.{name}" if name else section: value
+        for section, fields in sections.items()
+        for name, value in (fields if isinstance(fields, dict) else {"": fields}).items()
+    }
 
 
 def _on_first(workdir: epath.Path, fn: Callable[[], T]) -> T | None:

@@ -1,18 +1,21 @@
-"""SIGTERM and Ctrl-C: the loop asks whether to stop, and all processes get the same answer."""
+"""Signals that stop a run: the loop asks whether to stop; all processes get the same answer."""
 
 import os
 import signal
 from typing import Any
 
+from ngpt_jax import signals
+
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
+_ANSWER = "received: stopping as soon as what is done is saved; a second Ctrl-C quits at once"
 
 
 class StopSignal:
-    """Remembers SIGTERM and the first Ctrl-C; a second Ctrl-C quits at once.
+    """Remembers that one of ``signals.STOP_SIGNALS`` came; a second Ctrl-C quits at once.
 
     It is made before jax is loaded, so that no signal is missed. With several processes a signal to
-    one of them stops all at the same call: jax then handles SIGTERM itself, and Ctrl-C is passed on
-    as SIGTERM.
+    one of them stops all at the same call: jax then handles SIGTERM itself, and the other signals
+    are passed on as SIGTERM.
 
     Attributes:
       name: of the signal that came; None before.
@@ -21,7 +24,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.name: str | None = None
         self._polls, self._several, self._interrupted = 0, False, False
-        self._old = {s: signal.signal(s, self._on) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._listener = signals.Listener(self._on, _ANSWER)
 
     def attach(self) -> None:
         """To be called after the processes have met."""
@@ -37,7 +40,7 @@ class StopSignal:
             if self._interrupted:
                 raise KeyboardInterrupt
             self._interrupted = True
-        if self._several and number == signal.SIGINT:
+        if self._several and number != signal.SIGTERM:
             os.kill(os.getpid(), signal.SIGTERM)
         else:
             self.name = signal.Signals(number).name
@@ -54,5 +57,4 @@ class StopSignal:
 
     def restore(self) -> None:
         """Puts the earlier signal handlers back."""
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
+        self._listener.close()

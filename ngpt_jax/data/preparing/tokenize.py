@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ngpt_jax import signals
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import Split
@@ -203,7 +204,8 @@ def _in_workers(
     pending: collections.deque = collections.deque()
     try:
         for portion in portions:
-            job = pool.submit(_tokenize_in_worker, portion.texts, group.name, group.split)
+            with signals.blocked():  # the first call starts the workers
+                job = pool.submit(_tokenize_in_worker, portion.texts, group.name, group.split)
             pending.append((portion, job))
             if len(pending) > 2 * workers:  # bounds the memory
                 portion, job = pending.popleft()
