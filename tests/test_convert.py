@@ -171,8 +171,8 @@ def test_command_there_and_back(tiny, tmp_path):
     assert (out.returncode, out.stderr) == (0, "")
     count = f"{num_params(run.config.model):,}"
     assert out.stdout == f"{one}, step 0 -> {folder}: ngpt, {count} parameters\n"
-    names = ["config.json", "configuration_ngpt.py", "generation_config.json", "model.safetensors"]
-    names += ["modeling_ngpt.py", "tokenizer.json", "tokenizer_config.json"]
+    names = ["config.json", "configuration_ngpt.py", "functions_ngpt.py", "generation_config.json"]
+    names += ["model.safetensors", "modeling_ngpt.py", "tokenizer.json", "tokenizer_config.json"]
     assert sorted(p.name for p in folder.iterdir()) == names
     out = convert(f"--from_hf={folder}", f"--out={two}", "--config.eval.every=5")
     assert (out.returncode, out.stderr) == (0, "")

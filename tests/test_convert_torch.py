@@ -34,7 +34,7 @@ from ngpt_jax.inference.opening import write_weights
 WHY = "needs pip install '.[torch]'"
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
-modeling_ngpt = pytest.importorskip("ngpt_jax.export.modeling_ngpt", reason=WHY)
+functions_ngpt = pytest.importorskip("ngpt_jax.export.functions_ngpt", reason=WHY)
 
 DTYPES = ("model.dtype", "model.param_dtype")
 POINTS = [(n, folded) for n in MODELS for folded in (False, True) if not (folded and n[0] == "g")]
@@ -111,7 +111,7 @@ def test_slerp():
     for near, b in (("", f), ("the same", h), ("opposite", -h)):
         for a in (alpha, alpha[:, :1], 0 * alpha, 1 + 0 * alpha):
             leaves = [torch.tensor(x, requires_grad=True) for x in (h, b, a)]
-            out = modeling_ngpt._slerp(*leaves)
+            out = functions_ngpt.slerp(*leaves)
             out.square().sum().backward()
             assert all(x.grad.isfinite().all() for x in leaves)
             if near != "opposite":
@@ -161,8 +161,11 @@ def test_what_transformers_asks_of_a_model(tiny, tmp_path):
     before, after = out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     nats = torch.nn.functional.cross_entropy(before, after)
     assert out.loss.item() == pytest.approx(nats.item(), rel=1e-6)
-    with pytest.raises(NotImplementedError, match="The vocabulary is that of the training"):
-        model.resize_token_embeddings(300)
+    for change in ((300,), (None, 64)):
+        with pytest.raises(NotImplementedError, match="is that of the training, 260"):
+            model.resize_token_embeddings(*change)
+    for change in ((), (260,), (None, 20)):
+        assert model.resize_token_embeddings(*change) is model.get_input_embeddings()
     out.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert len(out.hidden_states) == 3
@@ -182,6 +185,97 @@ def test_what_transformers_asks_of_a_model(tiny, tmp_path):
     changed["output_embedding"] = run.params["output_embedding"].at[3].multiply(2)
     assert back.config == run.config
     assert same(back.params, changed, run.config.model)
+
+
+@pytest.mark.parametrize(("name", "folded"), POINTS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_keeps_its_dtype(tiny, tmp_path, name, folded, dtype):
+    run = make_run(tiny, name)
+    huggingface.write_folder(run, str(tmp_path / "a"), "bfloat16", folded)
+    model = load_torch(tmp_path / "a", dtype=getattr(torch, dtype))
+    assert model.dtype == model.model.dtype == getattr(torch, dtype)
+    model.save_pretrained(str(tmp_path / "b"))
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["dtype"] == dtype
+    again = load_torch(tmp_path / "b", dtype="auto")
+    assert again.dtype == model.dtype and again.lm_head.weight.dtype == model.dtype
+    assert again.get_memory_footprint() == model.get_memory_footprint()
+    if not name.startswith("gpt"):
+        assert again.model.layers[0].alpha_a.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("name", "folded"), POINTS)
+def test_packed_documents(tiny, tmp_path, name, folded):
+    """Positions that begin anew without a mask and a cache: attention stays within documents."""
+    run = make_run(tiny, name)
+    huggingface.write_folder(run, str(tmp_path / "hf"), fold=folded)
+    model = load_torch(tmp_path / "hf")
+    ids = torch.from_numpy(some_tokens(run.config.model)).long()[:, :12]
+
+    def positions(*lengths):
+        return torch.cat([torch.arange(n) for n in lengths])[None]
+
+    def alone(*ends):
+        starts = (0, *ends[:-1])
+        return torch.cat([model(ids[:, a:b]).logits for a, b in zip(starts, ends)], 1)
+
+    with torch.no_grad():
+        for use_cache in (False, True):
+            packed = model(ids, position_ids=positions(4, 1, 7), use_cache=use_cache).logits
+            assert worst(packed.numpy(), alone(4, 5, 12).numpy()) < 1e-5
+        both = torch.cat([positions(4, 8), positions(12)])  # a row of one document beside
+        packed = model(ids, position_ids=both).logits
+        assert worst(packed[:1].numpy(), alone(4, 12)[:1].numpy()) < 1e-5
+        assert worst(packed[1:].numpy(), alone(12)[1:].numpy()) < 1e-5
+        ones = torch.ones_like(ids)  # a mask says itself what is seen
+        later = {"position_ids": positions(12) + 5}  # one document
+        one, masked = model(ids, **later).logits, model(ids, ones, **later).logits
+        assert worst(one.numpy(), masked.numpy()) < 1e-5
+        masked = model(ids, attention_mask=ones, position_ids=positions(4, 8)).logits
+        assert worst(masked.numpy(), alone(4, 12).numpy()) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "folded"), POINTS)
+def test_gradient_checkpointing(tiny, tmp_path, name, folded):
+    run = make_run(tiny, name)
+    huggingface.write_folder(run, str(tmp_path / "hf"), fold=folded)
+    model = load_torch(tmp_path / "hf").train()
+    ids = torch.from_numpy(some_tokens(run.config.model)).long()
+
+    def gradients():
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    plain = gradients()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        assert model.is_gradient_checkpointing
+        for a, b in zip(gradients(), plain, strict=True):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    with pytest.raises(ValueError, match="does not go with a cache"):
+        model(ids, past_key_values=transformers.DynamicCache())
+    cached = model.eval()(ids[:, :5], use_cache=True)[1]
+    assert cached.get_seq_length() == 5
+
+
+def test_arguments_as_other_models_take_them(tiny, tmp_path, caplog, monkeypatch):
+    run = make_run(tiny)
+    huggingface.write_folder(run, str(tmp_path / "hf"))
+    model = load_torch(tmp_path / "hf", attn_implementation="eager")
+    ids = torch.from_numpy(some_tokens(run.config.model)).long()
+    embeddings = model.get_input_embeddings()(ids)
+    one = "You must specify exactly one of input_ids or inputs_embeds"
+    for call in (model, model.model):
+        with pytest.raises(ValueError, match=one):
+            call(ids, inputs_embeds=embeddings)
+        with pytest.raises(ValueError, match=one):
+            call()
+    with torch.no_grad():
+        by_embeddings = model(inputs_embeds=embeddings).logits
+        assert worst(by_embeddings.numpy(), model(ids).logits.numpy()) < 1e-5
+    monkeypatch.setattr(transformers.utils.logging.get_logger(), "propagate", True)
+    assert model(ids, output_attentions=True).attentions is None
+    assert "output_attentions: sdpa does not return attentions" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["byte", "json", "model", "tiktoken", "gpt2"])

@@ -175,6 +175,52 @@ def test_batches_keep_order_and_budget(model, monkeypatch):
     assert model.score([]) == []
 
 
+def test_rows_that_hold_nothing_to_score(model):
+    full, empty, one = model.score([[65, 66, 67], [], [65]])
+    assert [len(full[0]), len(empty[0]), len(one[0])] == [2, 0, 0]
+    for some in (empty, one, *model.score([[]]), *model.score([np.zeros(0)])):
+        assert (some[0].dtype, some[1].dtype, some[1].shape) == (np.float32, bool, (0,))
+    assert np.isfinite(full[0]).all()
+    assert np.array_equal(model.score(np.array([[65, 66, 67]]))[0][0], full[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([[65, 9999, 66]], "A row holds the token id 9999; the model knows 0 to 256"),
+        ([[65, 66], [65, 300]], "A row holds the token id 300"),  # a row of padding
+        ([[65, 257]], "A row holds the token id 257"),
+        ([[65, -1]], "A row holds the token id -1"),
+        ([np.array([65, -1])], "A row holds the token id -1"),
+        ([[65, 1.0]], "rows: a token id must be a whole number"),
+        ([np.array([65.0])], "rows: token ids must be a row of whole numbers"),
+        ([[65, False]], "rows: a token id must be a whole number"),
+        ([[65, None]], "rows: a token id must be a whole number"),
+        ([65, 66], "rows must be"),
+        (["text"], "rows must be"),
+        ("text", "rows must be"),
+        (None, "rows must be"),
+    ],
+)
+def test_rows_that_cannot_be_scored(model, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        model.score(rows)
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, None, "4"])
+def test_batch_sizes_that_are_none(model, size):
+    with pytest.raises(ConfigError, match="batch_size must be"):
+        model.score([[65, 66]], batch_size=size)
+    with pytest.raises(ConfigError, match="batch_size must be"):
+        scorers.score_text(model, ["some text"], size)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_texts_without_tokens(model, texts):
+    with pytest.raises(ConfigError, match="The texts hold no tokens"):
+        scorers.score_text(model, texts)
+
+
 def test_shorter_rows_come_in_larger_batches(tiny, monkeypatch):
     shapes = []
 

@@ -226,6 +226,88 @@ def test_values_out_of_range_are_refused(model, how, message):
         model.generate("8 bytes.", **how)
 
 
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"prompts": None}, "prompts must be a text, token ids, or a list of them, got None"),
+        ({"prompts": 5}, "prompts must be a text"),
+        ({"prompts": np.int32(5)}, "prompts must be a text"),
+        ({"prompts": b"bytes"}, "prompts must be a text"),
+        ({"prompts": {"a": 1}}, "prompts must be a text"),
+        ({"prompts": ["a", None]}, "prompts must be a text"),
+        ({"prompts": [256, "a"]}, "prompts: a token id must be a whole number, got 'a'"),
+        ({"prompts": [256, 1.0]}, r"prompts: a token id must be a whole number, got 1\.0 \(float"),
+        ({"prompts": [True, 65]}, "prompts: a token id must be a whole number, got True"),
+        ({"prompts": [[256, [65]]]}, "prompts: a token id must be a whole number"),
+        ({"prompts": np.array([256.0])}, "prompts: token ids must be a row of whole numbers"),
+        ({"prompts": np.array([True])}, "prompts: token ids must be a row of whole numbers"),
+        ({"prompts": np.zeros((1, 1, 2), int)}, "prompts: token ids must be a row"),
+        ({"prompts": np.array([], int)}, "A prompt has no tokens"),
+        ({"prompts": [-1]}, "A prompt holds the token id -1"),
+        ({"prompts": [2**70]}, "A prompt holds the token id"),
+        ({"tokens": 4.5}, r"tokens must be a whole number, got 4\.5 \(float\)"),
+        ({"tokens": True}, "tokens must be a whole number, got True"),
+        ({"tokens": None}, "tokens must be a whole number"),
+        ({"top_k": 2.5}, "top_k must be a whole number"),
+        ({"top_k": "3"}, "top_k must be a whole number"),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"temperature": np.ones(2)}, "temperature must be a number"),
+        ({"temperature": True}, "temperature must be a number"),
+        ({"top_p": 1j}, "top_p must be a number"),
+        ({"min_p": [0.1]}, "min_p must be a number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+        ({"seed": np.True_}, "seed must be a whole number"),
+        ({"seed": np.uint64(2**33)}, "seed must lie in 0 to 4294967295, got 8589934592"),
+        ({"stop": 5}, r"stop must be a text or a list of texts, got 5 \(int\)"),
+        ({"stop": b"x"}, "stop must be a text or a list of texts"),
+        ({"stop": ["a", None]}, "stop must hold texts, got None"),
+        ({"context": 9.5}, "context must be a whole number"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_refused(model, how, message):
+    prompts = how.get("prompts", "a")
+    rest = {name: value for name, value in how.items() if name != "prompts"}
+    with pytest.raises(ConfigError, match=message) as caught:
+        model.generate(prompts, **rest)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="^prompt|A prompt" if "prompts" in how else message):
+        model.stream(prompts, **rest)  # at once, before the first piece
+    if not rest:
+        with pytest.raises(ConfigError, match="^texts|A prompt"):
+            model.logprobs(prompts)
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(model):
+    plain = model.generate("a", 3, seed=1, top_k=4, temperature=0.5)
+    for of in (np.int64, jnp.int32):
+        how = {"seed": of(1), "top_k": of(4), "temperature": of(1) / 2, "top_p": of(1)}
+        assert model.generate("a", of(3), stop=None, **how) == plain
+    for ids in (np.array([256, 97]), jnp.array([256, 97]), (256, 97), [jnp.int32(256), 97]):
+        assert model.generate(ids, 3, seed=1, top_k=4, temperature=0.5) == plain
+        assert model.generate([ids], 3, seed=1, top_k=4, temperature=0.5) == [plain]
+    assert model.generate(jnp.array([[256, 97]]), 3, seed=1, top_k=4, temperature=0.5) == [plain]
+    assert model.generate(np.array(["a"]), 3, seed=1, top_k=4, temperature=0.5) == [plain]
+    assert "".join(model.stream("a", 3, stop={"never"})) == model.generate("a", 3).text
+    np.testing.assert_array_equal(model.logprobs(jnp.array([256, 97])), model.logprobs("a"))
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"workdir": None}, "workdir must be the folder of a run, got None"),
+        ({"workdir": ""}, "workdir must be the folder of a run, got ''"),
+        ({"step": 1.5}, "step must be a whole number"),
+        ({"step": True}, "step must be a whole number"),
+        ({"step": -1}, "step must be at least 0, got -1"),
+        ({"overrides": ["model.dtype"]}, "overrides must be like"),
+    ],
+)
+def test_arguments_of_load(how, message):
+    with pytest.raises(ConfigError, match=message):
+        ngpt_jax.load(**{"workdir": "runs/a", **how})
+
+
 # ------------------------------------------------------------------------------ loaded models
 
 

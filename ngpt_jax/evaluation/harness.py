@@ -24,6 +24,7 @@ from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.evaluation.tasks import Task
 from ngpt_jax.files import reason
+from ngpt_jax.inference import arguments
 from ngpt_jax.inference.loading import LoadedModel, load
 
 try:
@@ -64,7 +65,10 @@ class NgptLM(TemplateLM):
                 raise ConfigError("The model ngpt_jax needs model_args: workdir=RUN.")
             model = load(str(workdir), step)
         self.model = model
-        self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
+        if isinstance(batch_size, str):
+            text = "16" if batch_size.startswith("auto") else batch_size.strip()
+            batch_size = int(text) if text.isdecimal() else batch_size
+        self.batch_size = arguments.integer("batch_size", batch_size, 1)
 
     @property
     def eot_token_id(self) -> int:

@@ -224,11 +224,13 @@ def score_text(
 ) -> dict[str, Any]:
     """Perplexity a token, and bits a byte, of documents that are read one by one.
 
-    The bytes are those of the UTF-8 that the tokens stand for.
-    The end of a document is not scored (in training it is).
+    The bytes are those of the UTF-8 that the tokens stand for. The end of a document is not scored
+    (in training it is). Raises ConfigError where there are no tokens.
     """
     length, eod = model.config.model.context, model.tokenizer.eod
     ids: list[Any] = [model.tokenizer.encode_batch([text])[0] for text in texts]
+    if not any(map(len, ids)):
+        raise ConfigError("The texts hold no tokens: there is nothing to score; give others.")
     cut = [list(rolling_windows(row, eod, length)) for row in ids]
     nats = -sum(f.log_prob for f in log_likelihoods(model, cut, batch_size, progress))
     tokens = sum(map(len, ids))

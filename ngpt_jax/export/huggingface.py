@@ -244,8 +244,8 @@ def write_folder(
         }
         command.write_json(str(folder / "config.json"), values)
         command.write_json(str(folder / "generation_config.json"), ids | {"pad_token_id": eod})
-        for name in ("configuration_ngpt.py", "modeling_ngpt.py"):
-            shutil.copyfile(Path(__file__).with_name(name), folder / name)
+        for name in ("configuration", "functions", "modeling"):
+            shutil.copy(Path(__file__).with_name(f"{name}_ngpt.py"), folder)
         try:
             safetensors.numpy.save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
             # safetensors writes a file that its owner alone can read.

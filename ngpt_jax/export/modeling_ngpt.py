@@ -6,7 +6,8 @@ scaled_dot_product_attention. What a model computes is told by the choices of it
 numbers are those of https://arxiv.org/abs/2410.01131.
 
 The model can be trained further, but ``transformers`` does not put its matrices back onto the
-sphere after each step.
+sphere after each step. The tokenizer's pad token is eos_token, and a collator that leaves padding
+out of the labels leaves out every end of document, too: give labels that keep them.
 """
 
 from __future__ import annotations
@@ -20,29 +21,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 
 from .configuration_ngpt import NGPTConfig
+from .functions_ngpt import (
+    Tables,
+    add,
+    lerp,
+    normalize,
+    rope_tables,
+    rotate,
+    scaled,
+    slerp,
+    unchanged,
+    unit,
+    visible,
+    wide,
+    within_documents,
+)
 
-Tables = tuple[Tensor, Tensor]  # cosines and sines of RoPE
+logger = logging.get_logger(__name__)
 
 # What the installed version of transformers calls the KV cache.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-def _wide(x: Tensor) -> Tensor:
-    """x in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _normalize(x: Tensor, dim: int = -1) -> Tensor:
-    """Norm(x) = x / ||x|| (section 2.1), computed in at least float32; zero stays zero."""
-    return F.normalize(_wide(x), dim=dim).to(x.dtype)
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """x * scale, computed in at least float32; x where there is no scale."""
-    return x if scale is None else (_wide(x) * scale).to(x.dtype)
 
 
 class NGPTLinear(nn.Linear):
@@ -56,7 +59,7 @@ class NGPTLinear(nn.Linear):
         return F.linear(x, self.matrix())
 
     def matrix(self) -> Tensor:
-        return self.weight if self.unit_dim is None else _normalize(self.weight, self.unit_dim)
+        return self.weight if self.unit_dim is None else normalize(self.weight, self.unit_dim)
 
 
 class NGPTRMSNorm(nn.Module):
@@ -68,7 +71,7 @@ class NGPTRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = _wide(x)
+        x32 = wide(x)
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
         return (x32 * self.weight).to(x.dtype)
 
@@ -83,70 +86,19 @@ def _scale(config: NGPTConfig, name: str, *size: int) -> nn.Parameter | None:
 def _effective(module: nn.Module, name: str, factor: float = 1.0) -> Tensor | None:
     """A learned scale times ``factor``, in at least float32; None: there is no such scale."""
     stored = getattr(module, name)
-    return None if stored is None else _wide(stored) * module.config.scale_factors[name] * factor
-
-
-def _add(h: Tensor, f: Tensor, alpha: None) -> Tensor:
-    """h + f (equations 4 and 5)."""
-    return h + f
-
-
-def _lerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """Norm(h + |alpha| (f - h)) (equations 10 and 11)."""
-    h = _wide(h)
-    return _normalize(h + alpha.abs() * (f - h))
-
-
-def _slerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """Norm(sin((1 - a) t) h + sin(a t) f), a = |alpha|, t the angle between the unit vectors h, f.
-
-    This is equation 6 where alpha is one number: its divisor sin(t) has no effect on the norm.
-    torch.sinc(x) = sin(pi x) / (pi x) is smooth at 0, so that t may be 0 or pi.
-    """
-    h, f, alpha = _wide(h), _wide(f), alpha.abs()
-    angle = 2 * torch.atan2((h - f).norm(dim=-1, keepdim=True), (h + f).norm(dim=-1, keepdim=True))
-
-    def weight(share: Tensor) -> Tensor:
-        return share * torch.sinc(share * angle / math.pi)
-
-    return _normalize(weight(1 - alpha) * h + weight(alpha) * f)
-
-
-def _unit(f: Tensor) -> Tensor:
-    return _normalize(_wide(f))
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
+    return None if stored is None else wide(stored) * module.config.scale_factors[name] * factor
 
 
 # What the choices of a config mean.
-_RESIDUALS: dict[str, Callable[..., Tensor]] = {"add": _add, "lerp": _lerp, "slerp": _slerp}
+_RESIDUALS: dict[str, Callable[..., Tensor]] = {"add": add, "lerp": lerp, "slerp": slerp}
 _NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "rms": NGPTRMSNorm}
-_BRANCH_NORMS = {"none": _unchanged, "unit": _unit}
+_BRANCH_NORMS = {"none": unchanged, "unit": unit}
 _QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
-    False: (nn.Identity, _unchanged),
-    "rms_before_rope": (NGPTRMSNorm, _unchanged),
-    "unit_after_rope": (nn.Identity, _normalize),
+    False: (nn.Identity, unchanged),
+    "rms_before_rope": (NGPTRMSNorm, unchanged),
+    "unit_after_rope": (nn.Identity, normalize),
 }
 _SOFTMAX_SCALES = {"sqrt": math.sqrt, "rsqrt": lambda head_dim: 1 / math.sqrt(head_dim)}
-
-
-def _rope_tables(positions: Tensor, config: NGPTConfig, dtype: torch.dtype) -> Tables:
-    """Cosines and sines of t * base^(-2j/head_dim), each (B, 1, T, head_dim/2)."""
-    size = config.head_dim
-    powers = [config.rope_base ** (-2 * j / size) for j in range(size // 2)]
-    dtype = torch.promote_types(dtype, torch.float32)
-    frequencies = torch.tensor(powers, dtype=dtype, device=positions.device)
-    angles = positions[:, None, :, None].to(dtype) * frequencies
-    return angles.cos(), angles.sin()
-
-
-def _rotate(x: Tensor, tables: Tables) -> Tensor:
-    """RoPE on x (B, heads, T, head_dim): channel j turns with channel j + head_dim/2."""
-    cos, sin = tables
-    a, b = _wide(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
 
 class NGPTAttention(nn.Module):
@@ -178,13 +130,13 @@ class NGPTAttention(nn.Module):
             f(h).unflatten(-1, (-1, c.head_dim)).transpose(1, 2)
             for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = _rotate(self.q_norm(q), tables), _rotate(self.k_norm(k), tables)
+        q, k = rotate(self.q_norm(q), tables), rotate(self.k_norm(k), tables)
         q, k = self.after_rope(q), self.after_rope(k)
         if c.folded:
-            q = _scaled(q, self.folded_qk_scale[:, None])
+            q = scaled(q, self.folded_qk_scale[:, None])
         s_qk = _effective(self, "s_qk")
         if s_qk is not None:  # it scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2)
-            k = _scaled(k, s_qk.square()[:, None])
+            k = scaled(k, s_qk.square()[:, None])
         if cache is not None:
             # transformers 4 alone reads the positions.
             k, v = cache.update(k, v, self.layer, {"cache_position": slots})
@@ -211,11 +163,11 @@ class NGPTMLP(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:  # equations 20, 21
         s_u, s_v = _effective(self, "s_u"), _effective(self, "s_v", math.sqrt(h.shape[-1]))
-        u, v = _scaled(self.up_proj(h), s_u), _scaled(self.gate_proj(h), s_v)
+        u, v = scaled(self.up_proj(h), s_u), scaled(self.gate_proj(h), s_v)
         return self.down_proj(u * F.silu(v))
 
 
-class NGPTBlock(nn.Module):
+class NGPTBlock(GradientCheckpointingLayer):
     """Attention and MLP, each followed by a step of the hidden state h: residual(h, f(h), alpha).
 
     nGPT: h <- Norm(h + alpha (Norm(f(h)) - h)) (10, 11). GPT: h <- h + f(RMSNorm(h)) (4, 5).
@@ -237,7 +189,7 @@ class NGPTBlock(nn.Module):
     def forward(self, h: Tensor, *how: Any) -> Tensor:
         f = self.self_attn(self.attention_norm(h), *how)
         if self.config.choices["residual"] != "add":  # the others start from a unit vector
-            h = _normalize(h)
+            h = normalize(h)
         h = self._step(h, f, "alpha_a")
         return self._step(h, self.mlp(self.mlp_norm(h)), "alpha_m")
 
@@ -250,6 +202,12 @@ class NGPTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ("NGPTBlock",)
     _supports_sdpa = True
+    supports_gradient_checkpointing = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the matrices: scales stay float32, and transformers would take that of the first."""
+        return self.get_input_embeddings().weight.dtype
 
     def post_init(self) -> None:
         """Keeps scales and gains, which are few, in float32 where the matrices are bfloat16."""
@@ -281,20 +239,30 @@ class NGPTModel(NGPTPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_: Any,
     ) -> Any:
         """As other models of transformers; tokens before each row's first may be padding.
 
-        ``cache`` and ``past_key_values`` are two names of one argument.
+        ``cache`` and ``past_key_values`` are two names of one argument. Without a mask and a cache,
+        position_ids that do not go on by 1 begin a document, and attention stays within documents.
         """
         c = self.config
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        if c.output_attentions if output_attentions is None else output_attentions:
+            logger.warning_once("output_attentions: sdpa does not return attentions; it is None.")
         cache = past_key_values if cache is None else cache
-        if cache is None and (c.use_cache if use_cache is None else use_cache):
+        may_be_packed = position_ids is not None and attention_mask is None and cache is None
+        if self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
+            if cache is not None:  # layers run again in the backward pass, and would write again
+                raise ValueError("Gradient checkpointing does not go with a cache; leave it out.")
+        elif cache is None and (c.use_cache if use_cache is None else use_cache):
             cache = DynamicCache()
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if c.normalize_on_read and inputs_embeds is None:
-            h = _normalize(h)
+            h = normalize(h)
         length, past = h.shape[1], 0 if cache is None else cache.get_seq_length()
         slots = past + torch.arange(length, device=h.device)
         if position_ids is None:
@@ -303,8 +271,10 @@ class NGPTModel(NGPTPreTrainedModel):
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
         mask = attention_mask
         if mask is None or mask.dim() == 2:
-            mask = _visible(mask, past, length, h.device)
-        tables = _rope_tables(position_ids, c, h.dtype)
+            mask = visible(mask, past, length, h.device)
+        if may_be_packed:
+            mask = within_documents(mask, position_ids)
+        tables = rope_tables(position_ids, c, h.dtype)
         keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor, ...] | None = () if keep else None
         for layer in self.layers:
@@ -314,24 +284,6 @@ class NGPTModel(NGPTPreTrainedModel):
         states = None if states is None else (*states, h)
         out = BaseModelOutputWithPast(last_hidden_state=h, hidden_states=states, **{_CACHE: cache})
         return out.to_tuple() if return_dict is False else out
-
-
-def _visible(mask: Tensor | None, past: int, length: int, device: torch.device) -> Tensor | None:
-    """Which positions each of the ``length`` new ones attends to; None: all before it and itself.
-
-    Args:
-      mask: (B, past + length), 0 for padding, or None.
-      past: positions in the cache.
-
-    Returns:
-      (1 or B, 1, length, past + length) bool. Padding sees itself, so that no softmax is empty.
-    """
-    if mask is None and past == 0:
-        return None
-    slot = torch.arange(past + length, device=device)
-    own = slot[past:, None]
-    seen = (slot <= own)[None, None]
-    return seen if mask is None else seen & (mask[:, None, None].bool() | (slot == own))
 
 
 class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
@@ -345,8 +297,16 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         self.s_z = _scale(c, "s_z", c.vocab_size)
         self.post_init()
 
-    def resize_token_embeddings(self, *_: Any, **__: Any) -> nn.Embedding:
-        raise NotImplementedError("The vocabulary is that of the training: each row has its scale.")
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, **_: Any
+    ) -> nn.Embedding:
+        size, multiple = self.config.vocab_size, pad_to_multiple_of or 1
+        wanted = size if new_num_tokens is None else new_num_tokens
+        if -(-wanted // multiple) * multiple != size:
+            raise NotImplementedError(
+                f"The vocabulary is that of the training, {size} tokens: each row has its scale."
+            )
+        return self.get_input_embeddings()
 
     def forward(
         self,
@@ -359,6 +319,7 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
@@ -373,12 +334,13 @@ class NGPTForCausalLM(NGPTPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         # A product in float32: in bfloat16 it would round each logit.
-        h = _wide(out.last_hidden_state[:, kept])
+        h = wide(out.last_hidden_state[:, kept])
         product = F.linear(h, self.lm_head.matrix().to(h.dtype))
-        logits = _scaled(product, _effective(self, "s_z"))
+        logits = scaled(product, _effective(self, "s_z"))
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,14 +18,13 @@ from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
-from ngpt_jax.inference import opening, scoring
+from ngpt_jax.inference import arguments, opening, scoring
+from ngpt_jax.inference.arguments import Ids, Prompt
 from ngpt_jax.inference.text import Streamed, TextStream
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 
-Ids = Sequence[int] | np.ndarray
-Prompt = str | Ids
 _BUCKET = 64  # scored rows are padded to multiples of this: few programs for many lengths
 
 
@@ -62,7 +62,7 @@ class LoadedModel:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         context: int | None = None,
     ) -> Any:
         """Continues prompts.
@@ -75,7 +75,7 @@ class LoadedModel:
           temperature: 0 takes the likeliest token.
           top_k, top_p, min_p: filters, see :class:`ngpt_jax.decoding.sampling.Sampling`.
           seed: below 2^32; what row i of a batch draws depends on it, on the prompt and on i alone.
-          stop: texts at which to stop.
+          stop: a text at which to stop, or several; None: no such text.
           context: tokens of prompt and text together, at most; None: the training context.
 
         Returns:
@@ -84,9 +84,10 @@ class LoadedModel:
         Raises ConfigError for a prompt that is empty or too long, for values out of range, and for
         weights that give no finite numbers.
         """
-        many, one = _as_list(prompts)
-        how = Sampling(temperature, top_k, top_p, min_p)
-        streams = [TextStream(self.tokenizer, self._ids(p), _stops(stop)) for p in many]
+        many, one = arguments.as_list("prompts", prompts)
+        how = arguments.sampling(temperature, top_k, top_p, min_p)
+        stops = arguments.stop_strings(stop)
+        streams = [TextStream(self.tokenizer, self._ids("prompts", p), stops) for p in many]
         for _ in self._run(streams, tokens, how, seed, context):
             pass
         out = [stream.result() for stream in streams]
@@ -102,7 +103,7 @@ class LoadedModel:
         top_p: float = 1.0,
         min_p: float = 0.0,
         seed: int = 0,
-        stop: str | Sequence[str] = (),
+        stop: str | Sequence[str] | None = None,
         context: int | None = None,
     ) -> Streamed:
         """Like :meth:`generate`, for one prompt: an iterator over the pieces of text as they come.
@@ -111,37 +112,38 @@ class LoadedModel:
         stop string begins in it. After the last piece, ``result`` is the whole
         :class:`Generation`.
         """
-        text = TextStream(self.tokenizer, self._ids(prompt), _stops(stop))
-        how = Sampling(temperature, top_k, top_p, min_p)
+        how = arguments.sampling(temperature, top_k, top_p, min_p)
+        text = TextStream(self.tokenizer, self._ids("prompt", prompt), arguments.stop_strings(stop))
         return Streamed(text, self._run([text], tokens, how, seed, context, chunk=4))
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def _ids(self, name: str, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return [self.tokenizer.eod, *self.tokenizer.encode(prompt)]
-        ids = [int(i) for i in prompt]
-        assert self.config.model.vocab_size is not None
-        if bad := [i for i in ids if not 0 <= i < self.config.model.vocab_size]:
-            raise ConfigError(
-                f"A prompt holds the token id {bad[0]}; the model knows 0 to"
-                f" {self.config.model.vocab_size - 1}."
-            )
+        ids = arguments.token_ids(name, prompt, self._vocab_size)
         if not ids:
-            raise ConfigError("A prompt has no tokens; begin with tokenizer.eod.")
+            raise ConfigError(f"{name}: A prompt has no tokens; begin with tokenizer.eod.")
         return ids
+
+    @property
+    def _vocab_size(self) -> int:
+        assert self.config.model.vocab_size is not None
+        return self.config.model.vocab_size
 
     def _run(
         self, streams: list[TextStream], tokens: int, how: Sampling, seed: int,
         context: int | None, chunk: int = generation.CHUNK
     ) -> Iterator[None]:  # fmt: skip
-        """Draws tokens and adds them to the streams, a chunk at a time, until all have ended."""
-        if (problem := how.problem()) is not None:
-            raise ConfigError(f"{problem}.")
-        if tokens < 1:
-            raise ConfigError(f"tokens must be positive, got {tokens}.")
+        """Checks the rest, and returns an iterator that draws tokens, a chunk at a time.
+
+        It adds them to the streams, until all have ended.
+        """
+        tokens = arguments.integer("tokens", tokens, 1)
         check_seed("seed", seed)
+        limit = self.config.model.context
+        if context is not None:
+            limit = arguments.integer("context", context)
         if not streams:
-            return
-        limit = self.config.model.context if context is None else context
+            return iter(())
         longest = max(len(stream.prompt) for stream in streams)
         if longest >= limit:
             raise ConfigError(
@@ -154,6 +156,11 @@ class LoadedModel:
             raise ConfigError(
                 "A text of 2^31 tokens does not fit; give less --tokens or --context."
             )
+        return self._draw(streams, count, how, seed, chunk)
+
+    def _draw(
+        self, streams: list[TextStream], count: int, how: Sampling, seed: int, chunk: int
+    ) -> Iterator[None]:
         prompts, eod = [s.prompt for s in streams], self.tokenizer.eod
         chunks = generation.generate(
             self.config.model, self._weights, prompts, count, how, seed, eod, chunk
@@ -179,8 +186,8 @@ class LoadedModel:
 
         Raises ConfigError for a text longer than the training context.
         """
-        many, one = _as_list(texts)
-        rows = [self._ids(text) for text in many]
+        many, one = arguments.as_list("texts", texts)
+        rows = [self._ids("texts", text) for text in many]
         limit = self.config.model.context + 1
         if (longest := max(map(len, rows), default=0)) > limit:
             raise ConfigError(
@@ -199,17 +206,23 @@ class LoadedModel:
         """Log-probability of each token of a row but the first, and whether it was the likeliest.
 
         Args:
-          rows: token ids, of any length; rows of similar length are batched together.
+          rows: of token ids, of any length; rows of similar length are batched together.
           batch_size: rows of the training context at one time; more of shorter rows, so that a
             batch has as many tokens.
           progress: called after each batch with the share of the tokens that is done.
 
         Returns:
-          For each row, in the order given, a float32 and a bool array of its length less one.
+          For each row, in the order given, a float32 and a bool array of its length less one;
+          both are empty for an empty row.
+
+        Raises ConfigError for ids that the model does not know.
         """
-        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
-        left = total = sum(map(len, rows))
-        found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        batch_size = arguments.integer("batch_size", batch_size, 1)
+        rows = arguments.id_rows("rows", rows, self._vocab_size)
+        empty = np.zeros(0, np.float32), np.zeros(0, bool)
+        found = {i: empty for i, row in enumerate(rows) if not row}
+        order = sorted(set(range(len(rows))) - set(found), key=lambda i: -len(rows[i]))
+        left = total = sum(len(rows[i]) for i in order)
         start, context = 0, _padded(self.config.model.context)
         with jax.set_mesh(self.mesh):
             while start < len(order):
@@ -233,14 +246,6 @@ class LoadedModel:
         return [found[i] for i in range(len(rows))]
 
 
-def _as_list(prompts: Any) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether it was a single prompt."""
-    one = isinstance(prompts, str) or (
-        len(prompts) > 0 and isinstance(prompts[0], int | np.integer)
-    )
-    return ([prompts] if one else list(prompts)), one
-
-
 def check_finite(log_prob: float) -> None:
     """Raises ConfigError for a log-probability that is infinite or not a number."""
     if not math.isfinite(log_prob):
@@ -252,13 +257,6 @@ def check_finite(log_prob: float) -> None:
 
 def _padded(length: int) -> int:
     return max(-(-length // _BUCKET), 1) * _BUCKET
-
-
-def _stops(stop: str | Sequence[str]) -> tuple[str, ...]:
-    stops = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stops:
-        raise ConfigError("A stop string is empty; leave it out.")
-    return stops
 
 
 def _shardings(config: Any, mesh: Mesh) -> Any:
@@ -274,7 +272,9 @@ def _shardings(config: Any, mesh: Mesh) -> Any:
 
 
 def load(
-    workdir: str, step: int | None = None, overrides: Mapping[str, Any] | None = None
+    workdir: str | os.PathLike[str],
+    step: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Loads a trained model from a run's folder.
 
@@ -290,8 +290,11 @@ def load(
       >>> model = ngpt_jax.load("runs/quickstart")  # doctest: +SKIP
       >>> model.generate("def main(", tokens=50, temperature=0).text  # doctest: +SKIP
     """
-    pairs = [(name, str(value)) for name, value in (overrides or {}).items()]
-    return open_model("workdir", workdir, step, pairs)
+    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
+        raise ConfigError(f"workdir must be the folder of a run, got {workdir!r:.60}.")
+    if step is not None:
+        step = arguments.integer("step", step)
+    return open_model("workdir", os.fspath(workdir), step, arguments.overrides(overrides))
 
 
 def open_model(

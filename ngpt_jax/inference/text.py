@@ -6,6 +6,7 @@ from typing import NamedTuple
 from ngpt_jax.data.tokenizers.base import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
+_CONTEXT = 32  # most tokens to decode again with a new one
 
 
 class Generation(NamedTuple):
@@ -28,6 +29,10 @@ class Generation(NamedTuple):
 class TextStream:
     """The text after one prompt, as it grows.
 
+    A decoder may treat the start of a text specially, and a character may be split between tokens.
+    So new tokens are decoded together with a few before them, the context, whose text is then taken
+    off: the time grows with the number of tokens. The result is decoded once more as a whole.
+
     Attributes:
       prompt: its token ids.
       stop_reason: as of :class:`Generation`; "" before the end.
@@ -37,11 +42,15 @@ class TextStream:
         self.prompt, self.stop_reason = prompt, ""
         self._tokenizer, self._stops = tokenizer, stops
         self._most, self._full = 0, ""
-        self._ids: list[int] = []
+        self._ids = list(prompt)  # of the prompt and of what was drawn
         self._log_probs: list[float] = []
-        # A tokenizer may treat the start of a text specially: always decode from the start.
-        self._before = tokenizer.decode(prompt)
-        self._text, self._told = "", 0
+        self._start, self._end = 0, len(prompt)  # of the context in _ids
+        self._before = self._context = tokenizer.decode(prompt)
+        self._text = ""  # of the result
+        self._pieces: list[str] = []  # text that is certain, and not told yet
+        self._told = 0  # characters
+        # The end of the certain text, in which a stop string may begin.
+        self._recent, self._reach = "", max(map(len, stops), default=1) - 1
 
     def limit(self, tokens: int, context: int) -> int:
         """Sets and returns how many tokens may come: at most ``tokens`` that fit the context."""
@@ -53,45 +62,94 @@ class TextStream:
         """Adds tokens that were drawn; those after the end are ignored."""
         for i, log_prob in zip(ids, log_probs):
             if self.stop_reason:
-                break
+                return
             self._ids.append(i)
             self._log_probs.append(log_prob)
             if i == self._tokenizer.eod:
                 self.stop_reason = "document"
-            elif len(self._ids) == self._most:
+            elif len(self._log_probs) == self._most:
                 self.stop_reason = self._full
-            if self._stops:
-                self._find_stop()
-        if not self._stops:
-            self._text = self._decode()
+            if not self.stop_reason and self._stops:
+                recent = self._read_new()
+                if not any(stop in recent for stop in self._stops):
+                    continue
+            if self.stop_reason or self._stops:
+                self._read_all()
+        if not (self.stop_reason or self._stops):
+            self._read_new()
 
-    def _decode(self) -> str:
-        text = self._tokenizer.decode(self.prompt + self._ids)
-        if text.startswith(self._before):
-            return text[len(self._before) :]
-        # A prompt of ids may end inside a character, which changes once it is whole.
-        pairs = enumerate(zip(self._before, text))
-        return text[next((i for i, (a, b) in pairs if a != b), len(self._before)) :]
-
-    def _find_stop(self) -> None:
-        self._text = self._decode()
+    def _read_all(self) -> None:
+        """Decodes the whole text, and ends it where it holds a stop string."""
+        self._text = _rest(self._tokenizer.decode(self._ids), self._before)
         places = [p for stop in self._stops if (p := self._text.find(stop)) >= 0]
         if places:
             self._text, self.stop_reason = self._text[: min(places)], "stop"
+        self._recent = _last(self._text, self._reach)
+
+    def _read_new(self) -> str:
+        """Decodes the tokens after the context, and moves it on, to the last certain place.
+
+        Returns:
+          Their text, with so much before it that a stop string may end in it.
+        """
+        decode, start, size = self._tokenizer.decode, self._start, len(self._ids)
+        text = decode(self._ids[start:])
+        recent = self._recent + self._after_context(text)
+        for end in range(size, self._end, -1):
+            head = text if end == size else decode(self._ids[start:end])
+            # A character has at most four bytes: half of one, four tokens back, stays half.
+            whole = not head.endswith(_UNFINISHED) or size - end >= 4
+            if whole and text.startswith(head):
+                piece = self._after_context(head)
+                self._pieces.append(piece)
+                self._recent = _last(self._recent + piece, self._reach)
+                self._move_context(end, head)
+                break
+        return recent
+
+    def _after_context(self, text: str) -> str:
+        if self._end == len(self.prompt):
+            return _rest(text, self._context)
+        return text[len(self._context) :]
+
+    def _move_context(self, end: int, head: str) -> None:
+        """Moves the context to ``end``, and its start to where it holds more than white space."""
+        for start in (self._end, end - 16, end - _CONTEXT):
+            if start <= self._start:
+                continue
+            context = self._tokenizer.decode(self._ids[start:end])
+            if context.replace(_UNFINISHED, " ").strip() or start == end - _CONTEXT:
+                self._start, head = start, context
+                break
+        self._end, self._context = end, head
 
     def news(self, last: bool = False) -> str:
         """Text since the last call that later tokens cannot change; with ``last`` all of it."""
-        certain = self._text
-        if not (last or self.stop_reason):
-            certain = certain.rstrip(_UNFINISHED)
+        if last or self.stop_reason:
+            news = self.result().text[self._told :]
+        else:
+            certain = "".join(self._pieces)
             held = max((_overlap(certain, stop) for stop in self._stops), default=0)
-            certain = certain[: len(certain) - held]
-        news = certain[self._told :]
+            news = certain[: len(certain) - held]
+            self._pieces = [certain[len(news) :]]
         self._told += len(news)
         return news
 
     def result(self) -> Generation:
-        return Generation(self._text, self._ids, self._log_probs, self.stop_reason)
+        """The text so far."""
+        if not self.stop_reason:
+            self._read_all()
+        ids = self._ids[len(self.prompt) :]
+        return Generation(self._text, ids, self._log_probs, self.stop_reason)
+
+
+def _rest(text: str, before: str) -> str:
+    """What follows ``before`` in a text."""
+    if text.startswith(before):
+        return text[len(before) :]
+    # A prompt of ids may end inside a character, which changes once it is whole.
+    pairs = enumerate(zip(before, text))
+    return text[next((i for i, (a, b) in pairs if a != b), len(before)) :]
 
 
 class Streamed:
@@ -114,6 +172,10 @@ class Streamed:
     @property
     def result(self) -> Generation:
         return self._text.result()
+
+
+def _last(text: str, count: int) -> str:
+    return text[max(len(text) - count, 0) :]
 
 
 def _overlap(text: str, stop: str) -> int:
