@@ -14,7 +14,7 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 
 from pathlib import Path
 
-from absl import flags, logging
+from absl import flags
 
 from ngpt_jax.config import Config, ConfigError, command, experiment
 from ngpt_jax.errors import drop_unwritten, tell
@@ -60,8 +60,6 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     if _HELP_CONFIG.value or _PRINT_CONFIG.value:
         print(experiment.describe(config))
         return 0
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # orbax tells much of each save
     set_xla_flags(config.runtime.xla_flags)
     # Before jax, so that no signal is lost while it loads.
     stop = None if _DRY_RUN.value else StopSignal()

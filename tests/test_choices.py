@@ -13,11 +13,11 @@ from test_generation import check_decoding, logits_of
 
 import ngpt_jax
 from ngpt_jax import sphere
+from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.decoding import folding
-from ngpt_jax.diagnose import measures, tables
-from ngpt_jax.inference import opening
+from ngpt_jax.diagnose import report, run_state
 from ngpt_jax.model import inspect
 from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS
@@ -121,9 +121,9 @@ def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
     seen = [256, *b"the ", *model.generate("the ", 8, temperature=0).ids]
     logits = logits_of(model.config.model, model.params, np.array([seen]))[0, 4:-1, :257]
     assert seen[5:] == np.argmax(logits, axis=-1).tolist()
-    checkpoint = opening.find_checkpoint("workdir", path, None)
-    run = measures.open_run("slerp", path, model.config, checkpoint)
-    found, note = tables.measure(run, None, 1)
+    checkpoint = find_checkpoint("workdir", path, None)
+    run = run_state.read_state("slerp", path, model.config, checkpoint)
+    found, note = report.measure(run, None, 1)
     assert not note and {"scales", "angles", "entropy", "rotation", "gradient"} <= set(found)
 
 

@@ -81,7 +81,7 @@ def test_every_choice_in_torch(tiny, tmp_path, x64, fields):
     fields = {f"model.{name}": value for name, value in fields.items()}
     run = make_run(tiny, **GQA, **fields, **dict.fromkeys(DTYPES, "float64"))
     params = jax.tree.map(lambda w: w.astype("float32").astype(w.dtype), run.params)
-    run, x = run._replace(params=params), some_tokens(run.config.model)
+    run.params, x = params, some_tokens(run.config.model)
     ours = logits(run.config.model, params, x)
     scaled = any(fields[f"model.{name}.form"] == "vector" for name in ("s_qk", "s_u", "s_v", "s_z"))
     for fold in (False, True)[: 1 + scaled]:
@@ -397,7 +397,8 @@ def test_what_the_layout_cannot_say(tiny, tmp_path):
     huggingface.write_folder(make_run(tiny), str(tmp_path / "hf"), fold=True)
     folded = huggingface.read_folder(str(tmp_path / "hf"))
     with raises("no place for scales that are folded in"):
-        run = make_run(tiny)._replace(config=folded.config, params=folded.params)
+        run = make_run(tiny)
+        run.config, run.params = folded.config, folded.params
         reference_checkpoint.write(run, str(tmp_path / "ckpt.pt"))
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from ngpt_jax import plots
+from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError, experiment
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data import pipeline
@@ -364,7 +365,7 @@ def runs(tmp_path_factory, book):
 
 def open_run(folder, step, overrides=()):
     config = opening.read_config("workdir", str(folder), overrides)
-    checkpoint = opening.find_checkpoint("workdir", str(folder), step)
+    checkpoint = find_checkpoint("workdir", str(folder), step)
     return read_state("run", str(folder), config, checkpoint)
 
 
@@ -535,14 +536,14 @@ def test_bad_input_is_told_in_a_line(runs, tmp_path):
         with pytest.raises(ConfigError, match=message):
             opening.read_config("workdir", str(tmp_path / folder))
     with pytest.raises(ConfigError, match="--against=.*new holds no checkpoint yet"):
-        opening.find_checkpoint("against", str(tmp_path / "new"), None)
+        find_checkpoint("against", str(tmp_path / "new"), None)
     with pytest.raises(ConfigError, match=r"--step=5: --workdir=.* no such .* there are 4, 8\."):
-        opening.find_checkpoint("workdir", str(runs["ngpt"]), 5)
+        find_checkpoint("workdir", str(runs["ngpt"]), 5)
     with pytest.raises(ConfigError, match="Unknown field --config.data.path"):
         opening.read_config("workdir", str(runs["ngpt"]), [("data.path", "x")])
     wide = open_run(runs["ngpt"], 4).config
     wide = dataclasses.replace(wide, model=dataclasses.replace(wide.model, mlp_width=64))
-    checkpoint = opening.find_checkpoint("workdir", str(runs["ngpt"]), 4)
+    checkpoint = find_checkpoint("workdir", str(runs["ngpt"]), 4)
     with pytest.raises(ConfigError, match="model and optimizer in .*kernel is"):
         read_state("run", str(runs["ngpt"]), wide, checkpoint)
     done = command(f"--workdir={runs['ngpt']}", "--layers=7")

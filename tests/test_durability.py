@@ -23,7 +23,7 @@ from test_training import numbers, rows, stop_in_evaluation
 
 from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import CheckpointConfig, ConfigError
-from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.data.tokenizers import base
 from ngpt_jax.training import evaluator, loop, saver, workdir
 from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter
@@ -149,7 +149,7 @@ def test_the_schedule_changes_with_a_flag_alone(begun, small):
 @pytest.mark.slow
 def test_another_tokenizer_is_refused(begun, small, monkeypatch):
     folder, fields = begun
-    monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
+    monkeypatch.setattr(base, "fingerprint_of", lambda *_: "1234567890")
     before = [(folder / name).read_text() for name in ("config.json", "versions.json")]
     message = r"data.tokenizer \('byte', .* 12345678\) is not the one .* \(fingerprint .{8}\)"
     with pytest.raises(ConfigError, match=message):
@@ -291,7 +291,7 @@ def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match=message):
             loop.train(other, tmp_path / "other")
         shutil.rmtree(tmp_path / "other", ignore_errors=True)
-    monkeypatch.setattr(ByteTokenizer, "fingerprint", "1234567890")
+    monkeypatch.setattr(base, "fingerprint_of", lambda *_: "1234567890")
     other = dataclasses.replace(small(**fields), init_from=str(folder))
     with pytest.raises(ConfigError, match=r"init_from=.*: data.tokenizer .* is not the one"):
         loop.train(other, tmp_path / "other")
