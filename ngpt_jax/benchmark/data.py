@@ -1,6 +1,5 @@
 """What feeds training, timed: tokenizing, preparing shards, reading sequences."""
 
-import itertools
 import json
 import os
 import resource
@@ -16,6 +15,7 @@ from ngpt_jax.config import DataConfig
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import load_corpus
 from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.text.units import read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 
@@ -74,9 +74,7 @@ def _library_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
     """Tokens per second of one core."""
     texts, characters = [], 0
     units = open_source(config).train
-    for text, _ in itertools.chain.from_iterable(unit.read() for unit in units):
-        if not text:
-            continue
+    for text in read_texts(units, lambda what: None):
         texts.append(text)
         characters += len(text)
         if characters > _CHARACTERS:

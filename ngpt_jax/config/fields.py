@@ -178,7 +178,8 @@ class SourceConfig:
         (), ANY, NEUTRAL,
         "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl"
         " (also as .ndjson, .json), .parquet, all but the last also .gz, .zst; tfds: folder of a"
-        " data set, or with tfds_name the folder of all data sets",
+        " data set, or with tfds_name the folder of all data sets; hub: OWNER/NAME or"
+        " OWNER/NAME@REVISION",
     )  # fmt: skip
     eval_paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,
@@ -196,6 +197,11 @@ class SourceConfig:
     tfds_split: str = field("train", TEXT, FREE, "tfds: split to train on")
     tfds_eval_split: str | None = field(
         None, TEXT, FREE, "tfds: held-out split; None: held_out of the documents"
+    )
+    hub_config: str | None = field(None, TEXT, FREE, "hub: config of a data set; None: its default")
+    hub_split: str = field("train", TEXT, FREE, "hub: split to train on")
+    hub_eval_split: str | None = field(
+        None, TEXT, FREE, "hub: held-out split; None: held_out of the documents"
     )
     token_dtype: str | None = field(
         None, one_of("uint16", "uint32"), FREE,
@@ -220,7 +226,8 @@ class DataConfig(SourceConfig):
     tokenizer: str = field(
         "byte", TEXT, FREE,
         "byte, or a path: a tokenizers JSON file, a SentencePiece .model, a .tiktoken file, or a"
-        " folder with GPT-2's encoder.json and vocab.bpe",
+        " folder with GPT-2's encoder.json and vocab.bpe; or hub:OWNER/NAME[@REVISION]: the"
+        " tokenizer.json or tokenizer.model of a repository of the Hugging Face Hub",
     )  # fmt: skip
     end_of_document: str | None = field(
         None, TEXT, FREE, "token put after each document; None: </s>, <|endoftext|>, ... as found"

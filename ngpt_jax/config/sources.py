@@ -29,6 +29,10 @@ SOURCES = {
     "tfds": Source(
         "TensorFlow Datasets", "paths text_key held_out tfds_name tfds_split tfds_eval_split"
     ),
+    "hub": Source(
+        "data sets of the Hugging Face Hub",
+        "paths text_key held_out hub_config hub_split hub_eval_split", "OWNER/NAME",
+    ),
     "array_record": Source("text or token ids", "paths eval_paths held_out token_dtype", "DIR"),
     "bin": Source(
         "token ids of nanoGPT, llm.c or data.prepare", "paths eval_paths held_out token_dtype",

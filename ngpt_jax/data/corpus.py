@@ -69,7 +69,7 @@ def load_corpus(
                 progress.doing("reading and hashing")
                 opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
-            text, share = open_source(source, prefix), source.held_out
+            text, share = open_source(source, prefix, cache=config.cache), source.held_out
             key = source_key(text, share, tokenizer, "bin", SHARD_TOKENS)
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
             prepare_folder(

@@ -60,6 +60,7 @@ class Manifest:
         white space) that decoding does not give back, where it is not small.
       sets: by name; "train" is among them.
       empty: documents that were left out because they have no text.
+      origin: OWNER/NAME@COMMIT of a data set of the Hugging Face Hub.
     """
 
     source: str
@@ -68,6 +69,7 @@ class Manifest:
     tokenizer: dict[str, Any]
     sets: dict[str, SetFacts]
     empty: int = 0
+    origin: str = ""
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"

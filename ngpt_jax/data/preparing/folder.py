@@ -25,7 +25,7 @@ from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, tokenized
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
-from ngpt_jax.data.text.units import TextSource
+from ngpt_jax.data.text.units import Doing, TextSource, read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
 from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.terminal import Terminal
@@ -88,14 +88,22 @@ def prepare_folder(
                 _tell_empty(done, terminal)
                 return done
             facts = manifest_lib.tokenizer_facts(tokenizer)
-            empty = Manifest(key, format, token_dtype(tokenizer.vocab_size).name, facts, {})
+            empty = Manifest(
+                key, format, token_dtype(tokenizer.vocab_size).name, facts, {}, origin=source.origin
+            )
             place, done, lost = _read_progress(out, empty)
-            progress.doing("choosing what to hold out")
-            groups = _groups(source, held_out)
+
+            def doing(what: str) -> None:
+                progress.doing(what)
+                if stopped():
+                    raise Stopped
+
+            doing("choosing what to hold out")
+            groups = _groups(source, held_out, doing)
             progress.begin([sum(unit.size for unit in group.units) for group in groups])
             _write_progress(out, place, done, lost)  # before any shard: whose folder it is
             workers = workers or os.cpu_count() or 1
-            portions = tokenized(groups, place, tokenizer, workers, progress.doing)
+            portions = tokenized(groups, place, tokenizer, workers, doing)
             done = _write_shards(out, done, lost, portions, shard_tokens, progress, stopped)
             _tell_empty(done, terminal)
             for group in groups:
@@ -122,15 +130,11 @@ def source_key(
     return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
 
 
-def _groups(source: TextSource, held_out: float) -> list[Group]:
+def _groups(source: TextSource, held_out: float, doing: Doing) -> list[Group]:
     if source.held_out:
         sets = {"train": source.train, **source.held_out}
         return [Group(name, units, None) for name, units in sets.items()]
-    split = choose_split(
-        lambda: (text for unit in source.train for text, _ in unit.read() if text),
-        held_out,
-        source.field,
-    )
+    split = choose_split(lambda: read_texts(source.train, doing), held_out, source.field)
     return [Group("train", source.train, split)]
 
 

@@ -5,7 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from ngpt_jax import signals
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import Split
-from ngpt_jax.data.text.units import Unit
+from ngpt_jax.data.text.units import Doing, Unit
 from ngpt_jax.data.tokenizers.base import Tokenizer, lost_characters, utf8
 from ngpt_jax.data.workers import follow_parent
 from ngpt_jax.files import reason
@@ -80,7 +80,7 @@ def tokenized(
     start: Place,
     tokenizer: Tokenizer,
     workers: int,
-    doing: Callable[[str], None] = lambda what: None,
+    doing: Doing = lambda what: None,
 ) -> Iterator[tuple[Portion, list[Tokens]]]:
     """Portions of all documents from ``start`` on, in order, each with its tokens by set.
 
@@ -89,13 +89,13 @@ def tokenized(
       start: where a portion ended, or Place(0, 0, 0).
       tokenizer: encodes; pickled for workers.
       workers: processes; 1: this one.
-      doing: told what is being done.
+      doing: told what is being done; may raise, to stop.
 
     Raises ConfigError.
     """
     for number in range(start.group, len(groups)):
         group = groups[number]
-        portions = _portions(group, start if number == start.group else Place(number, 0, 0))
+        portions = _portions(group, start if number == start.group else Place(number, 0, 0), doing)
         small = sum(unit.size for unit in group.units) < _SMALL
         in_process: int | None = _PORTIONS_BEFORE_WORKERS if small else 0
         if workers == 1 or tokenizer.name == "byte":  # bytes cost less than workers
@@ -110,7 +110,7 @@ def tokenized(
             yield from _in_workers(rest, group, tokenizer, workers, doing)
 
 
-def _portions(group: Group, start: Place) -> Iterator[Portion]:
+def _portions(group: Group, start: Place, doing: Doing) -> Iterator[Portion]:
     """Documents of a group in portions.
 
     A portion depends on its start alone, so that a run that continues makes the same ones.
@@ -122,6 +122,7 @@ def _portions(group: Group, start: Place) -> Iterator[Portion]:
     for number in range(start.unit, len(group.units)):
         unit = group.units[number]
         skip = start.document if number == start.unit else 0
+        unit.fetch(doing)
         document = 0  # those without text do not count
         for text, read in unit.read():
             document += bool(text)
@@ -195,7 +196,7 @@ def _in_workers(
     group: Group,
     tokenizer: Tokenizer,
     workers: int,
-    doing: Callable[[str], None],
+    doing: Doing,
 ) -> Iterator[tuple[Portion, list[Tokens]]]:
     # Spawned, not forked: the fork of a process with threads (jax has some) may hang.
     pool = concurrent.futures.ProcessPoolExecutor(

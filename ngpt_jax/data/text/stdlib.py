@@ -27,7 +27,7 @@ _SKIPPED_FOLDERS = {
 _SKIPPED_MODULES = {"ensurepip", "msilib", "site", "sysconfig", "tkinter", "turtle"}
 
 
-def open_stdlib(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+def open_stdlib(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = stdlib_files(root)

@@ -35,7 +35,7 @@ _KINDS = (".txt", ".jsonl", ".ndjson", ".json")
 SUFFIXES = (*(f"{kind}{packed}" for kind in _KINDS for packed in _PACKED), ".parquet")
 
 
-def open_text_files(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+def open_text_files(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`."""
 
     def unit(file: epath.Path, field: str) -> Unit:
@@ -71,7 +71,7 @@ def holds_documents(file: epath.Path, field: str, text_key: str) -> bool:
     return isinstance(record, dict) and text_key in record
 
 
-def open_array_record(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+def open_array_record(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`."""
     mend = f"set {prefix}token_dtype if it holds token ids"
 

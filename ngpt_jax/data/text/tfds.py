@@ -13,7 +13,7 @@ from ngpt_jax.data.text.units import TextSource, Unit, decode_records
 from ngpt_jax.files import reason
 
 
-def open_tfds(config: SourceConfig, prefix: str, download: bool) -> TextSource:
+def open_tfds(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`; downloads with ``tfds_name`` alone."""
     builder = _builder(config, prefix, download)
     if not (download or builder.info.splits):  # the set is not on this machine

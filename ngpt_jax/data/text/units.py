@@ -9,6 +9,12 @@ from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import any_file, find_train_and_eval_files
 from ngpt_jax.data.open_files import bad_byte
 
+Doing = Callable[[str], None]  # is told what is being done; may raise, to stop it
+
+
+def _nothing(doing: Doing) -> None:
+    """Fetches nothing."""
+
 
 class Unit(NamedTuple):
     """A part of a source whose documents are read in order: a file, a split.
@@ -20,12 +26,14 @@ class Unit(NamedTuple):
         without text: null, or blank.
       file: what it is read from, its real path or the folder and split of a data set; None where
         that cannot be told.
+      fetch: makes ``read`` possible; calls its argument often with what it is doing.
     """
 
     stamp: str
     size: int
     read: Callable[[], Iterator[tuple[str, int]]]
     file: str | None = None
+    fetch: Callable[[Doing], None] = _nothing
 
 
 class TextSource(NamedTuple):
@@ -35,12 +43,21 @@ class TextSource(NamedTuple):
       held_out: empty where a share of the documents to train on is to be held out.
       field: that names the text, for messages.
       left_out: lines that tell which files are not read.
+      origin: the commit of a data set that others may change.
     """
 
     train: Sequence[Unit]
     held_out: Mapping[str, Sequence[Unit]]
     field: str
     left_out: Sequence[str] = ()
+    origin: str = ""
+
+
+def read_texts(units: Iterable[Unit], doing: Doing) -> Iterator[str]:
+    """The documents of units that are not blank; ``doing`` as for ``Unit.fetch``."""
+    for unit in units:
+        unit.fetch(doing)
+        yield from (text for text, _ in unit.read() if text)
 
 
 def source_of_files(

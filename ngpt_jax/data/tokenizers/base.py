@@ -15,7 +15,7 @@ from ngpt_jax.config import ConfigError
 END_OF_DOCUMENT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 KINDS = (
     "a tokenizers JSON file (.json), a SentencePiece .model, a .tiktoken file, or a folder with"
-    " GPT-2's encoder.json and vocab.bpe"
+    " GPT-2's encoder.json and vocab.bpe, or hub:OWNER/NAME of the Hugging Face Hub"
 )
 _PROBE = "".join(map(chr, range(33, 127)))
 _PROBE += "  two\n\n\tand na\u00efve \u6f22\u5b57 \u0939\u093f\u0928 \U0001f389 \u03b1\u0436\u05d0."
@@ -167,14 +167,16 @@ class TokenizerFile:
     """The file (or folder) of a tokenizer, as the config or a command's flags name it.
 
     Attributes:
-      path: as given; may begin with ``~``.
+      path: as given, or of what was fetched; may begin with ``~``.
       end_of_document: the token that ends a document; None: one of ``END_OF_DOCUMENT``.
       prefix: of the names of the fields in messages.
+      repository: of the hub, from which the file was fetched.
     """
 
     path: str
     end_of_document: str | None
     prefix: str
+    repository: str = ""
 
     @property
     def real_path(self) -> str:
@@ -182,7 +184,7 @@ class TokenizerFile:
 
     @property
     def stem(self) -> str:
-        return Path(os.path.abspath(self.real_path)).stem
+        return self.repository or Path(os.path.abspath(self.real_path)).stem
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError(f"{self.prefix}tokenizer: {problem}")

@@ -5,7 +5,22 @@ import os
 from pathlib import Path
 
 from ngpt_jax.config import Config, ConfigError, DataConfig
+from ngpt_jax.data import hub
 from ngpt_jax.data.tokenizers.base import KINDS, ByteTokenizer, Tokenizer, TokenizerFile
+
+_HUB = "hub:"
+
+
+def _from_hub(file: TokenizerFile, cache: str) -> TokenizerFile:
+    """The tokenizer's file of a repository of the Hugging Face Hub, which is fetched first."""
+    field, spec = f"{file.prefix}tokenizer", file.path.removeprefix(_HUB)
+    repo = hub.find_repository("model", spec, cache, field)
+    names = [name for name in ("tokenizer.json", "tokenizer.model") if name in repo.files]
+    if not names:
+        raise file.error(f"{repo.name} has no tokenizer.json or tokenizer.model; give another.")
+    path = str(hub.fetch_kept(repo, names[0], field))
+    name = f"{repo.name}@{repo.commit[:12]}"
+    return dataclasses.replace(file, path=path, repository=name)
 
 
 def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
@@ -23,6 +38,8 @@ def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
                 " own."
             )
         return ByteTokenizer()
+    if file.path.startswith(_HUB):
+        file = _from_hub(file, config.cache)
     # Each library is imported where it is needed: few runs need more than one.
     if os.path.isdir(file.real_path):
         from ngpt_jax.data.tokenizers.tiktoken_files import load_gpt2

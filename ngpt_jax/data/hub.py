@@ -1,0 +1,262 @@
+"""Repositories of the Hugging Face Hub: what is in them, and their files one at a time.
+
+The environment of huggingface_hub counts: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.data.text.units import Doing
+from ngpt_jax.files import reason, write_atomically
+
+WAIT = 0.5  # seconds between two signs of life
+_COMMIT = re.compile("[0-9a-f]{40}")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Repository:
+    """A repository at one commit.
+
+    Attributes:
+      kind: dataset or model.
+      name: OWNER/NAME.
+      commit: 40 hexadecimal digits.
+      files: by path, size in bytes and hash: the sha256 of large files, the git hash of others.
+      configs: of a data set, as its card has them.
+      note: a line for the user; or nothing.
+    """
+
+    kind: str
+    name: str
+    commit: str
+    files: Mapping[str, tuple[int, str]]
+    configs: list[Any]
+    note: str = ""
+
+
+def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
+    """The repository OWNER/NAME[@REVISION] at the commit that this machine used first.
+
+    Without a revision, or with one that moves, the first use pins the commit in ``cache``. Later
+    uses stay there and tell of a newer one; then they need no network.
+
+    Args:
+      kind: dataset or model.
+      spec: OWNER/NAME, or OWNER/NAME@REVISION: a branch, a tag or a commit.
+      cache: folder of the pins.
+      field: that gave ``spec``, for messages.
+
+    Raises ConfigError.
+    """
+    name, _, revision = spec.partition("@")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or spec.endswith("@"):
+        raise ConfigError(
+            f"{field} = {spec!r}: name a {_WORD[kind]} as OWNER/NAME, perhaps @COMMIT."
+        )
+    pin = _folder(cache) / f"{kind}s--{spec.replace('/', '--')}.json"
+    pinned = _read_pin(pin)
+    if pinned is not None and _COMMIT.fullmatch(revision):
+        return pinned
+    try:
+        newest = _again(lambda: _ask(kind, name, revision), 4 if pinned is None else 2)
+    except Exception as e:
+        if pinned is None or _refused(e):
+            raise _problem(e, kind, name, revision, field) from e
+        note = (
+            f"{name}: the hub cannot be reached, so commit {pinned.commit[:12]} is used, as before"
+        )
+        return dataclasses.replace(pinned, note=note)
+    if pinned is not None:
+        if pinned.commit == newest.commit:
+            return pinned
+        note = (
+            f"{name} has changed: this uses commit {pinned.commit[:12]}, as before; for the newest"
+            f" give {name}@{newest.commit}"
+        )
+        return dataclasses.replace(pinned, note=note)
+    pin.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(pin, json.dumps(dataclasses.asdict(newest)) + "\n")
+    return newest
+
+
+def fetch(repo: Repository, path: str, cache: str, field: str, doing: Doing) -> tuple[Path, bool]:
+    """A file of a repository on this disk, and whether it may be deleted after use.
+
+    A file that huggingface_hub has in its own cache is read there. Another one is fetched into
+    ``cache``; where that was stopped before, the rest of it. What broke is tried again.
+
+    Args:
+      repo: of the file.
+      path: in the repository.
+      cache: folder.
+      field: that gave the repository, for messages.
+      doing: called at least twice a second with what is being done; may raise, to stop.
+
+    Raises ConfigError.
+    """
+    import huggingface_hub as hf
+
+    found = hf.try_to_load_from_cache(repo.name, path, revision=repo.commit, repo_type=repo.kind)
+    if isinstance(found, str):
+        return Path(found), False
+    size, digest = repo.files[path]
+    folder = _folder(cache) / f"{repo.kind}s--{repo.name.replace('/', '--')}--{repo.commit[:12]}"
+    result: list[BaseException | Path] = []
+    job = threading.Thread(target=_fetch, args=(repo, path, folder, digest, result), daemon=True)
+    job.start()  # a daemon, as nothing can stop a download but the end of the program
+    while job.is_alive():
+        there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        doing(f"fetching {path}, {there / 1e6:,.0f} of {size / 1e6:,.0f} MB")
+        job.join(WAIT)
+    if isinstance(result[0], Path):
+        return result[0], True
+    raise _problem(result[0], repo.kind, repo.name, repo.commit, field) from result[0]
+
+
+def fetch_kept(repo: Repository, path: str, field: str) -> Path:
+    """A small file of a repository, in the cache of huggingface_hub; raises ConfigError."""
+    import huggingface_hub as hf
+
+    where: dict[str, Any] = {"revision": repo.commit, "repo_type": repo.kind}
+    found = hf.try_to_load_from_cache(repo.name, path, **where)
+    if isinstance(found, str):
+        return Path(found)
+    hf.utils.disable_progress_bars()
+    try:
+        return Path(_again(lambda: hf.hf_hub_download(repo.name, path, **where), 4))
+    except Exception as e:
+        raise _problem(e, repo.kind, repo.name, repo.commit, field) from e
+
+
+def drop(file: Path) -> None:
+    """Deletes a fetched file, and what huggingface_hub has noted about it."""
+    file.unlink(missing_ok=True)
+    for folder in file.parents:
+        shutil.rmtree(folder / ".cache", ignore_errors=True)
+        try:
+            folder.rmdir()
+        except OSError:  # other files are in it
+            return
+
+
+def _folder(cache: str) -> Path:
+    return Path(cache).expanduser() / "hub"
+
+
+def _read_pin(file: Path) -> Repository | None:
+    try:
+        values = json.loads(file.read_text())
+        files = {path: (int(size), str(digest)) for path, (size, digest) in values["files"].items()}
+        return Repository(**values | {"files": files})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # as if it were not there
+
+
+def _ask(kind: str, name: str, revision: str) -> Repository:
+    """Asks the hub what is in a repository."""
+    import huggingface_hub as hf
+
+    info: Any = hf.HfApi().repo_info(
+        name, revision=revision or None, repo_type=kind, files_metadata=True
+    )
+    files = {
+        s.rfilename: (s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id)
+        for s in info.siblings or ()
+    }
+    card = info.card_data.to_dict() if info.card_data else {}
+    return Repository(kind, name, info.sha, files, card.get("configs") or [])
+
+
+def _fetch(
+    repo: Repository, path: str, folder: Path, digest: str, result: list[BaseException | Path]
+) -> None:
+    """Fetches a file, in a thread of its own: the result is appended."""
+    import huggingface_hub as hf
+
+    def once() -> Path:
+        file = Path(
+            hf.hf_hub_download(
+                repo.name, path, revision=repo.commit, repo_type=repo.kind, local_dir=folder
+            )
+        )
+        if len(digest) == 64 and _sha256(file) != digest:
+            drop(file)
+            raise ConnectionError(f"{path} is not what the hub says it is")
+        return file
+
+    hf.utils.disable_progress_bars()
+    try:
+        result.append(_again(once, 6))
+    except BaseException as e:
+        result.append(e)
+
+
+def _again(fn: Callable[[], T], tries: int) -> T:
+    """What ``fn`` returns, tried again where the network or the hub fails for a while."""
+    for number in range(1, tries):
+        try:
+            return fn()
+        except Exception as e:
+            if _refused(e):
+                raise
+            headers = getattr(getattr(e, "response", None), "headers", {})
+            asked = str(headers.get("Retry-After", ""))  # seconds, or a date, which is left alone
+            time.sleep(max(WAIT * 2**number, min(float(asked if asked.isdigit() else 0), 300.0)))
+    return fn()
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+_WORD = {"dataset": "data set", "model": "repository"}
+_OWN_FILES = {
+    "dataset": "give text of your own (data.source=text, data.paths=FILES)",
+    "model": "give a tokenizer's file (data.tokenizer=FILE)",
+}
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether the hub has answered, and another try would get the same answer."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.HfHubHTTPError) and error.response is not None:
+        return error.response.status_code in (400, 401, 403, 404, 410, 416)
+    return isinstance(error, errors.OfflineModeIsEnabled | errors.EntryNotFoundError) and not (
+        isinstance(error, errors.LocalEntryNotFoundError)
+    )
+
+
+def _problem(error: BaseException, kind: str, name: str, revision: str, field: str) -> ConfigError:
+    """What went wrong, and what to do, in one line."""
+    from huggingface_hub import constants, errors
+
+    url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    what, own = f"{field}: the {_WORD[kind]} {name!r} of the Hugging Face Hub", _OWN_FILES[kind]
+    if isinstance(error, errors.GatedRepoError):
+        return ConfigError(f"{what} is gated: accept its terms at {url}, and set HF_TOKEN.")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ConfigError(f"{what} has no revision {revision!r}; see {url}.")
+    if isinstance(error, errors.RepositoryNotFoundError):
+        token = "" if os.environ.get("HF_TOKEN") else ", or set HF_TOKEN if it is private"
+        return ConfigError(f"{what} is not there; see {url}{token}.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return ConfigError(f"{what} is not on this machine; unset HF_HUB_OFFLINE, or {own}.")
+    if isinstance(error, OSError) and error.errno is not None:  # a full disk
+        return ConfigError(f"{what} cannot be fetched: {reason(error)}.")
+    return ConfigError(
+        f"{what} cannot be fetched ({reason(error)}); the same command goes on where it stopped,"
+        f" or {own}."
+    )

@@ -1,0 +1,144 @@
+"""Text of data sets of the Hugging Face Hub: their parquet and jsonl files, one at a time."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from etils import epath
+
+from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.data import hub
+from ngpt_jax.data.hub import Repository
+from ngpt_jax.data.text.text_files import SUFFIXES, read_documents
+from ngpt_jax.data.text.units import Doing, TextSource, Unit
+
+_CONVERTED = "refs/convert/parquet"  # the hub's own copy, also of data sets that are programs
+_SPLITS = {  # how the names of files tell it
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing|eval|evaluation",
+}
+
+
+def open_hub(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
+    """As :func:`ngpt_jax.data.text.sources.open_source`; files are fetched where they are read."""
+    field = f"{prefix}paths"
+    if len(config.paths) != 1:
+        raise ConfigError(f"{field}: give one data set as OWNER/NAME, or OWNER/NAME@REVISION.")
+    if not download:
+        return TextSource([], {}, field)
+    (spec,) = config.paths
+    repo = hub.find_repository("dataset", spec, cache, field)
+    if not any(map(_readable, repo.files)) and "@" not in spec:
+        repo = hub.find_repository("dataset", f"{spec}@{_CONVERTED}", cache, field)
+    splits = _splits(repo, config.hub_config, prefix)
+
+    def units(split: str, name: str) -> list[Unit]:
+        if not splits.get(split):
+            known = ", ".join(sorted(splits)) or "nothing that can be read"
+            raise ConfigError(f"{prefix}{name}: {repo.name} has no split {split!r} but {known}.")
+        return [_unit(repo, path, config.text_key, cache, prefix) for path in splits[split]]
+
+    held_out, split = {}, config.hub_eval_split
+    if split is not None:
+        if split == config.hub_split:
+            raise ConfigError(
+                f"{prefix}hub_eval_split is the split to train on; name another, or None."
+            )
+        held_out = {split: units(split, "hub_eval_split")}
+    notes = [repo.note] if repo.note else []
+    origin = f"{repo.name}@{repo.commit}"
+    return TextSource(units(config.hub_split, "hub_split"), held_out, field, notes, origin)
+
+
+def _readable(path: str) -> bool:
+    return path.lower().endswith(SUFFIXES)
+
+
+def _unit(repo: Repository, path: str, text_key: str, cache: str, prefix: str) -> Unit:
+    size, digest = repo.files[path]
+    field = f"{prefix}paths"
+    ready: list[tuple[Path, bool]] = []
+
+    def fetch(doing: Doing) -> None:
+        ready[:] = [hub.fetch(repo, path, cache, field, doing)]
+
+    def read() -> Iterator[tuple[str, int]]:
+        ((file, ours),) = ready
+        yield from read_documents(epath.Path(file), field, text_key, f"{prefix}text_key")
+        if ours:  # all of it was read: the next file takes its place on the disk
+            hub.drop(Path(file))
+
+    return Unit(
+        f"hub {repo.name} {path} {digest} {text_key}", size, read, f"{repo.name}/{path}", fetch
+    )
+
+
+def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list[str]]:
+    """The readable files of each split of a config, by the data set's card or by their names."""
+    paths = sorted(filter(_readable, repo.files))
+    named = {str(c["config_name"]): c for c in repo.configs if _has_files(c)}
+    if not named and repo.configs == [] and all(p.count("/") > 1 for p in paths):
+        folders = sorted({p.split("/")[0] for p in paths})  # as of the hub's own copy
+        named = {name: {"data_files": f"{name}/**"} for name in folders}
+    if not named:
+        if config is not None:
+            raise ConfigError(f"{prefix}hub_config: {repo.name} has no configs; leave it out.")
+        return _by_name(paths)
+    default = [name for name, c in named.items() if c.get("default") or name == "default"]
+    choice = config or (default[0] if default else next(iter(named)))
+    if choice not in named or (config is None and not default and len(named) > 1):
+        known = ", ".join(named)
+        raise ConfigError(f"{prefix}hub_config: give one of the configs of {repo.name}: {known}.")
+    files = named[choice]["data_files"]
+    if isinstance(files, str) or all(isinstance(f, str) for f in files):
+        return _by_name(_matching(paths, [files] if isinstance(files, str) else files))
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    return {
+        str(f["split"]): _matching(paths, [f["path"]] if isinstance(f["path"], str) else f["path"])
+        for f in files
+    }
+
+
+def _has_files(config: object) -> bool:
+    """Whether a config of a card is what it should be, and names its files."""
+    if not isinstance(config, dict) or "config_name" not in config:
+        return False
+    files = config.get("data_files")
+    if isinstance(files, dict):
+        return True
+    return isinstance(files, str) or (
+        isinstance(files, list)
+        and all(
+            isinstance(f, str) or (isinstance(f, dict) and {"split", "path"} <= f.keys())
+            for f in files
+        )
+    )
+
+
+def _by_name(paths: Sequence[str]) -> dict[str, list[str]]:
+    """Files by the split that their names tell; all are train where none does."""
+    out: dict[str, list[str]] = {}
+    for path in paths:
+        for split, words in _SPLITS.items():
+            if re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9])", path.lower()):
+                out.setdefault(split, []).append(path)
+                break
+        else:
+            out.setdefault("", []).append(path)
+    rest = out.pop("", [])
+    if rest and "train" not in out:
+        out["train"] = rest
+    return out
+
+
+def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
+    """Paths that one of the patterns of a card matches: ``*`` within a folder, ``**`` any."""
+
+    def regex(pattern: str) -> str:
+        parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+        words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        return "".join(words.get(part) or re.escape(part) for part in parts)
+
+    return [p for p in paths if any(re.fullmatch(regex(pattern), p) for pattern in patterns)]
