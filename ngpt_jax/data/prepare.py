@@ -13,15 +13,15 @@ tokenizer give the same bytes, whatever the number of workers.
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+import shlex
+from typing import TYPE_CHECKING
 
 from absl import flags
 
-from ngpt_jax import config as config_lib
 from ngpt_jax import signals
-from ngpt_jax.config import ConfigError, DataConfig, SourceConfig, command
+from ngpt_jax.config import ConfigError, DataConfig, command
 from ngpt_jax.config.sources import TOKEN_FORMATS
+from ngpt_jax.data import source_flags
 from ngpt_jax.errors import drop_unwritten
 
 if TYPE_CHECKING:  # imported where they are used, so that --help is quick
@@ -39,20 +39,6 @@ _SHARD_TOKENS = flags.DEFINE_integer(
 )
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one a core.", lower_bound=1)
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with its manifest.")
-
-
-def _define_flag(name: str, default: Any, meaning: str) -> Any:
-    if default == ():
-        return flags.DEFINE_multi_string(name, [], meaning)
-    if isinstance(default, float):
-        return flags.DEFINE_float(name, default, meaning)
-    return flags.DEFINE_string(name, default, meaning)
-
-
-_SOURCE_FLAGS = {
-    field.name: _define_flag(field.name, field.default, field.metadata["help"])
-    for field in dataclasses.fields(SourceConfig)
-}
 
 
 def _command(overrides: list[tuple[str, str]]) -> int:
@@ -78,8 +64,18 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             f"{name}: {facts.tokens:,} tokens of {facts.documents:,} documents"
             f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
         )
+    if not _VERIFY.value:
+        terminal.say(f"train on it: {shlex.join(_training_command(manifest))}")
     drop_unwritten()
     return 0
+
+
+def _training_command(manifest: Manifest) -> list[str]:
+    flags = {"source": manifest.format, "paths": _OUT.value, "tokenizer": _TOKENIZER.value}
+    if _END.value is not None:
+        flags["end_of_document"] = _END.value
+    start = ["python", "-m", "ngpt_jax.main", "--config=experiments/quickstart.py"]
+    return [*start, *(f"--config.data.{name}={value}" for name, value in flags.items())]
 
 
 def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
@@ -98,19 +94,14 @@ def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
 
 def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder
-    from ngpt_jax.data.text.sources import OPENERS, open_source
+    from ngpt_jax.data.text.sources import open_source
     from ngpt_jax.data.tokenizers.load import load_tokenizer
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
     signals.Listener(interrupt, "received: stopping; what is done is kept")
-    given = {name: flag.value for name, flag in _SOURCE_FLAGS.items()}
-    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
-    source = SourceConfig(**given)
-    config_lib.check_source(source, "--", tuple(OPENERS))
-    if source.token_dtype is not None:
-        raise ConfigError("--token_dtype: training reads token ids as they are; leave it out.")
+    source = source_flags.text_source()
     named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
     tokenizer = load_tokenizer(named, "--")
     text = open_source(source, "--")
