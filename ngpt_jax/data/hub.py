@@ -3,6 +3,7 @@
 The environment of huggingface_hub counts: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -66,7 +67,9 @@ def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
         )
     pin = _folder(cache) / f"{kind}s--{spec.replace('/', '--')}.json"
     pinned = _read_pin(pin)
-    if pinned is not None and _COMMIT.fullmatch(revision):
+    from huggingface_hub import constants  # reads the environment
+
+    if pinned is not None and (_COMMIT.fullmatch(revision) or constants.HF_HUB_OFFLINE):
         return pinned
     try:
         newest = _again(lambda: _ask(kind, name, revision), 4 if pinned is None else 2)
@@ -116,8 +119,7 @@ def fetch(repo: Repository, path: str, cache: str, field: str, doing: Doing) -> 
     job = threading.Thread(target=_fetch, args=(repo, path, folder, digest, result), daemon=True)
     job.start()  # a daemon, as nothing can stop a download but the end of the program
     while job.is_alive():
-        there = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
-        doing(f"fetching {path}, {there / 1e6:,.0f} of {size / 1e6:,.0f} MB")
+        doing(f"fetching {path}, {_size_of(folder) / 1e6:,.0f} of {size / 1e6:,.0f} MB")
         job.join(WAIT)
     if isinstance(result[0], Path):
         return result[0], True
@@ -171,7 +173,7 @@ def _ask(kind: str, name: str, revision: str) -> Repository:
         name, revision=revision or None, repo_type=kind, files_metadata=True
     )
     files = {
-        s.rfilename: (s.size or 0, s.lfs.sha256 if s.lfs else s.blob_id)
+        s.rfilename: (s.size or 0, (s.lfs.sha256 if s.lfs else s.blob_id) or info.sha)
         for s in info.siblings or ()
     }
     card = info.card_data.to_dict() if info.card_data else {}
@@ -216,6 +218,16 @@ def _again(fn: Callable[[], T], tries: int) -> T:
     return fn()
 
 
+def _size_of(folder: Path) -> int:
+    """Bytes in a folder whose files come and go."""
+    total = 0
+    for where, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.stat(os.path.join(where, name)).st_size
+    return total
+
+
 def _sha256(file: Path) -> str:
     with open(file, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -245,13 +257,16 @@ def _problem(error: BaseException, kind: str, name: str, revision: str, field: s
 
     url = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
     what, own = f"{field}: the {_WORD[kind]} {name!r} of the Hugging Face Hub", _OWN_FILES[kind]
-    if isinstance(error, errors.GatedRepoError):
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    token = "check HF_TOKEN" if os.environ.get("HF_TOKEN") else "set HF_TOKEN if it is private"
+    if isinstance(error, errors.GatedRepoError) or status == 403:
         return ConfigError(f"{what} is gated: accept its terms at {url}, and set HF_TOKEN.")
     if isinstance(error, errors.RevisionNotFoundError):
         return ConfigError(f"{what} has no revision {revision!r}; see {url}.")
-    if isinstance(error, errors.RepositoryNotFoundError):
-        token = "" if os.environ.get("HF_TOKEN") else ", or set HF_TOKEN if it is private"
-        return ConfigError(f"{what} is not there; see {url}{token}.")
+    if isinstance(error, errors.EntryNotFoundError) and status == 404:
+        return ConfigError(f"{what} has lost a file since commit {revision[:12]}; give another.")
+    if isinstance(error, errors.RepositoryNotFoundError) or status in (401, 404):
+        return ConfigError(f"{what} is not there, or not for you; see {url}, or {token}.")
     if isinstance(error, errors.OfflineModeIsEnabled):
         return ConfigError(f"{what} is not on this machine; unset HF_HUB_OFFLINE, or {own}.")
     if isinstance(error, OSError) and error.errno is not None:  # a full disk

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 
@@ -77,44 +78,36 @@ def _unit(repo: Repository, path: str, text_key: str, cache: str, prefix: str) -
 def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list[str]]:
     """The readable files of each split of a config, by the data set's card or by their names."""
     paths = sorted(filter(_readable, repo.files))
-    named = {str(c["config_name"]): c for c in repo.configs if _has_files(c)}
-    if not named and repo.configs == [] and all(p.count("/") > 1 for p in paths):
-        folders = sorted({p.split("/")[0] for p in paths})  # as of the hub's own copy
-        named = {name: {"data_files": f"{name}/**"} for name in folders}
+    named = {str(c["config_name"]): c for c in repo.configs if isinstance(c, dict) and _files(c)}
+    if not named and paths and all(p.count("/") > 1 for p in paths):  # as in the hub's own copy
+        named = {p.split("/")[0]: {"data_dir": p.split("/")[0]} for p in paths}
     if not named:
         if config is not None:
             raise ConfigError(f"{prefix}hub_config: {repo.name} has no configs; leave it out.")
         return _by_name(paths)
     default = [name for name, c in named.items() if c.get("default") or name == "default"]
-    choice = config or (default[0] if default else next(iter(named)))
+    choice = config or (default or list(named))[0]
     if choice not in named or (config is None and not default and len(named) > 1):
         known = ", ".join(named)
         raise ConfigError(f"{prefix}hub_config: give one of the configs of {repo.name}: {known}.")
-    files = named[choice]["data_files"]
-    if isinstance(files, str) or all(isinstance(f, str) for f in files):
-        return _by_name(_matching(paths, [files] if isinstance(files, str) else files))
-    if isinstance(files, dict):
-        files = [{"split": split, "path": path} for split, path in files.items()]
-    return {
-        str(f["split"]): _matching(paths, [f["path"]] if isinstance(f["path"], str) else f["path"])
-        for f in files
-    }
+    files = _files(named[choice])
+    if not isinstance(files, dict):
+        return _by_name(_matching(paths, files))
+    return {split: _matching(paths, patterns) for split, patterns in files.items()}
 
 
-def _has_files(config: object) -> bool:
-    """Whether a config of a card is what it should be, and names its files."""
-    if not isinstance(config, dict) or "config_name" not in config:
-        return False
-    files = config.get("data_files")
+def _files(config: dict[str, Any]) -> dict[str, list[str]] | list[str]:
+    """Patterns of a card's config: by split, or of all its files."""
+
+    def patterns(value: Any) -> list[str]:
+        return [value] if isinstance(value, str) else [str(v) for v in value]
+
+    files = config.get("data_files") or f"{config.get('data_dir', '')}/**"
     if isinstance(files, dict):
-        return True
-    return isinstance(files, str) or (
-        isinstance(files, list)
-        and all(
-            isinstance(f, str) or (isinstance(f, dict) and {"split", "path"} <= f.keys())
-            for f in files
-        )
-    )
+        return {str(split): patterns(value) for split, value in files.items()}
+    if isinstance(files, list) and files and isinstance(files[0], dict):
+        return {str(f.get("split")): patterns(f.get("path", ())) for f in files}
+    return [] if files == "/**" else patterns(files)
 
 
 def _by_name(paths: Sequence[str]) -> dict[str, list[str]]:
