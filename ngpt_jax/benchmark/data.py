@@ -74,11 +74,12 @@ def _library_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
     """Tokens per second of one core."""
     texts, characters = [], 0
     units = open_source(config).train
-    for text in read_texts(units, lambda what: None):
-        texts.append(text)
-        characters += len(text)
-        if characters > _CHARACTERS:
-            break
+    with tempfile.TemporaryDirectory() as folder:
+        for text in read_texts(units, lambda unit: unit.fetch(Path(folder), lambda what: None)):
+            texts.append(text)
+            characters += len(text)
+            if characters > _CHARACTERS:
+                break
     count = _library(tokenizer)
     portions = [texts[i : i + 64] for i in range(0, len(texts), 64)]
     start = time.perf_counter()

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -65,7 +64,7 @@ def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
         raise ConfigError(
             f"{field} = {spec!r}: name a {_WORD[kind]} as OWNER/NAME, perhaps @COMMIT."
         )
-    pin = _folder(cache) / f"{kind}s--{spec.replace('/', '--')}.json"
+    pin = Path(cache).expanduser() / "hub" / f"{kind}s--{spec.replace('/', '--')}.json"
     pinned = _read_pin(pin)
     from huggingface_hub import constants  # reads the environment
 
@@ -93,16 +92,16 @@ def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
     return newest
 
 
-def fetch(repo: Repository, path: str, cache: str, field: str, doing: Doing) -> tuple[Path, bool]:
-    """A file of a repository on this disk, and whether it may be deleted after use.
+def fetch(repo: Repository, path: str, folder: Path, field: str, doing: Doing) -> Path:
+    """A file of a repository, on this disk.
 
     A file that huggingface_hub has in its own cache is read there. Another one is fetched into
-    ``cache``; where that was stopped before, the rest of it. What broke is tried again.
+    ``folder``, where it takes the place of all that was there. What broke is tried again.
 
     Args:
       repo: of the file.
       path: in the repository.
-      cache: folder.
+      folder: for this file alone.
       field: that gave the repository, for messages.
       doing: called at least twice a second with what is being done; may raise, to stop.
 
@@ -112,9 +111,11 @@ def fetch(repo: Repository, path: str, cache: str, field: str, doing: Doing) -> 
 
     found = hf.try_to_load_from_cache(repo.name, path, revision=repo.commit, repo_type=repo.kind)
     if isinstance(found, str):
-        return Path(found), False
+        return Path(found)
     size, digest = repo.files[path]
-    folder = _folder(cache) / f"{repo.kind}s--{repo.name.replace('/', '--')}--{repo.commit[:12]}"
+    for file in list(folder.rglob("*")):  # an earlier file, and what a killed program has left
+        if file.is_file() and file != folder / path and file.suffix != ".metadata":
+            file.unlink()
     result: list[BaseException | Path] = []
     job = threading.Thread(target=_fetch, args=(repo, path, folder, digest, result), daemon=True)
     job.start()  # a daemon, as nothing can stop a download but the end of the program
@@ -122,7 +123,7 @@ def fetch(repo: Repository, path: str, cache: str, field: str, doing: Doing) -> 
         doing(f"fetching {path}, {_size_of(folder) / 1e6:,.0f} of {size / 1e6:,.0f} MB")
         job.join(WAIT)
     if isinstance(result[0], Path):
-        return result[0], True
+        return result[0]
     raise _problem(result[0], repo.kind, repo.name, repo.commit, field) from result[0]
 
 
@@ -139,21 +140,6 @@ def fetch_kept(repo: Repository, path: str, field: str) -> Path:
         return Path(_again(lambda: hf.hf_hub_download(repo.name, path, **where), 4))
     except Exception as e:
         raise _problem(e, repo.kind, repo.name, repo.commit, field) from e
-
-
-def drop(file: Path) -> None:
-    """Deletes a fetched file, and what huggingface_hub has noted about it."""
-    file.unlink(missing_ok=True)
-    for folder in file.parents:
-        shutil.rmtree(folder / ".cache", ignore_errors=True)
-        try:
-            folder.rmdir()
-        except OSError:  # other files are in it
-            return
-
-
-def _folder(cache: str) -> Path:
-    return Path(cache).expanduser() / "hub"
 
 
 def _read_pin(file: Path) -> Repository | None:
@@ -193,7 +179,7 @@ def _fetch(
             )
         )
         if len(digest) == 64 and _sha256(file) != digest:
-            drop(file)
+            file.unlink()
             raise ConnectionError(f"{path} is not what the hub says it is")
         return file
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     from ngpt_jax.data.preparing.progress import Progress
     from ngpt_jax.data.text.held_out import choose_split
     from ngpt_jax.data.text.sources import open_source
-    from ngpt_jax.data.text.units import read_texts
+    from ngpt_jax.data.text.units import Unit, read_texts
     from ngpt_jax.files import write_atomically, writing
     from ngpt_jax.terminal import Terminal
 
@@ -60,15 +61,16 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         terminal.say(line)
     limit, read, documents = _MEGABYTES.value * 10**6, 0, 0
 
-    def texts(progress: Progress) -> Iterator[str]:
+    def texts(progress: Progress, folder: str) -> Iterator[str]:
+        def fetch(unit: Unit) -> None:
+            unit.fetch(Path(folder), progress.doing)
+
         nonlocal read, documents
         split = None
         if not text.held_out:
             progress.doing("choosing what to hold out")
-            split = choose_split(
-                lambda: read_texts(text.train, progress.doing), source.held_out, text.field
-            )
-        for document in read_texts(text.train, progress.doing):
+            split = choose_split(lambda: read_texts(text.train, fetch), source.held_out, text.field)
+        for document in read_texts(text.train, fetch):
             document = split(document).get("train", "") if split else document
             read, documents = read + len(document.encode("utf-8", "replace")), documents + 1
             progress.doing(f"reading text, {read / 1e6:,.0f} MB")
@@ -87,8 +89,11 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         show_progress=False,
     )
     try:
-        with Progress("training the tokenizer", terminal) as progress:
-            tokenizer.train_from_iterator(texts(progress), trainer)
+        with (
+            Progress("training the tokenizer", terminal) as progress,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            tokenizer.train_from_iterator(texts(progress, folder), trainer)
     except KeyboardInterrupt:
         terminal.close()
         terminal.say("stopped; nothing was written")

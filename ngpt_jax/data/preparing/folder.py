@@ -14,6 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -25,13 +26,14 @@ from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.preparing.tokenize import Group, Place, Portion, Tokens, tokenized
 from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
-from ngpt_jax.data.text.units import Doing, TextSource, read_texts
+from ngpt_jax.data.text.units import TextSource, Unit, read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
 from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
 from ngpt_jax.terminal import Terminal
 
 SHARD_TOKENS = 100_000_000
 _PROGRESS = "progress.json"
+_FETCHED = ".fetched"  # the file of a data set that is being read
 _TEMPORARY = ".segment"  # start of the names of temporary folders
 
 
@@ -77,7 +79,12 @@ def prepare_folder(
     try:
         _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
-        with _lock(out, terminal, stopped), Progress("preparing tokens", terminal) as progress:
+        with (
+            _lock(out, terminal, stopped),
+            Progress("preparing tokens", terminal) as progress,
+            tempfile.TemporaryDirectory() as temporary,
+        ):
+            scratch = Path(temporary if is_remote(out) else out / _FETCHED)
             for left in out.glob(f"{_TEMPORARY}*"):
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
@@ -98,12 +105,15 @@ def prepare_folder(
                 if stopped():
                     raise Stopped
 
+            def fetch(unit: Unit) -> None:
+                unit.fetch(scratch, doing)
+
             doing("choosing what to hold out")
-            groups = _groups(source, held_out, doing)
+            groups = _groups(source, held_out, fetch)
             progress.begin([sum(unit.size for unit in group.units) for group in groups])
             _write_progress(out, place, done, lost)  # before any shard: whose folder it is
             workers = workers or os.cpu_count() or 1
-            portions = tokenized(groups, place, tokenizer, workers, doing)
+            portions = tokenized(groups, place, tokenizer, workers, doing, fetch)
             done = _write_shards(out, done, lost, portions, shard_tokens, progress, stopped)
             _tell_empty(done, terminal)
             for group in groups:
@@ -114,6 +124,7 @@ def prepare_folder(
                     raise ConfigError(f"{name}: the tokenizer loses all of its text; give another.")
             write_atomically(out / manifest_lib.NAME, done.to_json())
             (out / _PROGRESS).unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
             return done
     except (OSError, ImportError, LookupError) as e:  # LookupError: an unknown kind of storage
         where = where or repr(str(out))
@@ -130,11 +141,11 @@ def source_key(
     return digest_of([how, *(f"{name} {unit.stamp}" for name, some in units for unit in some)])
 
 
-def _groups(source: TextSource, held_out: float, doing: Doing) -> list[Group]:
+def _groups(source: TextSource, held_out: float, fetch: Callable[[Unit], None]) -> list[Group]:
     if source.held_out:
         sets = {"train": source.train, **source.held_out}
         return [Group(name, units, None) for name, units in sets.items()]
-    split = choose_split(lambda: read_texts(source.train, doing), held_out, source.field)
+    split = choose_split(lambda: read_texts(source.train, fetch), held_out, source.field)
     return [Group("train", source.train, split)]
 
 
@@ -150,7 +161,7 @@ def _refuse_occupied(out: epath.Path) -> None:
     except FileNotFoundError:  # a new folder, also one of a bucket
         return
     if names - {".lock"} and not names & {manifest_lib.NAME, _PROGRESS}:
-        if all(name.startswith((".lock", _TEMPORARY, f".{_PROGRESS}")) for name in names):
+        if all(name.startswith((".lock", _TEMPORARY, _FETCHED, f".{_PROGRESS}")) for name in names):
             return  # a run was killed before it wrote progress.json
         raise ConfigError(f"{str(out)!r} is not empty; choose another --out, or delete it.")
 

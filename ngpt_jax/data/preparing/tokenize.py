@@ -5,7 +5,7 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +80,8 @@ def tokenized(
     start: Place,
     tokenizer: Tokenizer,
     workers: int,
-    doing: Doing = lambda what: None,
+    doing: Doing,
+    fetch: Callable[[Unit], None],
 ) -> Iterator[tuple[Portion, list[Tokens]]]:
     """Portions of all documents from ``start`` on, in order, each with its tokens by set.
 
@@ -90,12 +91,13 @@ def tokenized(
       tokenizer: encodes; pickled for workers.
       workers: processes; 1: this one.
       doing: told what is being done; may raise, to stop.
+      fetch: makes a unit readable.
 
     Raises ConfigError.
     """
     for number in range(start.group, len(groups)):
         group = groups[number]
-        portions = _portions(group, start if number == start.group else Place(number, 0, 0), doing)
+        portions = _portions(group, start if number == start.group else Place(number, 0, 0), fetch)
         small = sum(unit.size for unit in group.units) < _SMALL
         in_process: int | None = _PORTIONS_BEFORE_WORKERS if small else 0
         if workers == 1 or tokenizer.name == "byte":  # bytes cost less than workers
@@ -110,7 +112,7 @@ def tokenized(
             yield from _in_workers(rest, group, tokenizer, workers, doing)
 
 
-def _portions(group: Group, start: Place, doing: Doing) -> Iterator[Portion]:
+def _portions(group: Group, start: Place, fetch: Callable[[Unit], None]) -> Iterator[Portion]:
     """Documents of a group in portions.
 
     A portion depends on its start alone, so that a run that continues makes the same ones.
@@ -122,7 +124,7 @@ def _portions(group: Group, start: Place, doing: Doing) -> Iterator[Portion]:
     for number in range(start.unit, len(group.units)):
         unit = group.units[number]
         skip = start.document if number == start.unit else 0
-        unit.fetch(doing)
+        fetch(unit)
         document = 0  # those without text do not count
         for text, read in unit.read():
             document += bool(text)

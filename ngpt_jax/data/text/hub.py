@@ -38,7 +38,7 @@ def open_hub(config: SourceConfig, prefix: str, download: bool, cache: str) -> T
         if not splits.get(split):
             known = ", ".join(sorted(splits)) or "nothing that can be read"
             raise ConfigError(f"{prefix}{name}: {repo.name} has no split {split!r} but {known}.")
-        return [_unit(repo, path, config.text_key, cache, prefix) for path in splits[split]]
+        return [_unit(repo, path, config.text_key, prefix) for path in splits[split]]
 
     held_out, split = {}, config.hub_eval_split
     if split is not None:
@@ -56,23 +56,19 @@ def _readable(path: str) -> bool:
     return path.lower().endswith(SUFFIXES)
 
 
-def _unit(repo: Repository, path: str, text_key: str, cache: str, prefix: str) -> Unit:
+def _unit(repo: Repository, path: str, text_key: str, prefix: str) -> Unit:
     size, digest = repo.files[path]
-    field = f"{prefix}paths"
-    ready: list[tuple[Path, bool]] = []
+    field, file = f"{prefix}paths", Path()
 
-    def fetch(doing: Doing) -> None:
-        ready[:] = [hub.fetch(repo, path, cache, field, doing)]
+    def fetch(folder: Path, doing: Doing) -> None:
+        nonlocal file
+        file = hub.fetch(repo, path, folder, field, doing)
 
     def read() -> Iterator[tuple[str, int]]:
-        ((file, ours),) = ready
-        yield from read_documents(epath.Path(file), field, text_key, f"{prefix}text_key")
-        if ours:  # all of it was read: the next file takes its place on the disk
-            hub.drop(Path(file))
+        return read_documents(epath.Path(file), field, text_key, f"{prefix}text_key")
 
-    return Unit(
-        f"hub {repo.name} {path} {digest} {text_key}", size, read, f"{repo.name}/{path}", fetch
-    )
+    stamp = f"hub {repo.name} {path} {digest} {text_key}"
+    return Unit(stamp, size, read, f"{repo.name}/{path}", fetch)
 
 
 def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list[str]]:

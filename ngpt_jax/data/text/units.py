@@ -1,6 +1,7 @@
 """What a source of text is: units of documents to train on, and held-out ones."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -12,7 +13,7 @@ from ngpt_jax.data.open_files import bad_byte
 Doing = Callable[[str], None]  # is told what is being done; may raise, to stop it
 
 
-def _nothing(doing: Doing) -> None:
+def _nothing(folder: Path, doing: Doing) -> None:
     """Fetches nothing."""
 
 
@@ -26,14 +27,15 @@ class Unit(NamedTuple):
         without text: null, or blank.
       file: what it is read from, its real path or the folder and split of a data set; None where
         that cannot be told.
-      fetch: makes ``read`` possible; calls its argument often with what it is doing.
+      fetch: makes ``read`` possible. It may use a folder, for one unit at a time, and often calls
+        its second argument with what it is doing.
     """
 
     stamp: str
     size: int
     read: Callable[[], Iterator[tuple[str, int]]]
     file: str | None = None
-    fetch: Callable[[Doing], None] = _nothing
+    fetch: Callable[[Path, Doing], None] = _nothing
 
 
 class TextSource(NamedTuple):
@@ -53,10 +55,10 @@ class TextSource(NamedTuple):
     origin: str = ""
 
 
-def read_texts(units: Iterable[Unit], doing: Doing) -> Iterator[str]:
-    """The documents of units that are not blank; ``doing`` as for ``Unit.fetch``."""
+def read_texts(units: Iterable[Unit], fetch: Callable[[Unit], None]) -> Iterator[str]:
+    """The documents of units that are not blank; ``fetch`` makes a unit readable."""
     for unit in units:
-        unit.fetch(doing)
+        fetch(unit)
         yield from (text for text, _ in unit.read() if text)
 
 
