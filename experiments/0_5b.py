@@ -1,13 +1,14 @@
 """The paper's 0.5B model: 468,491,520 parameters (the baseline has 468,239,360).
 
-    python -m ngpt_jax.data.prepare --source=text --paths='openwebtext/*.jsonl.gz' \
-        --tokenizer=llama2.json --out=owt_llama2
-    python -m ngpt_jax.main --config=experiments/0_5b.py --config.data.source=bin \
-        --config.data.paths=owt_llama2 --config.data.tokenizer=llama2.json
+    python -m ngpt_jax.main --config=experiments/0_5b.py
 
-OpenWebText may come from .jsonl or .parquet files (without prepare, the first start prepares them),
-from --source=tfds --tfds_name=..., or from nanoGPT's train.bin as it is (GPT-2's tokens, so add
---config.data.tokenizer=gpt2/ --config.model.vocab_size=50257): see ngpt_jax/data/README.md.
+The first start fetches OpenWebText and LLaMA-2's tokenizer from the Hugging Face Hub, a file at a
+time, and keeps its tokens, about 18 GB, in data.cache. Prepared tokens or text of your own:
+
+    --config.data.source=bin --config.data.paths=FOLDER
+    --config.data.source=text --config.data.paths='corpus/*.jsonl.gz'
+
+with --config.data.tokenizer=FILE for another tokenizer; see ngpt_jax/data/README.md.
 
 24 layers, width 1024, 16 heads of 64, SwiGLU of 4096, LLaMA-2's 32,000 tokens, 512 sequences
 a step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of
@@ -17,7 +18,8 @@ Expected cost, not measured: 2.76e9 FLOPs a token at 1k, 1.45e20 in all; at 40 %
 of one H100, or 8 hours of a TPU v5e-64.
 Fits a TPU v5e-16 and larger (ngpt_jax/aot/README.md). On fewer devices use microbatches:
 --config.train.accumulate=8, for example.
-Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny, on bytes of the standard library).
+Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny), stdlib (on bytes of the
+standard library, without a network).
 """
 
 from ngpt_jax.config import default_config
@@ -38,14 +40,14 @@ def get_config(variants: str = ""):
     config.optimizer.learning_rate = 1.5e-3
     config.train.steps = 100_000
     config.train.batch_size = 512
-    config.data.source = "text"
-    config.data.paths = ("openwebtext/*.jsonl.gz",)
-    config.data.tokenizer = "llama2.json"
+    config.data.source = "hub"
+    config.data.paths = ("Skylion007/openwebtext",)
+    config.data.tokenizer = "hub:hf-internal-testing/llama-tokenizer"
     config.eval.every = 2000
     config.eval.batches = 100
     config.eval.batch_size = 512
     config.checkpoint.every = 1000
-    known = {"gpt": gpt, "ctx4k": ctx4k, "ctx8k": ctx8k, "debug": debug}
+    known = {"gpt": gpt, "ctx4k": ctx4k, "ctx8k": ctx8k, "debug": debug, "stdlib": stdlib}
     return apply_variants(config, variants, known)
 
 
@@ -70,15 +72,18 @@ def debug(config):
     config.model.width = 64
     config.model.heads = 8
     config.model.context = 64
-    config.model.vocab_size = None
     config.model.dtype = "float32"
     config.train.steps = 20
     config.train.batch_size = 8
-    config.data.source = "stdlib"
-    config.data.paths = ()
-    config.data.tokenizer = "byte"
     config.eval.every = 10
     config.eval.batches = 2
     config.eval.batch_size = 8
     config.checkpoint.every = 10
     config.log.every = 5
+
+
+def stdlib(config):
+    config.model.vocab_size = None
+    config.data.source = "stdlib"
+    config.data.paths = ()
+    config.data.tokenizer = "byte"

@@ -142,7 +142,7 @@ def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
     ],
 )
 def test_flags_that_do_not_fit_together_are_refused(flags, message):
-    config = [f"--config={ROOT}/experiments/1b.py:debug"] if flags else []
+    config = [f"--config={ROOT}/experiments/1b.py:debug,stdlib"] if flags else []
     done = subprocess.run(
         [sys.executable, "-m", "ngpt_jax.tools.aot", *config, *flags],
         cwd=ROOT, text=True, capture_output=True, check=False,

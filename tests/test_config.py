@@ -75,7 +75,8 @@ def test_variants_combine_in_order():
 
 @pytest.mark.parametrize(
     "spec", ["quickstart.py", "124m.py", "0_5b.py", "1b.py", "0_5b.py:gpt,ctx4k", "1b.py:ctx8k",
-             "1b.py:debug", "0_5b.py:gpt,debug", "124m.py:gpt", "124m.py:debug"]
+             "1b.py:debug,stdlib", "0_5b.py:gpt,debug,stdlib", "124m.py:gpt",
+             "124m.py:debug,stdlib"]
 )  # fmt: skip
 def test_every_experiment_loads(spec):
     config = load(spec=str(ROOT / "experiments" / spec))

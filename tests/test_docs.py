@@ -70,7 +70,7 @@ HOW = {
     "python -m ngpt_jax.main --config=experiments/quickstart.py --print_config": "",
     "python -m ngpt_jax.data.prepare": "",
     "python -m ngpt_jax.data.prepare --source=text --paths=openwebtext": " --out=owt{n}",
-    "python -m ngpt_jax.tools.aot": " --config=experiments/1b.py:debug --topology=local",
+    "python -m ngpt_jax.tools.aot": " --config=experiments/1b.py:debug,stdlib --topology=local",
     "python -m ngpt_jax.tools.aot --config=experiments/1b.py:ctx8k": ByTest(
         "test_aot.py::test_the_search_ends_at_the_most_that_leaves_some_memory"
     ),
@@ -82,7 +82,7 @@ HOW = {
         " --config.model.context=64 --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.benchmark --config": (
-        " --config=experiments/124m.py:debug --steps=3 --warmup=1 --config.model.layers=1"
+        " --config=experiments/124m.py:debug,stdlib --steps=3 --warmup=1 --config.model.layers=1"
         " --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.benchmark_data": " --paths=book.txt --workers=2 --rounds=1",

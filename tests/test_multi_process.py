@@ -36,7 +36,7 @@ def free_port():
 def start(processes, devices, workdir, book, *arguments, program=("-m", "ngpt_jax.main")):
     """The debug model in float64 on ``processes`` of ``devices`` each."""
     command = [
-        sys.executable, *program, f"--config={ROOT}/experiments/1b.py:debug",
+        sys.executable, *program, f"--config={ROOT}/experiments/1b.py:debug,stdlib",
         f"--workdir={workdir}", "--config.data.source=text", f"--config.data.paths={book}",
         "--config.model.dtype=float64", "--config.model.param_dtype=float64",
         f"--config.train.steps={STEPS}", "--config.log.every=1", "--config.eval.every=10",
@@ -191,7 +191,7 @@ def test_what_is_wrong_with_one_process_ends_all(book, tmp_path, change, message
         (folder / "val.txt").write_text("some other text\n" * 300)
     change(folders[1])
     common = [
-        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+        sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug,stdlib",
         f"--workdir={tmp_path}/run", "--config.data.source=text", "--config.data.paths=text.txt",
         "--config.data.eval_paths=val=val.txt", "--config.mesh.fsdp=1", "--config.mesh.data=-1",
         f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
@@ -315,7 +315,8 @@ def test_a_coordinator_that_is_not_there_is_told_in_time():
     start_time = time.time()
     done = subprocess.run(
         [
-            sys.executable, "-m", "ngpt_jax.main", f"--config={ROOT}/experiments/1b.py:debug",
+            sys.executable, "-m", "ngpt_jax.main",
+            f"--config={ROOT}/experiments/1b.py:debug,stdlib",
             f"--coordinator_address=127.0.0.1:{free_port()}", "--num_processes=2",
             "--process_id=1", "--start_timeout=3",
         ],
