@@ -144,7 +144,7 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ("data.source=text", r"data.source=text needs data.paths"),
         (
             "data.paths=x.txt",
-            r"data.paths is for data.source=text, tfds, array_record, bin, not stdlib; leave",
+            r"data.paths is for data.source=text, tfds, hub, array_record, bin, not stdlib; leave",
         ),
         ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
         ("optimizer.schedule=linear", r"optimizer.schedule must be one of cosine, wsd, constant"),

@@ -100,20 +100,20 @@ def prepare_folder(
             )
             place, done, lost = _read_progress(out, empty)
 
-            def doing(what: str) -> None:
+            def waiting(what: str) -> None:
                 progress.doing(what)
                 if stopped():
                     raise Stopped
 
             def fetch(unit: Unit) -> None:
-                unit.fetch(scratch, doing)
+                unit.fetch(scratch, waiting)
 
-            doing("choosing what to hold out")
+            progress.doing("choosing what to hold out")
             groups = _groups(source, held_out, fetch)
             progress.begin([sum(unit.size for unit in group.units) for group in groups])
             _write_progress(out, place, done, lost)  # before any shard: whose folder it is
             workers = workers or os.cpu_count() or 1
-            portions = tokenized(groups, place, tokenizer, workers, doing, fetch)
+            portions = tokenized(groups, place, tokenizer, workers, progress.doing, fetch)
             done = _write_shards(out, done, lost, portions, shard_tokens, progress, stopped)
             _tell_empty(done, terminal)
             for group in groups:
