@@ -417,7 +417,10 @@ def test_the_command(config, tmp_path):
     for flags, message in [
         (["--source=text", out], "--source=text needs --paths, e.g. --paths=book.txt"),
         (["--source=text", "--paths=x"], "--out is missing"),
-        (["--source=bin", "--paths=x", out], "--source must be one of stdlib, text, tfds, hub, arr"),
+        (
+            ["--source=bin", "--paths=x", out],
+            "--source must be one of stdlib, text, tfds, hub, arr",
+        ),
         (["--source=text", "--paths=gone", out], "--paths: there is no file or folder 'gone'"),
         # Names of files are told as they are.
         (["--source=text", "--paths=data.jsonl", out], "file or folder 'data.jsonl'; check"),

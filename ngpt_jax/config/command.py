@@ -108,8 +108,10 @@ def _backend_problem() -> str:
     return f"jax cannot start its devices{why}; JAX_PLATFORMS=cpu does without them."
 
 
-def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoReturn:
+def run_command(command: Callable[..., int | None], arguments: int = 0) -> NoReturn:
     """Parses the flags, runs ``command(overrides)`` and exits with the code that it returns.
+
+    The command is given up to ``arguments`` words more, those that are no options.
 
     A wrong flag, a ConfigError or a backend that jax cannot start is printed in one line, and the
     exit code is 2. --help prints the docstring and the flags of the command's module, and the exit
@@ -124,9 +126,10 @@ def run_command(command: Callable[[list[tuple[str, str]]], int | None]) -> NoRet
         for name in flags.FLAGS:
             if flags.FLAGS[name].present:
                 _check_not_empty(f"--{name}", flags.FLAGS[name].value)
-        if len(argv) > 1:
-            raise ConfigError(f"Unexpected argument {argv[1]!r}; options begin with --.")
-        return command(overrides)
+        if len(argv) > 1 + arguments:
+            unexpected = argv[1 + arguments]
+            raise ConfigError(f"Unexpected argument {unexpected!r}; options begin with --.")
+        return command(overrides, *argv[1:])
 
     try:
         rest, overrides = split_overrides(sys.argv)

@@ -48,6 +48,18 @@ def split_spec(spec: str) -> tuple[str, str]:
     return (spec, "") if whole else (path, variants)
 
 
+def shipped() -> dict[str, str]:
+    """The experiments that come with the package: files by their short names."""
+    package = Path(__file__).parents[1]
+    # A clone that is not installed has them beside the package.
+    folder = next(
+        (f for f in (package / "experiments", package.parent / "experiments") if f.is_dir()),
+        package,
+    )
+    files = sorted(folder.glob("*.py"))
+    return {file.stem: str(file) for file in files if "get_config" in file.read_text("utf-8")}
+
+
 @contextlib.contextmanager
 def _siblings_importable(path: str) -> Iterator[None]:
     """Lets a file import the files beside it, as ``python FILE`` does.
@@ -77,8 +89,10 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
     Raises ConfigError.
     """
     path, variants = split_spec(spec)
+    path = shipped().get(path, path)
     if not Path(path).is_file():
-        raise ConfigError(f"--{flag}: no file {path!r}; the repository has some in experiments/.")
+        names = ", ".join(shipped())
+        raise ConfigError(f"--{flag}: no file {path!r}; give one, or a name: {names}.")
     try:
         with _siblings_importable(path):
             function = runpy.run_path(path).get(name)
