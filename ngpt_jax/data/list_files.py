@@ -15,8 +15,10 @@ from ngpt_jax.files import is_remote, reason
 
 PREPARED = "manifest.json"  # a file of prepared folders
 _NAMED = 5  # files that a line names
-_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|dev|test|held_?out|eval|evaluation)([^a-z]|$)"
-_TRAIN_WORDS = r"(^|[^a-z])(train|training)([^a-z]|$)"
+_HELD_OUT_WORDS = (
+    r"(^|[^a-z])(val(id(at(e|ion))?)?|dev|test(ing)?|h[eo]ld[-_ ]?out|eval(uation)?)([^a-z]|$)"
+)
+_TRAIN_WORDS = r"(^|[^a-z])train(ing)?([^a-z]|$)"
 
 
 def parse_path(text: str, field: str) -> epath.Path:
@@ -181,7 +183,8 @@ def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
     may be called anything, only beside files that are called train.
     """
     depth = _common([file.parts[:-1] for file in files])
-    names = ["/".join(file.parts[depth:]).lower() for file in files]
+    names = ["/".join(file.parts[depth:]) for file in files]
+    names = [re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower() for name in names]  # as in myTest
     trained = [re.search(_TRAIN_WORDS, name) is not None for name in names]
     words = [None if t else re.search(_HELD_OUT_WORDS, name) for name, t in zip(names, trained)]
     if all(words):
@@ -195,8 +198,8 @@ def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
         flags = [f"{option}eval_paths={name}={_pattern_of(some)}" for name, some in sets.items()]
         file = next(iter(sets.values()))[0]
         raise ConfigError(
-            f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it, and"
-            f" {' '.join(flags)}"
+            f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it (or"
+            f" rename it, to train on it), and {' '.join(flags)}"
         )
 
 
@@ -265,17 +268,15 @@ def _glob(path: epath.Path, hidden: list[epath.Path]) -> list[epath.Path]:
         return []
     parts = str(path).split("/")
     fixed = next(i for i, part in enumerate(parts) if _has_magic(part))
-    base = "/".join(parts[:fixed]) or ("/" if path.is_absolute() else ".")
-    if is_remote(path):
-        return sorted(epath.Path(base).glob("/".join(parts[fixed:])))
-    return sorted(_expand(epath.Path(base), parts[fixed:], hidden))
+    base = epath.Path("/".join(parts[:fixed]) or ("/" if path.is_absolute() else "."))
+    return sorted(_expand(base, parts[fixed:], hidden)) if base.is_dir() else []
 
 
 def _expand(
     folder: epath.Path, parts: Sequence[str], hidden: list[epath.Path]
 ) -> Iterator[epath.Path]:
-    """What a glob, given in its parts, matches below a local folder."""
-    part, rest = parts[0], parts[1:]
+    """What a glob, given in its parts, matches below a folder."""
+    part, rest, magic = parts[0], parts[1:], _has_magic(parts[0])
     if part == "**":
         for some, _ in _folders_below(folder):
             if rest:
@@ -283,15 +284,15 @@ def _expand(
         if not rest:
             yield folder
         return
-    for entry in sorted(folder.iterdir()) if _has_magic(part) else [folder / part]:
-        if _has_magic(part) and entry.name.startswith(".") and not part.startswith("."):
+    for entry in sorted(folder.iterdir()) if magic else [folder / part]:
+        if magic and entry.name.startswith(".") and not part.startswith("."):
             hidden += [entry] if part == "*" else []
-        elif not fnmatch.fnmatchcase(entry.name, part) and _has_magic(part):
+        elif magic and not fnmatch.fnmatchcase(entry.name, part):
             continue
-        elif not rest and os.path.lexists(entry):
-            yield entry
         elif rest and entry.is_dir():
             yield from _expand(entry, rest, hidden)
+        elif not rest and (magic or entry.exists() or os.path.islink(entry)):
+            yield entry
 
 
 def _folders_below(folder: epath.Path) -> list[tuple[epath.Path, list[epath.Path]]]:
