@@ -30,7 +30,7 @@ def one_of(*choices: str) -> Allowed:
 
 
 def whole_number(value: Any) -> int | None:
-    """The int that a value is, one of numpy or JAX too; None for anything else, True and 1.0 too."""
+    """The int that a value is, also one of numpy or JAX; None for anything else: True, 1.0, "1"."""
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         return None
     try:

@@ -17,6 +17,7 @@ KINDS = (
     "a tokenizers JSON file (.json), a SentencePiece .model, a .tiktoken file, or a folder with"
     " GPT-2's encoder.json and vocab.bpe"
 )
+LITTLE_LOST = 0.001  # a share of a text that need not be told
 _PROBE = "".join(map(chr, range(33, 127)))
 _PROBE += "  two\n\n\tand na\u00efve \u6f22\u5b57 \u0939\u093f\u0928 \U0001f389 \u03b1\u0436\u05d0."
 
@@ -124,6 +125,16 @@ def lost_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, in
         total += sum(not _is_space(c) for c in text)
         lost += min(missing)
     return lost, total
+
+
+def warnings_of_loss(name: str, share: float) -> list[str]:
+    """A line about a tokenizer that loses this share of a text; none where that is little."""
+    if share < LITTLE_LOST:
+        return []
+    return [
+        f"warning: the tokenizer {name!r} loses {share:.1%} of the text, whose characters have no"
+        " token; bits/byte counts the bytes that tokens stand for"
+    ]
 
 
 def _is_space(character: str) -> bool:
