@@ -305,19 +305,24 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
         manifest.verify(made, epath.Path(folder), "--out")
 
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .\n"
+
+
 def lossy(file, kind):
     """A tokenizers file that knows only some characters or words."""
-    some = "abcdefghijklmnopqrstuvwxyz .\n"
     model = {
-        "bpe": lambda: hf.models.BPE({c: i for i, c in enumerate(["</s>", *some])}, []),
+        "bpe": lambda: hf.models.BPE({c: i for i, c in enumerate(["</s>", *ALPHABET])}, []),
         "unigram": lambda: hf.models.Unigram(
-            [("</s>", 0.0), ("?", 0.0), *((c, -2.0) for c in some)], 1, False
+            [("</s>", 0.0), ("?", 0.0), *((c, -2.0) for c in ALPHABET)], 1, False
         ),
         "words": lambda: hf.models.WordLevel(
             {w: i for i, w in enumerate(["</s>", "[UNK]", *"the fox runs".split()])}, "[UNK]"
         ),
         "pieces": lambda: hf.models.WordPiece(
-            {w: i for i, w in enumerate(["</s>", "[UNK]", *some, *(f"##{c}" for c in some)])},
+            {
+                w: i
+                for i, w in enumerate(["</s>", "[UNK]", *ALPHABET, *(f"##{c}" for c in ALPHABET)])
+            },
             unk_token="[UNK]",
         ),
     }[kind]()
@@ -369,6 +374,17 @@ def test_a_tokenizer_that_loses_most_is_refused(tmp_path, kind):
     with raises("The tokenizer 't' loses [89].% of the text: .* give a tokenizer that was made"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_what_a_normalizer_leaves_out_is_lost(tmp_path):
+    write(tmp_path / "a.jsonl", json_lines(*[f"the fôx runs {i:05}\n" for i in range(90)]))
+    tokenizer = hf.Tokenizer(hf.models.BPE({c: i for i, c in enumerate(["</s>", *ALPHABET])}, []))
+    rules = [hf.normalizers.NFD(), hf.normalizers.StripAccents()]
+    rules.append(hf.normalizers.Replace(hf.Regex("[0-9]"), ""))
+    tokenizer.normalizer = hf.normalizers.Sequence(rules)
+    tokenizer.save(str(tmp_path / "t.json"))
+    config = text_config(tmp_path / "a.jsonl", tokenizer=str(tmp_path / "t.json"))
+    assert run(config, tmp_path / "out").tokenizer["lost"] == round(5 / 15, 4)
 
 
 def test_normalization_is_no_loss(tmp_path):

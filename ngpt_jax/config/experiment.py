@@ -44,7 +44,7 @@ def apply_variants(
 def split_spec(spec: str) -> tuple[str, str]:
     """The path and the variants of FILE[:variant,...]; the path may have a ":" too."""
     path, colon, variants = spec.rpartition(":")
-    whole = not colon or "/" in variants or Path(spec).is_file()
+    whole = not colon or re.search(r"/|\.py$", variants) or Path(spec).is_file()
     return (spec, "") if whole else (path, variants)
 
 
