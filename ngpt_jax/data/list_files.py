@@ -78,31 +78,28 @@ def find_files(
     left_out: dict[str, epath.Path] = {}
     for pattern in patterns:
         files, hidden = _matches(pattern, field)
-        given = [str(file) for file in files] == [str(parse_path(pattern, field))]
-        left, readable = {real_path(file): file for file in hidden}, False
+        path, readable = parse_path(pattern, field), False
+        left_out |= {real_path(file): file for file in hidden}
         for file in files:
             known = file.name.lower().endswith(tuple(suffixes))
-            regular = is_remote(file) or os.path.isfile(file)
-            if known and not regular:
+            if known and not is_remote(file) and not os.path.isfile(file):
                 raise ConfigError(
                     f"{field}: {str(file)!r} is a link to nothing, or no regular file; drop it."
                 )
-            if given and not known:
-                raise _unknown_suffix(file, field, suffixes)
-            if known and (holds(file, field) or given):
-                found.setdefault(real_path(file), file)
-                readable = True
-            else:
-                left[real_path(file)] = file
-        if not readable and parse_path(pattern, field).is_dir():
+            reads = known and (holds(file, field) or file == path)
+            (found if reads else left_out).setdefault(real_path(file), file)
+            readable |= reads
+        if not readable and path.is_dir():
             there = f" but {files[0].name!r}" if files else ""
             raise ConfigError(
                 f"{field}: there is no {', '.join(suffixes)} file below the folder {pattern!r}"
                 f"{there}; check the path."
             )
         if not readable:
-            raise _unknown_suffix(files[0], field, suffixes)
-        left_out |= left
+            raise ConfigError(
+                f"{field}: {str(files[0])!r} has none of the known suffixes {', '.join(suffixes)},"
+                " or holds something else; convert or rename it."
+            )
     if not found:
         raise ConfigError(f"{field} is empty; give it a file, a folder or a glob.")
     names = [str(file) for path, file in left_out.items() if path not in found]
@@ -112,13 +109,6 @@ def find_files(
     more = ", ..." if len(names) > _NAMED else ""
     line = f"{field} leaves out {many}: {', '.join(names[:_NAMED])}{more}"
     return list(found.values()), [line]
-
-
-def _unknown_suffix(file: epath.Path, field: str, suffixes: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"{field}: {str(file)!r} has none of the known suffixes {', '.join(suffixes)}, or holds"
-        " something else; convert or rename it."
-    )
 
 
 def find_train_and_eval_files(
@@ -198,8 +188,8 @@ def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
         flags = [f"{option}eval_paths={name}={_pattern_of(some)}" for name, some in sets.items()]
         file = next(iter(sets.values()))[0]
         raise ConfigError(
-            f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it (or"
-            f" rename it, to train on it), and {' '.join(flags)}"
+            f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it, and"
+            f" {' '.join(flags)} (or rename it, to train on it)"
         )
 
 
