@@ -374,7 +374,7 @@ def test_what_is_no_regular_file(tmp_path):
 
 def test_storage_that_is_not_known(tmp_path):
     for source in ("text", "bin", "array_record", "tfds"):
-        with raises("data.paths: 'foo://x/a.txt' is on a storage that is not known"):
+        with raises("data.paths: 'foo://x/a.txt' is on a storage that cannot be used"):
             load(source=source, paths=("foo://x/a.txt",), cache=tmp_path / "c")
     write(tmp_path / "a.txt", "a\ntext")
     with raises("'gs://b/y' cannot be written: "):

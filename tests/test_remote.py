@@ -1,5 +1,6 @@
 """gs:// on a stand-in for a bucket: text, prepared folders and bin files."""
 
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -105,6 +106,13 @@ def test_what_is_not_in_a_bucket(bucket, tmp_path):
         load(tmp_path, source="array_record", paths=("gs://bucket/in/a.array_record",))
     with raises("data.cache = 'gs://bucket/cache' must be a folder of this machine"):
         load("gs://bucket/cache")
+
+
+@pytest.mark.parametrize("source", ["text", "bin", "array_record", "tfds"])
+def test_paths_on_a_storage_that_is_not_installed(tmp_path, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with raises(r"data.paths: 'gs://b/x' is on .* and gs:// with pip install '\.\[gcs\]' in the"):
+        load(tmp_path, source=source, paths=("gs://b/x",))
 
 
 def test_storage_that_is_not_installed():

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.errors import install_hint
 from ngpt_jax.files import is_remote, reason
 
 PREPARED = "manifest.json"  # a file of prepared folders
@@ -22,13 +23,18 @@ _TRAIN_WORDS = r"(^|[^a-z])train(ing)?([^a-z]|$)"
 
 
 def parse_path(text: str, field: str) -> epath.Path:
-    """A path with ``~`` expanded; raises ConfigError for an unknown kind of storage."""
+    """A path with ``~`` expanded; raises ConfigError for a storage that cannot be used."""
     try:
-        return epath.Path(text).expanduser()
-    except (LookupError, ImportError) as e:
+        path = epath.Path(text).expanduser()
+        if is_remote(path):
+            import fsspec
+
+            fsspec.get_filesystem_class(text.partition("://")[0])  # ImportError if not installed
+        return path
+    except (LookupError, ImportError, ValueError) as e:
         raise ConfigError(
-            f"{field}: {text!r} is on a storage that is not known ({reason(e)}); local paths and"
-            " gs:// are."
+            f"{field}: {text!r} is on a storage that cannot be used ({reason(e)}); local paths can,"
+            f" and gs:// with {install_hint('gcs')}."
         ) from e
 
 
