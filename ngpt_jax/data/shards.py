@@ -71,7 +71,7 @@ class BinShard:
         return _fingerprint(self, self.dtype)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)  # "ulimit -n 256" is enough
 def _open_file(path: str, stamp: str) -> IO[bytes]:
     """A file that stays open while it is cached or a thread reads it."""
     del stamp  # in the key, so that a changed file is opened anew
