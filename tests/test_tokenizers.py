@@ -396,6 +396,7 @@ def test_paths_that_are_no_tokenizer(tmp_path, paths):
         (tmp_path / name).write_text("{}")
         with raises("data.tokenizer: '.*' has none of the known suffixes; give" + kinds):
             load(tmp_path / name)
+    (tmp_path / "vocab.txt").rename(tmp_path / "other.txt")  # as Hugging Face's folders have
     with raises("data.tokenizer: the folder '.*' lacks encoder.json or vocab.bpe; give" + kinds):
         load(tmp_path)
     os.symlink("/proc/self/mem", tmp_path / "x.model")
