@@ -369,3 +369,14 @@ def test_a_file_can_import_its_siblings(tmp_path):
         assert results.load_study(str(tmp_path / spec)).budgets == (steps,)
     assert sys.path == before
     assert "common" not in sys.modules
+    assert "shared.width" not in sys.modules
+
+
+def test_installed_packages_below_the_folder_are_imported_once(tmp_path, monkeypatch):
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv/installed_package.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "venv")
+    code = "import installed_package\ndef get_config(v):\n  return {'train': {'steps': 2}}\n"
+    (tmp_path / "e.py").write_text(code)
+    load(spec=str(tmp_path / "e.py"))
+    assert sys.modules.pop("installed_package")

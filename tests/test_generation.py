@@ -258,7 +258,7 @@ def test_values_out_of_range_are_refused(model, how, message):
         ({"min_p": [0.1]}, "min_p must be a number"),
         ({"seed": 1.5}, "seed must be a whole number"),
         ({"seed": np.True_}, "seed must be a whole number"),
-        ({"seed": np.uint64(2**33)}, "seed must lie in 0 to 4294967295, got 8589934592"),
+        ({"seed": np.uint64(2**33)}, "seed must be a whole number from 0 to .*8589934592"),
         ({"stop": 5}, r"stop must be a text or a list of texts, got 5 \(int\)"),
         ({"stop": b"x"}, "stop must be a text or a list of texts"),
         ({"stop": ["a", None]}, "stop must hold texts, got None"),

@@ -1,6 +1,7 @@
 """Shards as one stream, and documents in windows: every token once, none lost."""
 
 import itertools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -361,3 +362,12 @@ def test_mixtures_are_checked(tmp_path):
     ]:
         with raises(re.escape(message) if "--" in message else message):
             config(*overrides)
+
+
+def test_few_files_are_open(tmp_path):
+    """As many as "ulimit -n 256" allows, whatever the number of shards."""
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(150):
+        file = write_bin(tmp_path / f"{i}.bin", TOKENS[:20])
+        open_bin(epath.Path(file), "data.paths", None, 257).read(0, 9)
+    assert len(os.listdir("/proc/self/fd")) - before <= 64

@@ -109,10 +109,9 @@ def test_two_runs_give_identical_bytes(config, tmp_path, small_portions, format)
 
 @pytest.mark.slow
 def test_workers_give_the_same_bytes(config, tmp_path, small_portions, monkeypatch):
-    words = hf.Tokenizer(hf.models.WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
-    words.pre_tokenizer = hf.pre_tokenizers.Whitespace()
-    words.save(str(tmp_path / "words.json"))
-    config = dataclasses.replace(config, tokenizer=str(tmp_path / "words.json"))
+    vocab = {token: i for i, token in enumerate(["</s>", *"abc .\n"])}  # an é is lost
+    hf.Tokenizer(hf.models.BPE(vocab, [])).save(str(tmp_path / "some.json"))
+    config = dataclasses.replace(config, tokenizer=str(tmp_path / "some.json"))
     run(config, tmp_path / "one", workers=1)
     used, real = [], tokenize._in_workers
 
@@ -306,19 +305,24 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
         manifest.verify(made, epath.Path(folder), "--out")
 
 
+ALPHABET = "abcdefghijklmnopqrstuvwxyz .\n"
+
+
 def lossy(file, kind):
     """A tokenizers file that knows only some characters or words."""
-    some = "abcdefghijklmnopqrstuvwxyz .\n"
     model = {
-        "bpe": lambda: hf.models.BPE({c: i for i, c in enumerate(["</s>", *some])}, []),
+        "bpe": lambda: hf.models.BPE({c: i for i, c in enumerate(["</s>", *ALPHABET])}, []),
         "unigram": lambda: hf.models.Unigram(
-            [("</s>", 0.0), ("?", 0.0), *((c, -2.0) for c in some)], 1, False
+            [("</s>", 0.0), ("?", 0.0), *((c, -2.0) for c in ALPHABET)], 1, False
         ),
         "words": lambda: hf.models.WordLevel(
             {w: i for i, w in enumerate(["</s>", "[UNK]", *"the fox runs".split()])}, "[UNK]"
         ),
         "pieces": lambda: hf.models.WordPiece(
-            {w: i for i, w in enumerate(["</s>", "[UNK]", *some, *(f"##{c}" for c in some)])},
+            {
+                w: i
+                for i, w in enumerate(["</s>", "[UNK]", *ALPHABET, *(f"##{c}" for c in ALPHABET)])
+            },
             unk_token="[UNK]",
         ),
     }[kind]()
@@ -370,6 +374,17 @@ def test_a_tokenizer_that_loses_most_is_refused(tmp_path, kind):
     with raises("The tokenizer 't' loses [89].% of the text: .* give a tokenizer that was made"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+def test_what_a_normalizer_leaves_out_is_lost(tmp_path):
+    write(tmp_path / "a.jsonl", json_lines(*[f"the fôx runs {i:05}\n" for i in range(90)]))
+    tokenizer = hf.Tokenizer(hf.models.BPE({c: i for i, c in enumerate(["</s>", *ALPHABET])}, []))
+    rules = [hf.normalizers.NFD(), hf.normalizers.StripAccents()]
+    rules.append(hf.normalizers.Replace(hf.Regex("[0-9]"), ""))
+    tokenizer.normalizer = hf.normalizers.Sequence(rules)
+    tokenizer.save(str(tmp_path / "t.json"))
+    config = text_config(tmp_path / "a.jsonl", tokenizer=str(tmp_path / "t.json"))
+    assert run(config, tmp_path / "out").tokenizer["lost"] == round(5 / 15, 4)
 
 
 def test_normalization_is_no_loss(tmp_path):

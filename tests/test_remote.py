@@ -1,5 +1,6 @@
 """gs:// on a stand-in for a bucket: text, prepared folders and bin files."""
 
+import sys
 from typing import ClassVar
 
 import numpy as np
@@ -12,6 +13,7 @@ from fsspec.registry import _registry
 
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus
+from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.preparing.folder import prepare_folder
 from ngpt_jax.data.text.sources import open_source
 from ngpt_jax.data.tokenizers.load import load_tokenizer
@@ -69,6 +71,31 @@ def test_text_and_tokens_in_a_bucket(bucket, tmp_path):
     assert by_file.train[""][2]["targets"].tolist() == [9, 10, 11, 12]
 
 
+@pytest.mark.parametrize("pattern", ["", "/*", "/**", "/**/*"])
+def test_a_folder_of_a_bucket_is_listed_as_a_local_one_is(bucket, tmp_path, pattern):
+    for folder in (bucket, epath.Path(tmp_path)):
+        for name in ("a.txt", "B.TXT", "README.md", ".hidden.txt", "sub/c.txt", "sub/deep/d.txt",
+                     "sub/e.csv", ".git/f.txt"):  # fmt: skip
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+    listed = []
+    for folder in (str(bucket), str(tmp_path)):
+        files, left_out = find_files([f"{folder}{pattern}"], "data.paths", (".txt",))
+        names = [str(file).removeprefix(folder) for file in files]
+        listed.append((names, [line.replace(folder, "") for line in left_out]))
+    assert listed[0] == listed[1]
+    assert "/sub/c.txt" in listed[0][0]
+    assert "leaves out" in listed[0][1][0]
+
+
+def test_held_out_files_of_a_bucket_are_not_trained_on(bucket):
+    for name in ("train.txt", "test.txt"):
+        (bucket / name).write_text(name)
+    for pattern in ("", "/*", "/**"):
+        with raises("data.paths: 'gs://bucket/in/test.txt' looks like held-out data"):
+            open_source(DataConfig(source="text", paths=(f"gs://bucket/in{pattern}",)))
+
+
 def test_what_is_not_in_a_bucket(bucket, tmp_path):
     with raises("data.paths: no file matches 'gs://bucket/x/\\*.txt'; check"):
         load(tmp_path, source="text", paths=("gs://bucket/x/*.txt",))
@@ -79,6 +106,13 @@ def test_what_is_not_in_a_bucket(bucket, tmp_path):
         load(tmp_path, source="array_record", paths=("gs://bucket/in/a.array_record",))
     with raises("data.cache = 'gs://bucket/cache' must be a folder of this machine"):
         load("gs://bucket/cache")
+
+
+@pytest.mark.parametrize("source", ["text", "bin", "array_record", "tfds"])
+def test_paths_on_a_storage_that_is_not_installed(tmp_path, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with raises(r"data.paths: 'gs://b/x' is on .* and gs:// with pip install '\.\[gcs\]' in the"):
+        load(tmp_path, source=source, paths=("gs://b/x",))
 
 
 def test_storage_that_is_not_installed():

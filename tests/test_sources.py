@@ -340,6 +340,9 @@ def test_held_out_files_are_not_trained_on(tmp_path, suffix, pattern):
         (["train/pos/1.txt", "test/pos/1.txt", "test/neg/2.txt"], "test={}/test/**/*.txt"),
         (["wiki.train.txt", "wiki.valid.txt"], "valid={}/wiki.valid.txt"),
         (["part-0.jsonl", "DEV.jsonl"], "dev={}/DEV.jsonl"),
+        (["part-0.jsonl", "held-out.jsonl"], "held-out={}/held-out.jsonl"),
+        (["training.jsonl", "testing.jsonl"], "testing={}/testing.jsonl"),
+        (["wikiTrain.jsonl", "wikiTest.jsonl"], "test={}/wikiTest.jsonl"),
     ],
 )  # fmt: skip
 def test_the_right_eval_paths_are_told(tmp_path, names, flags):
@@ -357,7 +360,7 @@ def test_the_right_eval_paths_are_told(tmp_path, names, flags):
         sources.open_source(text_config(tmp_path / "test"), "--")
     # What the message says is right.
     pattern = flags.partition("=")[2]
-    train = [f for f in (tmp_path / "test").rglob("*") if "train" in str(f) or "part" in f.name]
+    train = [f for f in (tmp_path / "test").rglob("*") if re.search("[tT]rain|part", str(f))]
     files = [str(f) for f in train if f.is_file()]
     texts, held_out = documents(text_config(*files, eval_paths=(f"v={pattern}",)))
     assert len(texts) + len(held_out["v"]) == len(names)

@@ -396,6 +396,7 @@ def test_paths_that_are_no_tokenizer(tmp_path, paths):
         (tmp_path / name).write_text("{}")
         with raises("data.tokenizer: '.*' has none of the known suffixes; give" + kinds):
             load(tmp_path / name)
+    (tmp_path / "vocab.txt").rename(tmp_path / "other.txt")  # as Hugging Face's folders have
     with raises("data.tokenizer: the folder '.*' lacks encoder.json or vocab.bpe; give" + kinds):
         load(tmp_path)
     os.symlink("/proc/self/mem", tmp_path / "x.model")
@@ -409,11 +410,14 @@ def test_paths_that_are_no_tokenizer(tmp_path, paths):
         ("tokenizer.json", "give the file that is read: .*/tokenizer.json"),
         ("tokenizer.model", "give the file that is read: .*/tokenizer.model"),
         ("spiece.model", "give the file that is read: .*/spiece.model"),
+        ("qwen.tiktoken", "give the file that is read: .*/qwen.tiktoken"),
+        ("vocab.txt", "has no tokenizer.json; write one with transformers"),
         ("tokenizer_config.json", "has no tokenizer.json; write one with transformers"),
     ],
 )
 def test_a_hugging_face_folder_names_its_file(tmp_path, name, message):
-    (tmp_path / name).write_text("{}")
+    for one in ("config.json", name, "a.model" if name == "tokenizer.json" else name):
+        (tmp_path / one).write_text("{}")
     with raises("data.tokenizer: .*" + message):
         load(tmp_path)
 

@@ -44,7 +44,7 @@ def apply_variants(
 def split_spec(spec: str) -> tuple[str, str]:
     """The path and the variants of FILE[:variant,...]; the path may have a ":" too."""
     path, colon, variants = spec.rpartition(":")
-    whole = not colon or "/" in variants or Path(spec).is_file()
+    whole = not colon or re.search(r"/|\.py$", variants) or Path(spec).is_file()
     return (spec, "") if whole else (path, variants)
 
 
@@ -74,7 +74,9 @@ def _siblings_importable(path: str) -> Iterator[None]:
     finally:
         sys.path.remove(folder)
         for name in set(sys.modules) - known:
-            if (getattr(sys.modules[name], "__file__", None) or "").startswith(folder + os.sep):
+            top = name.partition(".")[0]  # installed packages may lie below the folder, but deeper
+            files = [os.path.join(folder, f"{top}{end}") for end in (".py", "/__init__.py")]
+            if top not in known and any(map(os.path.exists, files)):
                 del sys.modules[name]
 
 

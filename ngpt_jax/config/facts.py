@@ -6,7 +6,7 @@ digests of a study's rows (study/results.py).
 """
 
 import dataclasses
-import numbers
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,6 +29,16 @@ def one_of(*choices: str) -> Allowed:
     return Allowed(must, quoted, choices.__contains__, choices)
 
 
+def whole_number(value: Any) -> int | None:
+    """The int that a value is, also one of numpy or JAX; None for anything else: True, 1.0, "1"."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 ANY = Allowed("", "", lambda value: True)
 TEXT = Allowed("must not be empty", "", bool)
 FOLDER = Allowed("must name a folder", "", bool)
@@ -40,15 +50,16 @@ BETWEEN_0_AND_1 = Allowed("must lie between 0 and 1", "in (0, 1)", lambda x: 0 <
 SEED = Allowed(  # jax keeps only the lowest 32 bits of a seed
     f"must be a whole number from 0 to {2**32 - 1}",
     "from 0 to 2^32 - 1",
-    lambda x: isinstance(x, numbers.Integral) and not isinstance(x, bool) and 0 <= int(x) < 2**32,
+    lambda x: (n := whole_number(x)) is not None and 0 <= n < 2**32,
 )
 AXIS = Allowed("must be positive or -1", "> 0 or -1", lambda x: x > 0 or x == -1)
 
 
-def check_seed(name: str, seed: Any) -> None:
-    """Raises ConfigError for a seed that no field would take; ``name`` is for the message."""
+def check_seed(name: str, seed: Any) -> int:
+    """The seed as an int; raises ConfigError, which says ``name``, if no field would take it."""
     if not SEED.holds(seed):
-        raise ConfigError(f"{name} {SEED.must}, got {seed!r}.")
+        raise ConfigError(f"{name} {SEED.must}, got {' '.join(repr(seed).split()):.60}.")
+    return operator.index(seed)
 
 
 class Effect(NamedTuple):

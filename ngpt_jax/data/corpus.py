@@ -65,8 +65,7 @@ def load_corpus(
     tokens, prints = 0, []
     for name, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
-            with Progress(f"reading tokens of {prefix}paths", terminal) as progress:
-                progress.doing("reading and hashing")
+            with Progress(f"reading tokens of {prefix}paths", terminal, "reading and hashing"):
                 opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
             text, share = open_source(source, prefix, cache=config.cache), source.held_out
@@ -76,15 +75,13 @@ def load_corpus(
                 text, share, tokenizer, folder, terminal=terminal, stopped=stopped,
                 where=f"data.cache = {config.cache!r}",
             )  # fmt: skip
-            with Progress("reading prepared tokens", terminal) as progress:
-                progress.doing("hashing")
+            with Progress("reading prepared tokens", terminal, "hashing"):
                 opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
             opened = opened._replace(notes=[*text.left_out, *opened.notes])
         if terminal is not None:
             for line in opened.notes:
                 terminal.say(line)
-        with Progress("packing documents", terminal) as progress:
-            progress.doing("fitting them into sequences")
+        with Progress("packing documents", terminal, "fitting them into sequences"):
             train[name] = _pack(opened, config, context, tokenizer.eod, cache)
         start = f"{name}/" if name else ""
         held_out += [held._replace(name=start + held.name) for held in opened.held_out]

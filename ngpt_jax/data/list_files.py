@@ -11,22 +11,30 @@ from typing import NamedTuple
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.errors import install_hint
 from ngpt_jax.files import is_remote, reason
 
 PREPARED = "manifest.json"  # a file of prepared folders
 _NAMED = 5  # files that a line names
-_HELD_OUT_WORDS = r"(^|[^a-z])(val|valid|validation|dev|test|held_?out|eval|evaluation)([^a-z]|$)"
-_TRAIN_WORDS = r"(^|[^a-z])(train|training)([^a-z]|$)"
+_HELD_OUT_WORDS = (
+    r"(^|[^a-z])(val(id(at(e|ion))?)?|dev|test(ing)?|h[eo]ld[-_ ]?out|eval(uation)?)([^a-z]|$)"
+)
+_TRAIN_WORDS = r"(^|[^a-z])train(ing)?([^a-z]|$)"
 
 
 def parse_path(text: str, field: str) -> epath.Path:
-    """A path with ``~`` expanded; raises ConfigError for an unknown kind of storage."""
+    """A path with ``~`` expanded; raises ConfigError for a storage that cannot be used."""
     try:
-        return epath.Path(text).expanduser()
-    except (LookupError, ImportError) as e:
+        path = epath.Path(text).expanduser()
+        if is_remote(path):
+            import fsspec
+
+            fsspec.get_filesystem_class(text.partition("://")[0])  # ImportError if not installed
+        return path
+    except (LookupError, ImportError, ValueError) as e:
         raise ConfigError(
-            f"{field}: {text!r} is on a storage that is not known ({reason(e)}); local paths and"
-            " gs:// are."
+            f"{field}: {text!r} is on a storage that cannot be used ({reason(e)}); local paths can,"
+            f" and gs:// with {install_hint('gcs')}."
         ) from e
 
 
@@ -76,31 +84,28 @@ def find_files(
     left_out: dict[str, epath.Path] = {}
     for pattern in patterns:
         files, hidden = _matches(pattern, field)
-        given = [str(file) for file in files] == [str(parse_path(pattern, field))]
-        left, readable = {real_path(file): file for file in hidden}, False
+        path, readable = parse_path(pattern, field), False
+        left_out |= {real_path(file): file for file in hidden}
         for file in files:
             known = file.name.lower().endswith(tuple(suffixes))
-            regular = is_remote(file) or os.path.isfile(file)
-            if known and not regular:
+            if known and not is_remote(file) and not os.path.isfile(file):
                 raise ConfigError(
                     f"{field}: {str(file)!r} is a link to nothing, or no regular file; drop it."
                 )
-            if given and not known:
-                raise _unknown_suffix(file, field, suffixes)
-            if known and (holds(file, field) or given):
-                found.setdefault(real_path(file), file)
-                readable = True
-            else:
-                left[real_path(file)] = file
-        if not readable and parse_path(pattern, field).is_dir():
+            reads = known and (holds(file, field) or file == path)
+            (found if reads else left_out).setdefault(real_path(file), file)
+            readable |= reads
+        if not readable and path.is_dir():
             there = f" but {files[0].name!r}" if files else ""
             raise ConfigError(
                 f"{field}: there is no {', '.join(suffixes)} file below the folder {pattern!r}"
                 f"{there}; check the path."
             )
         if not readable:
-            raise _unknown_suffix(files[0], field, suffixes)
-        left_out |= left
+            raise ConfigError(
+                f"{field}: {str(files[0])!r} has none of the known suffixes {', '.join(suffixes)},"
+                " or holds something else; convert or rename it."
+            )
     if not found:
         raise ConfigError(f"{field} is empty; give it a file, a folder or a glob.")
     names = [str(file) for path, file in left_out.items() if path not in found]
@@ -110,13 +115,6 @@ def find_files(
     more = ", ..." if len(names) > _NAMED else ""
     line = f"{field} leaves out {many}: {', '.join(names[:_NAMED])}{more}"
     return list(found.values()), [line]
-
-
-def _unknown_suffix(file: epath.Path, field: str, suffixes: Sequence[str]) -> ConfigError:
-    return ConfigError(
-        f"{field}: {str(file)!r} has none of the known suffixes {', '.join(suffixes)}, or holds"
-        " something else; convert or rename it."
-    )
 
 
 def find_train_and_eval_files(
@@ -181,7 +179,8 @@ def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
     may be called anything, only beside files that are called train.
     """
     depth = _common([file.parts[:-1] for file in files])
-    names = ["/".join(file.parts[depth:]).lower() for file in files]
+    names = ["/".join(file.parts[depth:]) for file in files]
+    names = [re.sub("(?<=[a-z])(?=[A-Z])", "-", name).lower() for name in names]  # as in myTest
     trained = [re.search(_TRAIN_WORDS, name) is not None for name in names]
     words = [None if t else re.search(_HELD_OUT_WORDS, name) for name, t in zip(names, trained)]
     if all(words):
@@ -196,7 +195,7 @@ def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:
         file = next(iter(sets.values()))[0]
         raise ConfigError(
             f"{prefix}paths: {str(file)!r} looks like held-out data; give a glob without it, and"
-            f" {' '.join(flags)}"
+            f" {' '.join(flags)} (or rename it, to train on it)"
         )
 
 
@@ -265,17 +264,15 @@ def _glob(path: epath.Path, hidden: list[epath.Path]) -> list[epath.Path]:
         return []
     parts = str(path).split("/")
     fixed = next(i for i, part in enumerate(parts) if _has_magic(part))
-    base = "/".join(parts[:fixed]) or ("/" if path.is_absolute() else ".")
-    if is_remote(path):
-        return sorted(epath.Path(base).glob("/".join(parts[fixed:])))
-    return sorted(_expand(epath.Path(base), parts[fixed:], hidden))
+    base = epath.Path("/".join(parts[:fixed]) or ("/" if path.is_absolute() else "."))
+    return sorted(_expand(base, parts[fixed:], hidden)) if base.is_dir() else []
 
 
 def _expand(
     folder: epath.Path, parts: Sequence[str], hidden: list[epath.Path]
 ) -> Iterator[epath.Path]:
-    """What a glob, given in its parts, matches below a local folder."""
-    part, rest = parts[0], parts[1:]
+    """What a glob, given in its parts, matches below a folder."""
+    part, rest, magic = parts[0], parts[1:], _has_magic(parts[0])
     if part == "**":
         for some, _ in _folders_below(folder):
             if rest:
@@ -283,15 +280,15 @@ def _expand(
         if not rest:
             yield folder
         return
-    for entry in sorted(folder.iterdir()) if _has_magic(part) else [folder / part]:
-        if _has_magic(part) and entry.name.startswith(".") and not part.startswith("."):
+    for entry in sorted(folder.iterdir()) if magic else [folder / part]:
+        if magic and entry.name.startswith(".") and not part.startswith("."):
             hidden += [entry] if part == "*" else []
-        elif not fnmatch.fnmatchcase(entry.name, part) and _has_magic(part):
+        elif magic and not fnmatch.fnmatchcase(entry.name, part):
             continue
-        elif not rest and os.path.lexists(entry):
-            yield entry
         elif rest and entry.is_dir():
             yield from _expand(entry, rest, hidden)
+        elif not rest and (magic or entry.exists() or os.path.islink(entry)):
+            yield entry
 
 
 def _folders_below(folder: epath.Path) -> list[tuple[epath.Path, list[epath.Path]]]:

@@ -14,12 +14,17 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data.list_files import PREPARED
 from ngpt_jax.data.open_files import open_binary
-from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
+from ngpt_jax.data.tokenizers.base import (
+    LITTLE_LOST,
+    Tokenizer,
+    check_tokenizer,
+    warnings_of_loss,
+)
 from ngpt_jax.files import digest_of
 
 NAME = PREPARED
 VERSION = 1
-_LEAST_LOST, _MOST_LOST = 0.001, 0.5  # shares: told from here on, and refused beyond
+_MOST_LOST = 0.5  # share of the text that a tokenizer may lose
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,19 +106,14 @@ def check_lost(lost: Sequence[int], manifest: Manifest, least: int = 1) -> Manif
             f"The tokenizer {manifest.tokenizer['name']!r} loses {share:.0%} of the text: that many"
             " characters have no token; give a tokenizer that was made for this text."
         )
-    if share < _LEAST_LOST:
+    if share < LITTLE_LOST:
         return manifest
     return dataclasses.replace(manifest, tokenizer=manifest.tokenizer | {"lost": round(share, 4)})
 
 
 def notes(manifest: Manifest) -> list[str]:
     """Lines that warn the user."""
-    if not (lost := manifest.tokenizer.get("lost")):
-        return []
-    return [
-        f"warning: the tokenizer {manifest.tokenizer['name']!r} loses {lost:.1%} of the text, whose"
-        " characters have no token; bits/byte counts the bytes that tokens stand for"
-    ]
+    return warnings_of_loss(manifest.tokenizer["name"], manifest.tokenizer.get("lost", 0.0))
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:

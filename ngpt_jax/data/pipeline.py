@@ -37,9 +37,8 @@ def train_dataset(sequences: Sequences, seed: int) -> grain.MapDataset:
       sequences: at least one, of {"inputs", "targets", ...}, each (context,).
       seed: of the shuffle, below 2^32.
     """
-    check_seed("seed", seed)
     # grain shuffles epoch e with seed + e. The hash keeps seeds 0 and 1 from sharing epochs.
-    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    hashed = int(np.random.SeedSequence(check_seed("seed", seed)).generate_state(1)[0])
     indices = grain.MapDataset.range(len(sequences)).shuffle(seed=hashed)
     return indices.map(sequences.__getitem__).repeat()
 
@@ -56,10 +55,9 @@ def mixed_dataset(
       weights: by the same names; a share is a weight divided by their sum.
       seed: of the shuffles, below 2^32.
     """
-    check_seed("seed", seed)
     # Each source has its own seed, so that two sources of one length differ in order.
     names = sorted(sources)
-    seeds = np.random.SeedSequence(seed).generate_state(len(names))
+    seeds = np.random.SeedSequence(check_seed("seed", seed)).generate_state(len(names))
     datasets = [train_dataset(sources[name], int(s)) for name, s in zip(names, seeds)]
     return _Mixed(datasets, [weights[name] for name in names])
 

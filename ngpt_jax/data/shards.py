@@ -71,7 +71,7 @@ class BinShard:
         return _fingerprint(self, self.dtype)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)  # "ulimit -n 256" is enough
 def _open_file(path: str, stamp: str) -> IO[bytes]:
     """A file that stays open while it is cached or a thread reads it."""
     del stamp  # in the key, so that a changed file is opened anew
@@ -117,8 +117,8 @@ def open_bin(file: epath.Path, field: str, dtype: str | None, vocab_size: int) -
         raise ConfigError(f"{field}: {name!r} holds no tokens; drop it.")
     shard = BinShard(name, kind, offset, tokens, stamp(file))
     if not offset:
-        size = min(tokens, _LOOKED_AT) // 2 * 2
-        starts = sorted({0, (tokens - size) // 4 * 2, (tokens - size) // 2 * 2})
+        size = min(tokens, _LOOKED_AT) // 4 * 4
+        starts = sorted({0, (tokens - size) // 8 * 4, (tokens - size) // 4 * 4})
         some = np.concatenate([shard.read(start, start + size) for start in starts])
         meant = dtype == "uint16" and vocab_size <= 2**16
         check_type(some, name, field, vocab_size, meant)
@@ -131,7 +131,7 @@ def check_type(
     """Refuses ids that look as if they were read as the wrong type.
 
     Args:
-      ids: (even number,) some of a file, from an even place on.
+      ids: (a multiple of 4,) some of a file, from such a place on.
       name: of the file.
       field: that names the file, for messages.
       vocab_size: ids have to be below it.
@@ -141,19 +141,19 @@ def check_type(
     """
     if len(ids) <= 16:
         return
-    # Halves of larger ids: nearly all the upper ones are 0, or small in a large vocabulary.
-    small = (ids.reshape(-1, 2) <= _SMALL_HALF).mean(axis=0)
-    if ids.dtype.itemsize == 2 and not meant and small.max() > 0.9 and small.min() < 0.5:
-        if small[0] > small[1]:
+    # Parts of wider ids: nearly all the upper ones are 0, or small in a large vocabulary.
+    narrow = ids.dtype.itemsize == 2
+    small = (ids.reshape(-1, 4) <= (_SMALL_HALF if narrow else 0)).mean(axis=0)
+    for kind, upper, lower in (("", [1, 3], 0), ("big-endian ", [0, 2], 3)):
+        if not meant and small[upper].min() > 0.9 and small[lower] < 0.5:
+            kind += "uint32" if narrow and (small > 0.9).sum() == 2 else "int64"
+            mend = "write it as little-endian uint16 or uint32"
+            mend = "set token_dtype=uint32" if kind == "uint32" else mend
+            or_else = " (or uint16, if it does not)" if narrow and vocab_size <= 2**16 else ""
             raise ConfigError(
-                f"{field}: {name!r} seems to hold big-endian uint32; write it as little-endian (or"
-                " set token_dtype=uint16, if it holds that)."
+                f"{field}: every second token of {name!r} is 0 or near 0: it seems to hold {kind};"
+                f" {mend}{or_else}."
             )
-        near = "" if not ids[1::2].any() else "near "
-        raise ConfigError(
-            f"{field}: every second token of {name!r} is {near}0: it seems to hold uint32; set"
-            " token_dtype=uint32 (or uint16, if it does not)."
-        )
     # In the right order the upper bytes vary less than the lower ones.
     low, high = (_entropy(ids.astype("<u4") >> shift & 255) for shift in (0, 8))
     odd = ids.max() >= vocab_size or (len(ids) > 1000 and low + 1 < high)
@@ -209,7 +209,7 @@ class ArrayRecordShard:
         """As the function :func:`check_type`, for the first records."""
         odd = bool((np.diff(self._ends, prepend=0) % 2).any())  # then they are no halves of uint32
         stop = int(self._ends[:64][self._ends[:64] <= 2**20].max(initial=0))
-        check_type(self.read(0, stop // 2 * 2), self.name, field, vocab_size, meant=odd)
+        check_type(self.read(0, stop // 4 * 4), self.name, field, vocab_size, meant=odd)
 
     def fingerprint(self) -> str:
         """Of the lengths of records, the first and the last MiB."""

@@ -1,5 +1,6 @@
 """Sources that hold token ids: prepared folders, bin files, array_record with token_dtype."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -211,14 +212,16 @@ def _count_bytes(stream: TokenStream, fingerprint: str, tokenizer: Tokenizer, ca
     """Length in UTF-8 of what a stream stands for, which is decoded document by document."""
 
     def count() -> list[np.ndarray]:
-        total, rest = 0, np.zeros(0, np.int32)
-        for chunk in stream.chunks():
-            rest = np.concatenate([rest, chunk])
-            ends = np.flatnonzero(rest == tokenizer.eod)
-            cut = int(ends[-1]) + 1 if len(ends) else 0
-            total += len(utf8(tokenizer.stands_for(rest[:cut].tolist())))
-            rest = rest[cut:]
-        return [np.array(total + len(utf8(tokenizer.stands_for(rest.tolist()))))]
+        total = 0
+        rest: list[np.ndarray] = []  # the document that has not ended
+        for chunk in itertools.chain(stream.chunks(), [np.array([tokenizer.eod])]):
+            ends = np.flatnonzero(chunk == tokenizer.eod)
+            if len(ends):
+                ids = np.concatenate([*rest, chunk[: ends[-1]]])
+                total += len(utf8(tokenizer.stands_for(ids.tolist())))
+                rest, chunk = [], chunk[ends[-1] :]
+            rest.append(chunk)
+        return [np.array(total)]
 
     known = [] if gives_back(tokenizer) else ["known"]  # earlier versions counted unknown tokens
     key = digest_of(["bytes", fingerprint, stream.stamp(), tokenizer.fingerprint, *known])

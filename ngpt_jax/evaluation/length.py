@@ -55,8 +55,8 @@ def compare(
         )
     context, eod = first.config.model.context, first.tokenizer.eod
     lengths = lengths_of(context, factor)
-    sequences = cut_sequences(_documents(first, text), eod, lengths[-1], most)
     terminal = Terminal()
+    sequences = cut_sequences(_documents(first, text, terminal), eod, lengths[-1], most)
     rows, positions, names = [], [], []
     for label, model in zip(labels, models):
         names.append(label := f"{title(model.config)} {label}")
@@ -74,11 +74,14 @@ def compare(
     return f"{format_table(table(rows, names))}\n{summary}"
 
 
-def _documents(model: LoadedModel, text: str | None) -> list[np.ndarray]:
-    """Token ids of each document."""
+def _documents(model: LoadedModel, text: str | None, terminal: Terminal) -> list[np.ndarray]:
+    """Token ids of each document; says which files are not read."""
     config = model.config
     if text is not None:
-        return model.tokenizer.encode_batch(read_text(text, config.data.text_key))
+        texts, left_out = read_text(text, config.data.text_key)
+        for line in left_out:
+            terminal.say(line)
+        return model.tokenizer.encode_batch(texts)
     try:
         corpus = load_corpus(config.data, model.tokenizer, config.model.context)
     except (ConfigError, OSError) as e:

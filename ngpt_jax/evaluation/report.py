@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ngpt_jax import plots
 from ngpt_jax.config import command
+from ngpt_jax.data.tokenizers.base import lost_characters, warnings_of_loss
 from ngpt_jax.evaluation import scorers
 from ngpt_jax.evaluation.scorers import Scored
 from ngpt_jax.evaluation.tasks import Task
@@ -66,9 +67,15 @@ def evaluate(
             os.environ.update(HF_DATASETS_OFFLINE="1", HF_HUB_OFFLINE="1")
         from ngpt_jax.evaluation import harness as _  # noqa: F401, where it is missing, say so now
     config = opening.read_config("workdir", workdir, overrides)
-    texts = [] if wanted.text is None else scorers.read_text(wanted.text, config.data.text_key)
+    texts: list[str] = []
+    notes: list[str] = []
+    if wanted.text is not None:
+        texts, notes = scorers.read_text(wanted.text, config.data.text_key)
     folder = command.output_folder(workdir, out, "evaluate")
     model = open_model("workdir", workdir, step, overrides)
+    if not model.tokenizer.lossless:
+        lost, total = lost_characters(model.tokenizer, texts)
+        notes += warnings_of_loss(model.tokenizer.name, lost / max(total, 1))
     if untrained:
         refuse_folded(model.config.model)
     found: dict[str, Any] = {}
@@ -82,7 +89,7 @@ def evaluate(
         "parameters": num_params(model.config.model), "context": config.model.context,
         "tokenizer": model.tokenizer.name,
         "lm_eval": importlib.metadata.version("lm_eval") if wanted.harness else None,
-        "limit": wanted.limit, **found.pop(""), **found,
+        "limit": wanted.limit, "notes": notes, **found.pop(""), **found,
     }  # fmt: skip
     with writing(folder):
         for name, (columns, rows) in files.items():
@@ -157,7 +164,7 @@ def show(report: Mapping[str, Any]) -> str:
     results = [report, *filter(None, [report.get("untrained")])]
     models = [f"step {report['step']}", "untrained"][: len(results)]
     lines: list[tuple[str, ...]] = [("", "measure", *models, "chance")]
-    notes = []
+    notes = list(report["notes"])
     for name, first in report["tasks"].items():
         count = first["examples"]
         counted = name if count is None else f"{name} ({count:,})"

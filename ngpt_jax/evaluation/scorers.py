@@ -18,6 +18,7 @@ models refuse a continuation longer than the model's context; here it is scored 
 text is.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -207,16 +208,20 @@ def summarize(task: Task, scored: Sequence[Scored]) -> dict[str, Any]:
     return out
 
 
-def read_text(path: str, text_key: str) -> list[str]:
-    """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError."""
-    texts = [
-        text
-        for file in find_files([path], "--text", text_files.SUFFIXES)[0]
-        for text, _ in text_files.read_documents(file, "--text", text_key, "--text_key")
-    ]
+def read_text(path: str, text_key: str) -> tuple[list[str], list[str]]:
+    """Documents of a file, a folder or a glob of .txt, .jsonl and so on; raises ConfigError.
+
+    Returns:
+      The documents, and a line (or none) that counts and names files that are not read.
+    """
+    holds = functools.partial(text_files.holds_documents, text_key=text_key)
+    files, left_out = find_files([path], "--text", text_files.SUFFIXES, holds)
+    key_field = "--config.data.text_key"
+    units = [text_files.read_documents(file, "--text", text_key, key_field) for file in files]
+    texts = [text for unit in units for text, _ in unit if text]
     if not texts:
         raise ConfigError(f"--text={path} holds no text; give another file.")
-    return texts
+    return texts, left_out
 
 
 def score_text(
@@ -229,12 +234,12 @@ def score_text(
     """
     length, eod = model.config.model.context, model.tokenizer.eod
     ids: list[Any] = [model.tokenizer.encode_batch([text])[0] for text in texts]
-    if not any(map(len, ids)):
+    size = sum(model.tokenizer.text_bytes(text, row.tolist()) for text, row in zip(texts, ids))
+    if not size:
         raise ConfigError("The texts hold no tokens: there is nothing to score; give others.")
     cut = [list(rolling_windows(row, eod, length)) for row in ids]
     nats = -sum(f.log_prob for f in log_likelihoods(model, cut, batch_size, progress))
     tokens = sum(map(len, ids))
-    size = sum(model.tokenizer.text_bytes(text, row.tolist()) for text, row in zip(texts, ids))
     return {
         "documents": len(texts), "tokens": tokens, "bytes": size, "nats_per_token": nats / tokens,
         "perplexity": perplexity(nats / tokens), "bits_per_byte": nats / math.log(2) / size,

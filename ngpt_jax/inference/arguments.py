@@ -1,38 +1,27 @@
 """Checks of what a Python caller gives. Each ConfigError names the argument."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.config.facts import whole_number
 from ngpt_jax.decoding.sampling import Sampling
 
 Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
 
 
-def integer(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
-    """A whole number, numpy's and JAX's too, from ``least`` to ``most``."""
-    number = _index(value)
+def integer(name: str, value: Any, least: int = 0) -> int:
+    """A whole number, numpy's and JAX's too, from ``least`` on."""
+    number = whole_number(value)
     if number is None:
         raise ConfigError(f"{name} must be a whole number, got {_show(value)}.")
-    if most is not None and not least <= number <= most:
-        raise ConfigError(f"{name} must lie in {least} to {most}, got {number}.")
     if number < least:
         what = "be positive" if least == 1 else f"be at least {least}"
         raise ConfigError(f"{name} must {what}, got {number}.")
     return number
-
-
-def _index(value: Any) -> int | None:
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
 
 
 def _number(name: str, value: Any) -> float:
@@ -48,7 +37,7 @@ def _show(value: Any) -> str:
 
 def sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> Sampling:
     """How to draw tokens; raises ConfigError for values out of range."""
-    k = _index(top_k)
+    k = whole_number(top_k)
     if k is None:
         raise ConfigError(f"top_k must be a whole number, got {_show(top_k)}.")
     how = Sampling(
@@ -111,7 +100,7 @@ def token_ids(name: str, values: Any, vocab_size: int, what: str = "A prompt") -
         values = values.reshape(-1).tolist()
     ids = []
     for value in values:
-        if (i := _index(value)) is None:
+        if (i := whole_number(value)) is None:
             raise ConfigError(f"{name}: a token id must be a whole number, got {_show(value)}.")
         if not 0 <= i < vocab_size:
             raise ConfigError(

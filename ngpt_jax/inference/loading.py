@@ -138,7 +138,7 @@ class LoadedModel:
         It adds them to the streams, until all have ended.
         """
         tokens = arguments.integer("tokens", tokens, 1)
-        check_seed("seed", seed)
+        seed = check_seed("seed", seed)
         limit = self.config.model.context
         if context is not None:
             limit = arguments.integer("context", context)

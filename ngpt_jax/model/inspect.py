@@ -109,8 +109,9 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
     Of a table with more than 2048 rows, 2048 are drawn with ``seed``.
     """
     if len(table) > _PAIRED_ROWS:
-        check_seed("seed", seed)
-        rows = np.random.default_rng(seed).choice(len(table), _PAIRED_ROWS, replace=False)
+        rows = np.random.default_rng(check_seed("seed", seed)).choice(
+            len(table), _PAIRED_ROWS, replace=False
+        )
         table = table[np.sort(rows)]
     rows = unit(table)
     return np.sort((rows @ rows.T)[np.triu_indices(len(rows), 1)])

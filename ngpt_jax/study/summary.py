@@ -143,8 +143,7 @@ def speed_up(
     value, bound = ratio(statistics.fmean(baseline.losses), means)
     if min(len(cell.losses) for cell in (baseline, *curve)) < 2:
         return SpeedUp(value, bound, None, None)
-    check_seed("seed", seed)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed("seed", seed))
 
     def draw(runs: Runs) -> np.ndarray:
         x = np.asarray(runs.losses, np.float64)

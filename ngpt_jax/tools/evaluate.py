@@ -17,9 +17,10 @@ gives it (acc); it also has a perplexity, exp(mean -log p). Beside each score st
 error and the score of a blind choice. A context that is too long for the model loses its start.
 
 --text is a file, a folder or a glob of .txt, .jsonl (.gz, .zst) or .parquet; its scores are the
-perplexity a token and the bits a byte. Each token is scored once, in windows of the training
-context: each begins where the one before ended, and the last one reaches back (as in lm_eval's
-loglikelihood_rolling with context_len=1). Documents are read one by one; their end is not scored.
+perplexity a token and the bits a byte. Files of other kinds, and text that the tokenizer loses, are
+told. Each token is scored once, in windows of the training context: each begins where the one
+before ended, and the last one reaches back (as in lm_eval's loglikelihood_rolling with
+context_len=1). Documents are read one by one; their end is not scored.
 
 --harness runs the tasks through EleutherAI's lm-evaluation-harness (pip install '.[eval]'):
 local files without a network, and the harness's own tasks, by their names, with one.

@@ -218,7 +218,7 @@ def _write_shards(
         writer = stack.enter_context(ShardWriter(out, done.format))
         for portion, some in portions:
             writer.add(some)
-            lost = [a + sum(b) for a, b in zip(lost, zip(*(tokens.lost for tokens in some)))]
+            lost = [sum(both) for both in zip(lost, *(tokens.lost for tokens in some))]
             manifest_lib.check_lost(lost, done, least=2**16)
             done = dataclasses.replace(done, empty=done.empty + portion.empty)
             progress.show(portion.after.group, portion.done, sum(len(t.ids) for t in some))

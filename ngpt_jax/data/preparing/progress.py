@@ -20,13 +20,14 @@ class Progress:
     Args:
       label: what is being done.
       terminal: to show it on; None: nothing is shown.
+      doing: as of :meth:`doing`.
     """
 
-    def __init__(self, label: str, terminal: Terminal | None):
+    def __init__(self, label: str, terminal: Terminal | None, doing: str = ""):
         self._label, self._terminal = label, terminal
         self._sizes: Sequence[int] = ()
         self._start, self._first, self._share, self._tokens = time.monotonic(), -1.0, 0.0, 0
-        self._doing, self._since = "", self._start
+        self._doing, self._since = doing, self._start
         self._lock, self._end = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._tell, daemon=True)
 

@@ -4,6 +4,7 @@ import collections
 import hashlib
 import itertools
 import os
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ KINDS = (
     "a tokenizers JSON file (.json), a SentencePiece .model, a .tiktoken file, or a folder with"
     " GPT-2's encoder.json and vocab.bpe, or hub:OWNER/NAME of the Hugging Face Hub"
 )
+LITTLE_LOST = 0.001  # a share of a text that need not be told
 _PROBE = "".join(map(chr, range(33, 127)))
 _PROBE += "  two\n\n\tand na\u00efve \u6f22\u5b57 \u0939\u093f\u0928 \U0001f389 \u03b1\u0436\u05d0."
 
@@ -113,17 +115,35 @@ def gives_back(tokenizer: Tokenizer) -> bool:
 def lost_characters(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, int]:
     """How many characters decoding does not give back, and how many there are, without white space.
 
-    What the tokenizer's own normalization changes is not lost.
+    What the tokenizer's own normalization changes is not lost, but what it leaves out is.
     """
     lost = total = 0
     for text in texts:
         found = collections.Counter(tokenizer.stands_for(tokenizer.encode(text)))
         # A normalizer may also write bytes as other characters, which are decoded to the text.
-        both = [collections.Counter(t) - found for t in (text, tokenizer.normalize(text))]
+        normal = tokenizer.normalize(text)
+        both = [collections.Counter(t) - found for t in (text, normal)]
         missing = [sum(n for c, n in some.items() if not _is_space(c)) for some in both]
+        missing[1] += max(_visible(text) - _visible(normal), 0)
         total += sum(not _is_space(c) for c in text)
         lost += min(missing)
     return lost, total
+
+
+def _visible(text: str) -> int:
+    """Characters without accents, control characters and white space, composed ones as several."""
+    parts = unicodedata.normalize("NFKD", text)
+    return sum(unicodedata.category(c)[0] not in "MCZ" for c in parts)
+
+
+def warnings_of_loss(name: str, share: float) -> list[str]:
+    """A line about a tokenizer that loses this share of a text; none where that is little."""
+    if share < LITTLE_LOST:
+        return []
+    return [
+        f"warning: the tokenizer {name!r} loses {share:.1%} of the text, whose characters have no"
+        " token; bits/byte counts the bytes that tokens stand for"
+    ]
 
 
 def _is_space(character: str) -> bool:

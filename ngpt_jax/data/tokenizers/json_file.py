@@ -11,10 +11,7 @@ import tokenizers
 from ngpt_jax.data.tokenizers.base import Tokenizer, TokenizerFile, fingerprint_of, utf8
 from ngpt_jax.files import reason
 
-_PARTS = (
-    tokenizers.models.BPE,
-    tokenizers.models.Unigram,
-)  # models whose tokens are parts of words
+_PARTS = (tokenizers.models.BPE, tokenizers.models.Unigram)  # their tokens are parts of words
 
 
 @dataclass(frozen=True)

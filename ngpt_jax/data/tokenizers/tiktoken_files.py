@@ -86,8 +86,8 @@ _O200K_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# Files of a Hugging Face folder that can be read instead.
-_OTHERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+# Files of a Hugging Face folder, from which transformers makes a tokenizer.json.
+_UNREADABLE = {"tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt"}
 _CL100K_SPECIAL_TOKENS = ("<|endoftext|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 TIKTOKEN_FORMATS = {
     "gpt2": TiktokenFormat(_GPT2_PATTERN, {"<|endoftext|>": 50256}, 50256),
@@ -157,12 +157,14 @@ def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
     """
     names = ("encoder.json", "vocab.bpe")
     if not all(Path(folder.real_path, name).exists() for name in names):
-        if there := [name for name in _OTHERS if Path(folder.real_path, name).exists()]:
+        there = sorted(os.listdir(folder.real_path), key=lambda name: name != "tokenizer.json")
+        known = re.compile(r"tokenizer\.json|.*\.(model|tiktoken)")
+        if readable := list(filter(known.fullmatch, there)):
             raise folder.error(
                 f"of the folder {folder.path!r}, give the file that is read:"
-                f" {os.path.join(folder.path, there[0])}."
+                f" {os.path.join(folder.path, readable[0])}."
             )
-        if Path(folder.real_path, "tokenizer_config.json").exists():
+        if _UNREADABLE & {*there}:
             raise folder.error(
                 f"the folder {folder.path!r} has no tokenizer.json; write one with transformers:"
                 " AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)."
