@@ -18,18 +18,19 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
     return "://" in os.fspath(path)
 
 
-def write_atomically(path: os.PathLike[str], text: str) -> None:
-    """Writes a file; a reader sees the old text or the new one, never a part."""
+def write_atomically(path: os.PathLike[str] | str, content: str | bytes) -> None:
+    """Writes a file; a reader sees the old content or the new one, never a part."""
+    body = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):
         from etils import epath
 
-        epath.Path(path).write_text(text)  # an object appears as a whole
+        epath.Path(path).write_bytes(body)  # an object appears as a whole
         return
     folder, name = os.path.split(os.fspath(path))
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
+        with open(temporary, "wb") as f:
+            f.write(body)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)

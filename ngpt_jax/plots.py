@@ -2,10 +2,11 @@
 
 import csv
 import io
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from ngpt_jax.errors import ConfigError, install_hint
 from ngpt_jax.files import write_atomically
@@ -63,20 +64,19 @@ def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 
     return fig, list(axes.flat)
 
 
-def save(fig: Any, path: Path) -> None:
+def save(fig: Any, path: epath.PathLike) -> None:
     """Writes a PNG of 64 colours (a third of the bytes), whole or not at all; frees the figure."""
     from matplotlib import pyplot
     from PIL import Image  # matplotlib depends on it
 
-    picture = io.BytesIO()
-    fig.savefig(picture, dpi=130, format="png")
+    drawn, picture = io.BytesIO(), io.BytesIO()
+    fig.savefig(drawn, dpi=130, format="png")
     pyplot.close(fig)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.open(picture).convert("RGB").quantize(64).save(temporary, "png", optimize=True)
-    temporary.replace(path)
+    Image.open(drawn).convert("RGB").quantize(64).save(picture, "png", optimize=True)
+    write_atomically(path, picture.getvalue())
 
 
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes rows as CSV with a header: floats in full; None, and what is missing, as nothing."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")

@@ -2,11 +2,14 @@
 
 import contextlib
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import console as rich_console
 from rich import progress as rich_progress
+
+_SILENCE = 8.0  # seconds after which a line tells that work goes on
 
 
 def format_duration(seconds: float) -> str:
@@ -54,50 +57,107 @@ class Terminal:
         self._console = _Console(file=sys.stdout, highlight=False)
         self._draws = self._console.is_terminal and not self._console.is_dumb_terminal
         self._bar: rich_progress.Progress | None = None
-        self._shown = self._told = 0.0
-        self._status = ""
+        self._lock = threading.RLock()  # "doing" shows from a thread of its own
+        self._shown = 0.0
+        self._told = self._start = time.monotonic()
+        self._label, self._status = "", ""
+        self._share: float | None = None
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""
-        with _unread():
+        with self._lock, _unread():
+            self._told = time.monotonic()
             if self._bar:
                 self._bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
             elif not self._quiet:
                 print(text, flush=True)
 
-    def show(self, label: str, share: float, status: str | None = None) -> None:
-        """Moves the bar; without a new status at most five times a second, as that costs time."""
+    def wants_news(self) -> bool:
+        """Whether :meth:`show` would show something: it is asked before that is looked up."""
         now = time.monotonic()
-        if self._quiet or not self._draws or (status is None and now < self._shown):
+        return not self._quiet and now >= (self._shown if self._draws else self._told + _SILENCE)
+
+    def show(self, label: str, share: float | None, status: str | None = None) -> None:
+        """Moves the bar; without a bar a line, where nothing was printed for a while.
+
+        Args:
+          label: what is being done.
+          share: of it that is done; None: not known.
+          status: more; None: as before. Then the bar moves at most five times a second, as that
+            costs time.
+        """
+        now = time.monotonic()
+        if self._quiet:
             return
-        self._shown = now + 0.2
-        if self._bar is None:
-            self._bar = rich_progress.Progress(
-                rich_progress.TextColumn("{task.fields[label]}"),
-                rich_progress.BarColumn(bar_width=12),
-                rich_progress.TextColumn("{task.fields[status]}"),
-                console=self._console,
-                auto_refresh=False,
-            )
-            self._task = self._bar.add_task("", total=1.0, label=label, status="")
-            with _unread():
-                self._bar.start()
-        self._status = self._status if status is None else status
+        with self._lock:
+            self._label, self._share = label, share
+            self._status = self._status if status is None else status
+            if not self._draws:
+                if now >= self._told + _SILENCE:
+                    self.say("  ".join(filter(None, (label, self._percent(), self._status))))
+            elif status is not None or now >= self._shown:
+                self._shown = now + 0.2
+                self._draw(self._status)
+
+    def _percent(self) -> str:
+        return "" if self._share is None else f"{self._share:4.0%}"
+
+    def _draw(self, status: str) -> None:
         with _unread():
+            if self._bar is None:
+                self._bar = rich_progress.Progress(
+                    rich_progress.TextColumn("{task.fields[label]}"),
+                    rich_progress.BarColumn(bar_width=12),
+                    rich_progress.TextColumn("{task.fields[share]}"),
+                    rich_progress.TextColumn("{task.fields[status]}"),
+                    console=self._console,
+                    auto_refresh=False,
+                )
+                self._task = self._bar.add_task("", total=1.0, label="", share="", status="")
+                self._bar.start()
             self._bar.update(
-                self._task, completed=share, refresh=True, label=label, status=self._status
-            )
+                self._task, completed=self._share or 0.0, refresh=True, label=self._label,
+                share=self._percent(), status=status,
+            )  # fmt: skip
+
+    @contextlib.contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Shows what is done inside, and for how long: it may take a while, and print nothing."""
+        start, end = time.monotonic(), threading.Event()
+
+        def tell() -> None:
+            while not end.wait(0.5):
+                seconds = time.monotonic() - start
+                line = f"{what}, {format_duration(seconds)}"
+                with self._lock:
+                    if end.is_set() or self._quiet:
+                        return
+                    if self._draws:
+                        self._draw(line)
+                    elif time.monotonic() >= self._told + _SILENCE:
+                        self.say(line)
+
+        thread = threading.Thread(target=tell, name="terminal", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                end.set()
+
+    def elapsed(self) -> str:
+        """Since this object was made."""
+        return format_duration(time.monotonic() - self._start)
 
     def tell(self, text: str, seconds: float = 0.0) -> None:
-        """Prints a line where there is no bar, at most one in ``seconds``."""
-        now = time.monotonic()
-        if not self._bar and now >= self._told:
-            self._told = now + seconds
+        """Prints a line where there is no bar, and nothing was printed for ``seconds``."""
+        if not self._bar and time.monotonic() >= self._told + seconds:
             self.say(text)
 
     def close(self) -> None:
         """Ends the bar; a new one may follow."""
-        if self._bar:
-            with _unread():
-                self._bar.stop()
-            self._bar, self._status = None, ""
+        with self._lock:
+            if self._bar:
+                with _unread():
+                    self._bar.stop()
+                self._bar, self._status = None, ""

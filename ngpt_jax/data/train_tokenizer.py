@@ -100,7 +100,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         return 130
     terminal.close()
     with writing(out):
-        write_atomically(Path(out), tokenizer.to_str())
+        write_atomically(out, tokenizer.to_str())
     terminal.say(
         f"{out}: {tokenizer.get_vocab_size():,} tokens, learned from {documents:,} documents"
         f" ({read:,} bytes)"

@@ -133,9 +133,7 @@ def _progress(terminal: Terminal, label: str) -> Callable[[float], None]:
 
     def show(share: float) -> None:
         left = (time.perf_counter() - start) * (1 - share) / share
-        status = f"{share:.0%}, {format_duration(left)} left"
-        terminal.show(label, share, status)
-        terminal.tell(f"{label}: {status}", seconds=30)
+        terminal.show(label, share, f"eta {format_duration(left)}")
 
     return show
 

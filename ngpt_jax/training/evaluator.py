@@ -16,6 +16,7 @@ from ngpt_jax.model import inspect
 from ngpt_jax.model.params import compute_params
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
+from ngpt_jax.terminal import Terminal
 from ngpt_jax.training.metrics import Results, Row
 from ngpt_jax.training.step import summed_nats
 from ngpt_jax.training.workdir import RunError
@@ -38,7 +39,7 @@ class Evaluator:
 
     def __init__(
         self, config: Config, eval_sets: Sequence[EvalSet], mesh: Mesh,
-        write: Callable[[int, Row], None], say: Callable[[str], None], step: int, results: Results,
+        write: Callable[[int, Row], None], terminal: Terminal, step: int, results: Results,
     ):  # fmt: skip
         """
         Args:
@@ -46,12 +47,13 @@ class Evaluator:
           eval_sets: the held-out sets.
           mesh: of the devices.
           write: takes a step and its row of metrics.
-          say: takes a line for the user.
+          terminal: for the user.
           step: the one that the run goes on from.
           results: what is known of it from the logs.
         """
         assert config.eval.batch_size is not None and config.train.steps is not None
-        self._model, self._eval_sets, self._write, self._say = config.model, eval_sets, write, say
+        self._model, self._eval_sets = config.model, eval_sets
+        self._write, self._terminal = write, terminal
         self._config, self._steps = config.eval, config.train.steps
         self._shape = config.model.context, config.eval.batch_size
         self._mask_documents = config.data.mask_documents
@@ -90,21 +92,21 @@ class Evaluator:
             for eval_set in self._eval_sets:
                 start = time.perf_counter()
                 limit = self._config.batches if step < self._steps else None
-                result = evaluate(
-                    self._model, params, self._batches(eval_set, limit), self._placer,
-                    pipeline.num_eval_tokens(eval_set, *self._shape, limit),
-                    eval_set.num_bytes if limit is None else None, stop_asked,
-                )  # fmt: skip
+                tokens = pipeline.num_eval_tokens(eval_set, *self._shape, limit)
+                with self._terminal.doing(f"evaluating {tokens:,} tokens of {eval_set.name}"):
+                    result = evaluate(
+                        self._model, params, self._batches(eval_set, limit), self._placer, tokens,
+                        eval_set.num_bytes if limit is None else None, stop_asked,
+                    )  # fmt: skip
                 if result is None:
                     return
                 results[eval_set.name] = result
-                bits = result.get("bits_per_byte")
-                self._say(
-                    f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
-                    f" {result['loss']:.4f} nats/token"
-                    f"{'' if bits is None else f'  {bits:.4f} bits/byte'}"
-                    f"  ({result['tokens']:,.0f} tokens, {time.perf_counter() - start:.1f} s)"
-                )
+                if step < self._steps:  # the last results are told at the end of the run
+                    self._terminal.say(
+                        f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
+                        f" {result['loss']:.4f} nats/token"
+                        f"  ({tokens:,} tokens, {time.perf_counter() - start:.1f} s)"
+                    )
             (batch,) = self._batches(self._eval_sets[0], 1)
         except ConfigError as e:  # a file that was damaged since the start
             raise RunError(str(e)) from e

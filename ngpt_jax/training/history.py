@@ -57,7 +57,7 @@ def read_losses(workdir: epath.PathLike) -> Losses:
     return losses
 
 
-def plot_losses(runs: dict[str, Losses], path: Path) -> None:
+def plot_losses(runs: dict[str, Losses], path: epath.Path) -> None:
     """Draws the losses of runs, one colour each, as a PNG, with the numbers beside it as CSV.
 
     Args:

@@ -75,6 +75,8 @@ class Logger:
         self.compile_seconds: float | None = None  # told in the next row
         self._rates: list[float] = []  # tokens/s of the rows
         self._pending: list[dict[str, jax.Array]] = []  # of steps that are not yet fetched
+        self._last: jax.Array | None = None  # loss of the last step that is known to be finished
+        self._status = ""  # of the last row
         self._restart()
 
     def _restart(self) -> None:
@@ -84,7 +86,22 @@ class Logger:
         """Takes what a step returned; the device may still be at it."""
         self._pending.append(metrics)
         self._steps_of_row += 1
-        self._terminal.show(self._label(step), step / self._steps)
+        if self._terminal.wants_news():
+            self._show_finished(step)
+
+    def _show_finished(self, step: int) -> None:
+        """Shows the last step that the device has finished; ``step`` is the last that was added."""
+        unfinished = 0
+        for metrics in reversed(self._pending):
+            loss: Any = metrics["loss"]  # mypy does not know is_ready
+            if loss.is_ready():
+                self._last = loss
+                break
+            unfinished += 1
+        status = self._status
+        if not status and self._last is not None:  # no row yet
+            status = f"loss {float(self._last):.4f}"
+        self._show_at(step - unfinished, status)
 
     def due(self, step: int) -> bool:
         """Whether a row is due after this many steps."""
@@ -150,11 +167,16 @@ class Logger:
     def _label(self, step: int) -> str:
         return f"step {step:>6}/{self._steps}"
 
+    def _show_at(self, step: int, status: str) -> None:
+        elapsed = f"elapsed {self._terminal.elapsed()}"
+        self._terminal.show(self._label(step), step / self._steps, f"{status}  {elapsed}")
+
     def _show(self, step: int, row: dict[str, Any]) -> None:
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
-        eta = format_duration(row["eta_seconds"])
-        status = f"loss {loss}  {row['tokens_per_second']:,.0f} tokens/s  eta {eta}"
         skipped = f"  {row['skipped']:.0f} skipped" if row["skipped"] else ""
-        self._terminal.show(self._label(step), step / self._steps, status + skipped)
+        rate = f"{row['tokens_per_second']:,.0f} tokens/s"
+        eta = f"eta {format_duration(row['eta_seconds'])}"
         more = f"  grad {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}"
-        self._terminal.tell(f"{self._label(step)}  {status}{more}{skipped}")
+        self._terminal.tell(f"{self._label(step)}  loss {loss}  {rate}  {eta}{more}{skipped}")
+        self._status = f"loss {loss}  {rate}  {eta}{skipped}"
+        self._show_at(step, self._status)

@@ -5,10 +5,12 @@ import dataclasses
 
 from etils import epath
 
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.preparing.folder import Stopped
+from ngpt_jax.files import reason
 from ngpt_jax.parallel import distributed
 from ngpt_jax.terminal import Terminal
+from ngpt_jax.training import history
 from ngpt_jax.training.setup import Run, open_run
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
@@ -51,6 +53,7 @@ def train(
             return EXIT_RESUME
         terminal.close()  # the bar has done its work; what follows stays
         _tell_results(run, terminal)
+        _plot_losses(run, terminal)
         return 0
 
 
@@ -81,7 +84,8 @@ def _run_steps(run: Run) -> bool:
         saver.look_at_clock(run.step)
 
     run.profile.end(run.state)
-    saver.finish(run.step)
+    with run.terminal.doing(f"saving step {run.step}"):
+        saver.finish(run.step)
     return run.step == run.steps and not evaluator.due(run.step)
 
 
@@ -90,8 +94,19 @@ def _tell_results(run: Run, terminal: Terminal) -> None:
     for name, result in run.evaluator.results.items():
         terminal.say(
             f"held-out {name}: {result['loss']:.4f} nats/token,"
-            f" {result['bits_per_byte']:.4f} bits/byte"
+            f" {result['bits_per_byte']:.4f} bits/byte ({result['tokens']:,.0f} tokens)"
         )
     if text := run.sample(run.state.params):
         terminal.say("sample:")
         terminal.say(text)
+
+
+def _plot_losses(run: Run, terminal: Terminal) -> None:
+    """Writes loss.png into the folder. That it cannot be written ends no finished run."""
+    if not distributed.is_first():
+        return
+    try:
+        history.plot_losses({run.kind: history.read_losses(run.workdir)}, run.workdir / "loss.png")
+        terminal.say(f"losses: {run.workdir / 'loss.png'}")
+    except (OSError, ConfigError) as e:
+        terminal.say(f"warning: loss.png cannot be written: {reason(e)}")

@@ -60,6 +60,8 @@ class Run:
       stop_asked: whether to stop; all processes call it equally often, at least once a step.
       evaluator, logger, profile, saver: know what is due, and do it.
       sample: text from parameters.
+      terminal: for the user.
+      workdir, kind: the run's folder, and the kind of its model.
     """
 
     state: TrainState
@@ -75,6 +77,9 @@ class Run:
     profile: Profile
     saver: Saver
     sample: Callable[[Any], str]
+    terminal: Terminal
+    workdir: epath.Path
+    kind: str
 
 
 def open_run(
@@ -133,6 +138,7 @@ def open_run(
     distributed.check_same(text=corpus.fingerprint, held_out=held_out)
 
     # 5. No other program uses the folder from here on, and all processes see it.
+    stack.callback(workdir_lib.remove_if_unused, workdir, not workdir.exists())
     if (lock := _on_first(workdir, lambda: workdir_lib.lock_workdir(workdir))) is not None:
         stack.enter_context(lock)
     changed = distributed.together(check_workdir, ConfigError)  # nobody came in between
@@ -178,7 +184,7 @@ def open_run(
     # data means nothing in another one; all that is random comes from the seeds in the config.
     write, say = functools.partial(write_on_first, writer), terminal.say
     found = distributed.of_first(lambda: json.dumps(writer.results if writer else {}))
-    evaluator = Evaluator(on_mesh, corpus.held_out, mesh, write, say, step, json.loads(found))
+    evaluator = Evaluator(on_mesh, corpus.held_out, mesh, write, terminal, step, json.loads(found))
     saved = {"data": facts["data"], "tokenizer": facts["tokenizer"], "config": shown}
     saved["versions"] = workdir_lib.versions()
     saver = Saver(checkpoints, config.checkpoint, saved, evaluator.loss_at, say)
@@ -227,7 +233,8 @@ def open_run(
         stack.callback(batches.close)  # ends its threads or processes
         next_batch = functools.partial(_next_batch, batches, progress, batch_size)
         start = time.perf_counter()
-        train_step = layout.lower_train_step(on_mesh, mesh).compile()
+        with terminal.doing("compiling the step"):
+            train_step = layout.lower_train_step(on_mesh, mesh).compile()
         logger.compile_seconds = time.perf_counter() - start
         say(f"compiled the step in {logger.compile_seconds:.1f} s")
 
@@ -235,7 +242,7 @@ def open_run(
     sample = functools.partial(sample_text, model, config.sample, tokenizer)
     return Run(
         state, step, steps, progress, next_batch, placer, train_step, stop_asked, evaluator, logger,
-        profile, saver, sample,
+        profile, saver, sample, terminal, workdir, model.kind,
     )  # fmt: skip
 
 

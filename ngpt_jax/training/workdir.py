@@ -134,6 +134,13 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
     return file
 
 
+def remove_if_unused(workdir: epath.Path, is_new: bool) -> None:
+    """Removes the folder of a start that failed, where that start has made it."""
+    used = (workdir / "config.json").exists() or (workdir / "checkpoints").exists()
+    if is_new and not used and distributed.is_first() and workdir.exists():
+        workdir.rmtree(missing_ok=True)
+
+
 def write_start(workdir: epath.Path, config: Config, facts: dict[str, str]) -> None:
     """Writes what the newest start runs with, and last the config: it makes the folder this run's.
 

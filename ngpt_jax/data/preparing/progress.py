@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from ngpt_jax.terminal import Terminal, format_duration
 
 _LONG = 5.0  # seconds without progress after which it is told what is being done
-_AGAIN = 8.0  # and told again
 
 
 class Progress:
@@ -64,18 +63,15 @@ class Progress:
             status += f"  eta {format_duration(left)}"
         with self._lock:
             self._share = share
-            self._say(status, seconds > _LONG)
+            self._say(status)
 
     def _tell(self) -> None:
         while not self._end.wait(0.5):
             with self._lock:
                 waited = time.monotonic() - self._since
                 if self._doing and waited > _LONG:
-                    self._say(f"{self._doing} for {format_duration(waited)}", True)
+                    self._say(f"{self._doing} for {format_duration(waited)}")
 
-    def _say(self, status: str, tell: bool) -> None:
+    def _say(self, status: str) -> None:
         assert self._terminal is not None
-        label = f"{self._label} {self._share:4.0%}" if self._sizes else self._label
-        self._terminal.show(label, self._share, status)
-        if tell:
-            self._terminal.tell(f"{label}  {status}", seconds=_AGAIN)
+        self._terminal.show(self._label, self._share if self._sizes else None, status)
