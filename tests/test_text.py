@@ -17,7 +17,7 @@ KINDS = ["byte", "json", "model", "tiktoken", "gpt2", "byte_fallback", "pieces"]
 def made(vocab, decoder):
     tokenizer = hf.Tokenizer(hf.models.BPE({name: i for i, name in enumerate(vocab)}, []))
     tokenizer.decoder = decoder
-    return JsonTokenizer("made", len(vocab), 0, "", tokenizer)
+    return JsonTokenizer("made", len(vocab), 0, "", tokenizer, None)
 
 
 @pytest.fixture(params=KINDS)
