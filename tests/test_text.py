@@ -107,6 +107,18 @@ def test_a_stop_string_in_text_of_split_characters():
             assert t.decode(result.ids).endswith(stop)
 
 
+@pytest.mark.parametrize("end", ["b", "", "ab"])
+def test_a_long_stop_string_that_nearly_comes(end):
+    t, stop = ByteTokenizer(), "a" * 300 + "b"
+    ids = list(("a" * 500 + end + "c" * 20).encode())
+    for chunk in (1, 4, 32):
+        told, result = streamed(t, [t.eod], ids, (stop, "a" * 900), chunk)
+        met = result.stop_reason == "stop"
+        assert met == bool(end)
+        assert told == result.text == ("a" * (199 + len(end)) if met else "a" * 500 + "c" * 20)
+        assert len(result.ids) == (500 + len(end) if met else 520)
+
+
 @pytest.mark.parametrize("what", ["text", "white space", "half characters", "no text"])
 def test_time_is_linear(tokenizer, what, monkeypatch):
     """Counts the ids that are decoded: a small multiple of those drawn."""
