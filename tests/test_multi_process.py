@@ -25,6 +25,15 @@ from ngpt_jax.training import layout, workdir
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """Whatever a test finds, none of its processes outlives it."""
+    yield
+    while _started:
+        _started.pop().kill()
 
 
 def free_port():
@@ -63,18 +72,14 @@ def start(processes, devices, workdir, book, *arguments, program=("-m", "ngpt_ja
                 stderr=subprocess.PIPE,
             )
         )
+    _started.extend(running)
     return running
 
 
 def finish(running, code=0):
     outputs = []
     for process in running:
-        try:
-            out, err = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            for p in running:
-                p.kill()
-            raise
+        out, err = process.communicate(timeout=300)
         outputs.append(out)
         assert process.returncode == code, err + out
     return outputs

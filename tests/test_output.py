@@ -147,14 +147,14 @@ def test_a_backend_that_is_not_there_is_one_line(tmp_path, book, platform):
      ("tools.benchmark_decode",), ("tools.sample", "--workdir=RUN", "--prompt=a"),
      ("tools.evaluate", "--workdir=RUN", "--text=BOOK"), ("tools.diagnose", "--workdir=RUN"),
      ("tools.length", "--workdir=RUN", "--text=BOOK"),
-     ("tools.convert", "--workdir=RUN", "--to_reference=out.pt")],
+     ("tools.convert", "--workdir=RUN", "--to_hf=OUT")],
     ids=lambda c: c[0],
 )  # fmt: skip
 def test_of_every_command(runs, command):
-    values = {"RUN": str(runs / "ngpt"), "BOOK": str(runs / "book.txt")}
+    values = {"RUN": runs / "ngpt", "BOOK": runs / "book.txt", "OUT": runs / "out"}
     arguments = []
     for flag, equals, value in (argument.partition("=") for argument in command[1:]):
-        arguments.append(flag + equals + values.get(value, value))
+        arguments.append(flag + equals + str(values.get(value, value)))
     done = run(f"ngpt_jax.{command[0]}", *arguments, JAX_PLATFORMS="cuda")
     lines = done.stderr.decode().splitlines()
     assert done.returncode == 2, lines

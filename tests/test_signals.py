@@ -1,5 +1,6 @@
 """Signals that ask to stop: answered at once, also while XLA compiles or text is tokenized."""
 
+import contextlib
 import json
 import os
 import pty
@@ -46,6 +47,10 @@ class Session:
         except OSError:  # the end, on Linux
             raise AssertionError(f"it ended: {self.text}") from None
 
+    def end(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def press_ctrl_c(self):
         os.write(self._fd, b"\x03")
 
@@ -55,6 +60,20 @@ class Session:
                 self._read()
         except AssertionError:
             return self.process.wait(seconds)
+
+
+@pytest.fixture
+def terminal():
+    """terminal(*command) -> Session, which does not outlive the test."""
+    sessions = []
+
+    def start(*command):
+        sessions.append(Session(*command))
+        return sessions[-1]
+
+    yield start
+    for session in sessions:
+        session.end()
 
 
 def training(tmp_path, book, *more):
@@ -89,10 +108,10 @@ def much_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_answered_while_xla_compiles(tmp_path, book):
+def test_ctrl_c_is_answered_while_xla_compiles(terminal, tmp_path, book):
     # Unrolled blocks take XLA long. The line before the compilation is that of the run.
     model = ["--config.model.scan_layers=False", "--config.model.layers=12"]
-    session = Session(*training(tmp_path, book, *model))
+    session = terminal(*training(tmp_path, book, *model))
     session.read_until("parameters,")
     time.sleep(3)
     assert "compiled" not in session.text
@@ -105,7 +124,7 @@ def test_ctrl_c_is_answered_while_xla_compiles(tmp_path, book):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "prepare"])
-def test_ctrl_c_is_answered_while_text_is_tokenized(tmp_path, much_text, command):
+def test_ctrl_c_is_answered_while_text_is_tokenized(terminal, tmp_path, much_text, command):
     path, tokenizer = much_text
     if command == "train":
         arguments = training(tmp_path, path, f"--config.data.tokenizer={tokenizer}")
@@ -114,7 +133,7 @@ def test_ctrl_c_is_answered_while_text_is_tokenized(tmp_path, much_text, command
             sys.executable, "-m", "ngpt_jax.data.prepare", "--source=text", f"--paths={path}",
             f"--tokenizer={tokenizer}", f"--out={tmp_path}/out", "--workers=2",
         ]  # fmt: skip
-    session = Session(*arguments)
+    session = terminal(*arguments)
     session.read_until("%")
     session.press_ctrl_c()
     assert session.read_until("SIGINT received: stopping") < 1
@@ -145,8 +164,8 @@ def test_a_signal_saves_the_step(tmp_path, book, name):
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_the_step(tmp_path, book):
-    session = Session(*training(tmp_path, book))
+def test_a_closed_terminal_saves_the_step(terminal, tmp_path, book):
+    session = terminal(*training(tmp_path, book))
     session.read_until("loss ")
     os.close(session._fd)  # SIGHUP, and every write fails from here on
     assert session.process.wait(60) == EXIT_RESUME
