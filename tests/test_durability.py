@@ -370,10 +370,10 @@ def full_disk(monkeypatch, step):
     """The save of one step fails as on a full disk."""
     real = saving.Save._commit
 
-    def commit(self):
+    def commit(self, measured):
         if self.step == step:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self)
+        real(self, measured)
 
     monkeypatch.setattr(saving.Save, "_commit", commit)
 
