@@ -213,6 +213,17 @@ def test_a_second_ctrl_c_quits():
         stop.restore()
 
 
+def test_ctrl_c_ends_other_commands_without_a_trace():
+    code = """
+from ngpt_jax.config import command
+def wait(overrides):
+    raise KeyboardInterrupt
+command.run_command(wait)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 def test_a_process_is_born_with_the_signals_blocked():
     code = "import signal; print(len(signal.pthread_sigmask(signal.SIG_BLOCK, ())))"
     with signals.blocked():

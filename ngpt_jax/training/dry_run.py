@@ -22,6 +22,8 @@ from ngpt_jax.training import layout
 from ngpt_jax.training.setup import epochs_of, size_warnings
 from ngpt_jax.training.throughput import chip_of, train_flops_per_token
 
+_ENOUGH = 100_000  # characters, from which the number of tokens is estimated
+
 
 def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
     """Tokens to train on, 0 where they are not known, and a line that tells them."""
@@ -41,11 +43,12 @@ def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
 
 def _estimate(units: Sequence[Unit], tokenizer: Tokenizer) -> int:
     """Tokens of text that is not prepared, from the first documents of its first file."""
-    tokens = characters = read = 0
+    tokens, characters, read = 0.0, 0, 0
     for text, read in units[0].read() if units else ():  # noqa: B007
-        tokens += len(tokenizer.encode(text)) + 1
+        part = text[:_ENOUGH]  # of a long document its beginning stands for all of it
+        tokens += len(tokenizer.encode(part)) * len(text) / max(len(part), 1) + 1
         characters += len(text)
-        if characters > 100_000:
+        if characters > _ENOUGH:
             break
     return round(sum(unit.size for unit in units) * tokens / read) if read else 0
 
@@ -56,7 +59,8 @@ def _fits(least: int, device: jax.Device) -> str:
     if chip is not None:
         limit = limit or int(chip.memory * 2**30)
     elif device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = memory // jax.local_device_count()
     used = f"at least {format_bytes(least)} per device"
     if limit is None:
         return f"{used}; the memory of {device.device_kind} is not known"
