@@ -381,7 +381,7 @@ def test_many_epochs_are_told(small, tmp_path, steps):
     tokens = {"data.source": "bin", "data.paths": (str(tmp_path / "a.bin"),), "data.held_out": 0.1,
               "data.token_dtype": "uint16", "data.cache": str(tmp_path / "cache")}  # fmt: skip
     report, _ = dry_run.report(small(**tokens, **{"train.steps": steps}))
-    assert "text               9,000 tokens, each read" in report
+    assert f"text               9,000 tokens, each read {steps * 64 / 9000:,.0f} times" in report
     assert (
         f"warning: the run reads its 9,000 tokens of text {steps * 64 / 9000:,.0f} times" in report
     )
@@ -402,6 +402,9 @@ def test_dry_run_tells_whether_it_fits(tiny, limit, end):
     assert "memory of some chip is not known" in dry_run._fits(2**20, unknown)
     report, _ = dry_run.report(tiny(**{"model.vocab_size": 300}))
     assert "left for activations" in report
+    # The scores of XLA's attention are in memory as a whole.
+    report, _ = dry_run.report(tiny(**{"model.vocab_size": 300, "train.batch_size": 2**30}))
+    assert "does not fit" in report
 
 
 def test_dry_run_tells_of_missing_files_beside_the_table(tiny):

@@ -37,8 +37,9 @@ def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
             tokens += _estimate(open_source(source, prefix, download=False).train, tokenizer)
     if not tokens:
         return 0, "its size is not known before it is prepared"
-    about = "" if exact else "about "
-    return tokens, f"{about}{tokens:,} tokens, each read {epochs_of(config, tokens):,.3g} times"
+    epochs = epochs_of(config, tokens)
+    times = f"each read {epochs:{',.0f' if epochs >= 100 else '.3g'}} times"
+    return tokens, f"{'' if exact else 'about '}{tokens:,} tokens, {times}"
 
 
 def _estimate(units: Sequence[Unit], tokenizer: Tokenizer) -> int:
@@ -105,8 +106,10 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     logits = 4 * min(model.loss_chunk, sequences * length) * vocab // tensor
     scores = 4 * sequences * length * model.context * model.heads // tensor
     sizes = layout.bytes_per_device(state.params), layout.bytes_per_device(state.opt_state)
-    params, least = format_bytes(sizes[0]), 2 * sizes[0] + sizes[1] + logits
-    in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
+    params, least, in_memory = format_bytes(sizes[0]), 2 * sizes[0] + sizes[1] + logits, ""
+    if model.attention == "xla":
+        in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
+        least += scores
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
         ("vocabulary", f"{model.vocab_size:,} of {name}, padded to {vocab:,}"),
@@ -119,7 +122,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         ("memory per device", f"parameters {params},"
          f" Adam {format_bytes(sizes[1])}, gradients {params},"
          f" logits of a chunk {format_bytes(logits)}"
-         f"{in_memory if model.attention == 'xla' else ''}; other activations come on top"),
+         f"{in_memory}; other activations come on top"),
         ("in all", _fits(least, mesh.devices.flat[0])),
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)
