@@ -85,6 +85,13 @@ def finish(running, code=0):
     return outputs
 
 
+def wait_for_steps(workdir):
+    metrics, deadline = workdir / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
+
+
 def losses(workdir):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return {r["step"]: r["train/loss"] for r in rows if "train/loss" in r}
@@ -149,10 +156,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
         "--config.eval.every=5000",
     ]
     running = start(2, 1, tmp_path / "run", book, *long)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     running[1].send_signal(signal.SIGTERM)
     out = finish(running, code=75)
     step = int(out[0].split("saved step ")[1].split(";")[0])
@@ -255,10 +259,7 @@ command.run_command(main._main)
     long = ["--config.train.steps=100000", "--config.eval.every=100000",
             "--config.checkpoint.every=100000"]  # fmt: skip
     running = start(2, 1, tmp_path / "run", book, *long)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     second = start(2, 1, tmp_path / "run", book, *long, program=[str(tmp_path / "program.py")])
     errors = [process.communicate(timeout=120)[1] for process in second]
     assert sorted(process.returncode for process in second) == [1, 2], errors
@@ -271,10 +272,7 @@ command.run_command(main._main)
 def test_the_lock_ends_with_a_run_that_is_killed(book, tmp_path):
     (process,) = start(1, 1, tmp_path / "run", book, "--config.data.workers=2",
                        "--config.train.steps=100000")  # fmt: skip
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     with pytest.raises(BlockingIOError):
         files.lock(tmp_path / "run/.lock", lambda: False)
     process.kill()

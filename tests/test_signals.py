@@ -1,6 +1,7 @@
 """Signals that ask to stop: answered at once, also while XLA compiles or text is tokenized."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -8,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -27,7 +29,7 @@ class Session:
         self.text, (self._fd, inner) = "", pty.openpty()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=inner, stdout=inner, stderr=inner,
-            start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0),
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(inner)
 

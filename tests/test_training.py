@@ -274,7 +274,6 @@ import sys, json, numpy as np, jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 jax.config.update("jax_enable_x64", True)
 from pathlib import Path
-from types import SimpleNamespace
 from ngpt_jax import config as c
 from ngpt_jax.training import loop
 v = c.default_config()
@@ -377,7 +376,7 @@ def test_many_epochs_are_told(small, tmp_path, steps):
     assert "about " in report
     assert "times; give more text, or fewer train.steps" in report
     assert "times; give" not in dry_run.report(small())[0]
-    np.arange(10_000).__mod__(256).astype(np.uint16).tofile(tmp_path / "a.bin")
+    (np.arange(10_000) % 256).astype(np.uint16).tofile(tmp_path / "a.bin")
     tokens = {"data.source": "bin", "data.paths": (str(tmp_path / "a.bin"),), "data.held_out": 0.1,
               "data.token_dtype": "uint16", "data.cache": str(tmp_path / "cache")}  # fmt: skip
     report, _ = dry_run.report(small(**tokens, **{"train.steps": steps}))

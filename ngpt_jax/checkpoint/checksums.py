@@ -93,7 +93,8 @@ def verify(folder: epath.Path) -> None:
 
     def problem(name: str) -> str:
         try:
-            found, expected = _measure(folder / name, **files[name]), files[name]
+            expected = files[name]
+            found = _measure(folder / name, **expected)
         except Exception as e:  # what a missing file raises depends on the storage
             if not (folder / name).exists():
                 return f"{name} is missing"
@@ -130,16 +131,13 @@ def _measure(path: epath.Path, **like: Any) -> dict[str, Any]:
         found = storage.info(name)
         if "md5Hash" in found:
             return {"bytes": found["size"], "md5": found["md5Hash"]}
-    size, crc, md5 = 0, 0, hashlib.md5(usedforsecurity=False) if "md5" in like else None
+    size = crc = 0
     with path.open("rb") as f:
+        if "md5" in like:
+            md5 = base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode()
+            return {"bytes": path.stat().length, "md5": md5}
         while chunk := f.read(_CHUNK):
-            size += len(chunk)
-            if md5:
-                md5.update(chunk)
-            else:
-                crc = zlib.crc32(chunk, crc)
-    if md5:
-        return {"bytes": size, "md5": base64.b64encode(md5.digest()).decode()}
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
     return {"bytes": size, "crc32": crc}
 
 
