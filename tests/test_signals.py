@@ -25,7 +25,7 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TERM": "xt
 class Session:
     """A command on a terminal of its own, as a person starts it."""
 
-    def __init__(self, *command, env=ENV):
+    def __init__(self, *command, env):
         self.text, (self._fd, inner) = "", pty.openpty()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=inner, stdout=inner, stderr=inner,
@@ -69,8 +69,8 @@ def terminal():
     """terminal(*command) -> Session, which does not outlive the test."""
     sessions = []
 
-    def start(*command):
-        sessions.append(Session(*command))
+    def start(*command, env=ENV):
+        sessions.append(Session(*command, env=env))
         return sessions[-1]
 
     yield start
@@ -111,17 +111,35 @@ def much_text(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_is_answered_while_xla_compiles(terminal, tmp_path, book):
-    # Unrolled blocks take XLA long. The line before the compilation is that of the run.
-    model = ["--config.model.scan_layers=False", "--config.model.layers=12"]
-    session = terminal(*training(tmp_path, book, *model))
-    session.read_until("parameters,")
-    time.sleep(3)
-    assert "compiled" not in session.text
+    log = {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""}
+    session = terminal(*training(tmp_path, book), env=ENV | log)
+    session.read_until("Finished jaxpr to MLIR module conversion jit(train_step)")
     session.press_ctrl_c()
     assert session.read_until("SIGINT received: stopping") < 1
-    assert "compiled" not in session.text
+    assert "Finished XLA compilation of jit(train_step)" not in session.text
     assert session.finish() == EXIT_RESUME
     assert "Traceback" not in session.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS, ids=lambda n: n.name)
+def test_a_signal_is_answered_while_no_python_runs(terminal, number):
+    code = """
+import hashlib
+from ngpt_jax.training.stop_signal import StopSignal
+stop = StopSignal()
+print("at work", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 12_000_000)
+print("finished", stop(), flush=True)
+"""
+    session = terminal(sys.executable, "-c", code)
+    session.read_until("at work")
+    time.sleep(0.2)
+    os.kill(session.process.pid, number)
+    assert session.read_until(f"{number.name} received: stopping") < 1
+    assert "finished" not in session.text
+    assert session.finish() == 0
+    assert "finished True" in session.text
 
 
 @pytest.mark.slow
