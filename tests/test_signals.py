@@ -112,8 +112,10 @@ def much_text(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_is_answered_while_xla_compiles(terminal, tmp_path, book):
     log = {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""}
-    session = terminal(*training(tmp_path, book), env=ENV | log)
+    unrolled = ["--config.model.scan_layers=False", "--config.model.layers=4"]  # takes XLA longer
+    session = terminal(*training(tmp_path, book, *unrolled), env=ENV | log)
     session.read_until("Finished jaxpr to MLIR module conversion jit(train_step)")
+    time.sleep(0.5)
     session.press_ctrl_c()
     assert session.read_until("SIGINT received: stopping") < 1
     assert "Finished XLA compilation of jit(train_step)" not in session.text
