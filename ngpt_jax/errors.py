@@ -23,8 +23,13 @@ def tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def escape_what_cannot_be_encoded() -> None:
-    r"""Lets stdout and stderr write \\xe9, say, where their encoding has no such character."""
+def mend_output() -> None:
+    r"""Lets stdout and stderr write \xe9, say, where their encoding has no such character.
+
+    Where one was closed before the start, what is written to it is lost.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

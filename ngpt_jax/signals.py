@@ -19,9 +19,10 @@ _ALWAYS = (signal.SIGINT, signal.SIGTERM)  # shells ignore SIGINT for what runs 
 class Listener:
     """Handles the signals that ask to stop, until :meth:`close`; made on the main thread.
 
-    Python calls a handler only between two steps of the interpreter, so not while XLA compiles.
-    The line that answers the first signal is therefore printed by a thread of its own. A signal
-    that is ignored, as nohup does with SIGHUP, stays ignored.
+    Python calls a handler only between two steps of the interpreter, so not inside a long call into
+    C, as that of a tokenizer (in some versions of jax, of XLA's compiler too). The line that
+    answers the first signal is therefore printed by a thread of its own. A signal that is ignored,
+    as nohup does with SIGHUP, stays ignored.
     """
 
     def __init__(self, handler: Callable[[int, Any], None], answer: str):

@@ -301,6 +301,30 @@ def test_the_manifest_is_there_before_the_commit(tmp_path, monkeypatch):
     assert threads != [threading.main_thread()]
 
 
+def test_each_file_is_measured_once_by_the_process_that_wrote_it(tmp_path, monkeypatch):
+    """Its own files before process 0 merges what all have written; of others' files it is told."""
+    measure, write, seen = checksums._measure, checksums.write, []
+
+    def noted(path, **like):
+        seen.append(str(path).partition(atomicity.TMP_DIR_SUFFIX)[2].partition("/")[2])
+        return measure(path, **like)
+
+    def told(folder, facts, measured):
+        assert measured and {n for n in seen if "process_0" in n} == set(measured)
+        other = folder / "state/ocdbt.process_1/d/other"
+        other.parent.mkdir(parents=True)
+        other.write_bytes(b"of process 1")
+        name = "state/ocdbt.process_1/d/other"
+        write(folder, facts, measured | {name: {"bytes": 12, "crc32": 5}, "gone": {}})
+
+    monkeypatch.setattr(checksums, "_measure", noted)
+    monkeypatch.setattr(checksums, "write", told)
+    train(tmp_path, 2)
+    files = checksums.read(folder.absolute(tmp_path / "checkpoints/2"))["files"]
+    assert files["state/ocdbt.process_1/d/other"] == {"bytes": 12, "crc32": 5}
+    assert sorted(seen) == sorted(set(files) - {"state/ocdbt.process_1/d/other"})
+
+
 def test_a_save_does_not_wait_for_the_disk(tmp_path, monkeypatch):
     write = checksums.write
 
@@ -574,7 +598,7 @@ checkpoints.save(noise(3, 20_000), {}); checkpoints.close()
 
 
 KILLS = {
-    "in the hashing": "checksums._measure = lambda path: os.kill(os.getpid(), signal.SIGKILL)",
+    "in the hashing": "checksums._measure = lambda *_: os.kill(os.getpid(), signal.SIGKILL)",
     "before the commit": """\
 async def finalize(self):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -205,7 +205,7 @@ def test_a_model_keeps_its_dtype(tiny, tmp_path, name, folded, dtype):
 
 @pytest.mark.parametrize(("name", "folded"), POINTS)
 def test_packed_documents(tiny, tmp_path, name, folded):
-    """Positions that begin anew without a mask and a cache: attention stays within documents."""
+    """Positions begin anew, without a mask or earlier keys: attention stays within documents."""
     run = make_run(tiny, name)
     huggingface.write_folder(run, str(tmp_path / "hf"), fold=folded)
     model = load_torch(tmp_path / "hf")
@@ -219,8 +219,13 @@ def test_packed_documents(tiny, tmp_path, name, folded):
         return torch.cat([model(ids[:, a:b]).logits for a, b in zip(starts, ends)], 1)
 
     with torch.no_grad():
-        for use_cache in (False, True):
-            packed = model(ids, position_ids=positions(4, 1, 7), use_cache=use_cache).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        cache = {"past_key_values": transformers.DynamicCache()}  # empty
+        for call, how in (
+            (model, {"use_cache": False}), (model, {"use_cache": True}), (model, cache),
+            (compiled, {"use_cache": False}),
+        ):  # fmt: skip
+            packed = call(ids, position_ids=positions(4, 1, 7), **how).logits
             assert worst(packed.numpy(), alone(4, 5, 12).numpy()) < 1e-5
         both = torch.cat([positions(4, 8), positions(12)])  # a row of one document beside
         packed = model(ids, position_ids=both).logits

@@ -370,10 +370,10 @@ def full_disk(monkeypatch, step):
     """The save of one step fails as on a full disk."""
     real = saving.Save._commit
 
-    def commit(self):
+    def commit(self, measured):
         if self.step == step:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(self)
+        real(self, measured)
 
     monkeypatch.setattr(saving.Save, "_commit", commit)
 
@@ -403,13 +403,14 @@ def test_a_disk_that_is_full_during_a_save(small, tmp_path, monkeypatch, capsys)
 def test_a_disk_that_is_full_for_metrics(small, tmp_path):
     """A real limit on the size of files; the run ends in one line, and goes on without it."""
     script = f"""
-import resource, signal, sys
+import resource, signal, sys, threading
 sys.path.insert(0, "tests")
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from ngpt_jax.training import metrics
 real = metrics.MetricWriter.write
 def write(self, step, row):
     if step >= 6 and {{limited}}:
+        [t.join() for t in threading.enumerate() if t.name.startswith("save")]
         size = self.path.stat().length
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, size + 20))
     real(self, step, row)

@@ -19,11 +19,11 @@ from etils import epath
 import ngpt_jax
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
-from ngpt_jax.evaluation import report, scorers, tasks
+from ngpt_jax.evaluation import scorers, tasks
 from ngpt_jax.evaluation.report import examples, table_lines
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.inference import scoring
-from ngpt_jax.inference.loading import LoadedModel, open_model
+from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import loop
@@ -193,7 +193,7 @@ def test_rows_that_hold_nothing_to_score(model):
         ([[65, -1]], "A row holds the token id -1"),
         ([np.array([65, -1])], "A row holds the token id -1"),
         ([[65, 1.0]], "rows: a token id must be a whole number"),
-        ([np.array([65.0])], "rows: token ids must be a row of whole numbers"),
+        ([np.array([65.0])], r"rows: a token id must be a whole number, got 65\.0"),
         ([[65, False]], "rows: a token id must be a whole number"),
         ([[65, None]], "rows: a token id must be a whole number"),
         ([65, 66], "rows must be"),
@@ -471,11 +471,11 @@ def test_files_that_are_no_tasks(tmp_path, book):
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 999)[:20])
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe9"}')
     for name, message in (
-        ("empty.jsonl", "holds no examples"),
-        ("cut.jsonl.gz", "cannot read"),
-        ("latin.jsonl", "line 1 is not UTF-8"),
+        ("empty.jsonl", "'[^']*empty.jsonl' holds no examples"),
+        ("cut.jsonl.gz", "cannot read '[^']*cut.jsonl.gz'"),
+        ("latin.jsonl", "'[^']*latin.jsonl', line 1 is not UTF-8 .byte 0xe9 at offset 8"),
     ):
-        with pytest.raises(ConfigError, match=f"{name}',? {message}|{message} '.*{name}'"):
+        with pytest.raises(ConfigError, match=message):
             tasks.read_task(epath.Path(tmp_path / name))
     for name, message in (
         (str(tmp_path / "gone.jsonl"), "there is no file"),
@@ -524,38 +524,6 @@ def command(*arguments):
     )  # fmt: skip
 
 
-def test_files_that_are_not_read_and_text_that_is_lost_are_told(run, tmp_path, monkeypatch):
-    (tmp_path / "in").mkdir()
-    for name, text in {
-        "a.txt": "abc 123 def", "b.md": "no", "c.json": '{"n": 1}', "blank.txt": " \n",
-        "d.jsonl": '{"text": null}\n{"text": "ab 1"}\n',
-    }.items():  # fmt: skip
-        (tmp_path / "in" / name).write_text(text)
-
-    class Lossy(ByteTokenizer):
-        """Has no digits."""
-
-        lossless = False
-
-        def stands_for(self, ids):
-            return re.sub("[0-9]", "", self.decode(ids))
-
-    def opened(*arguments):
-        model = open_model(*arguments)
-        return LoadedModel(model.config, Lossy(), model.params, model.mesh, model.step)
-
-    monkeypatch.setattr(report, "open_model", opened)
-    wanted = report.Wanted([], [], str(tmp_path / "in"), None, 4, False)
-    shown = report.evaluate(str(run), None, [], wanted, False, str(tmp_path / "out"))
-    left, lost = json.loads((tmp_path / "out/evaluate.json").read_text())["notes"]
-    assert re.fullmatch("--text leaves out 2 files or hidden folders: .*b.md, .*c.json", left)
-    assert lost.startswith("warning: the tokenizer 'byte' loses 33.3% of the text, whose")
-    assert left in shown.splitlines() and lost in shown.splitlines()
-    assert scorers.read_text(wanted.text, "text")[0] == ["abc 123 def", "ab 1"]
-    with pytest.raises(ConfigError, match="The texts hold no tokens: there is nothing to score"):
-        scorers.score_text(opened("workdir", str(run), None, []), ["123", "4"])
-
-
 @pytest.mark.slow
 def test_the_command_from_end_to_end(run, tmp_path, book):
     for name, records in FILES.items():
@@ -568,15 +536,12 @@ def test_the_command_from_end_to_end(run, tmp_path, book):
     out = run / "evaluate"
     files = [f"{kind}{of}.csv" for kind in FILES for of in ("", ".untrained")]
     assert sorted(p.name for p in out.iterdir()) == sorted(["evaluate.json", *files])
-    written = json.loads((out / "evaluate.json").read_text())
-    assert written["step"] == 4 and written["lm_eval"] is None and written["limit"] == 4
-    assert written["tasks"]["choices"]["examples"] == 4
-    assert written["tasks"]["choices"]["too_long"] == 1
+    report = json.loads((out / "evaluate.json").read_text())
+    assert report["step"] == 4 and report["lm_eval"] is None and report["limit"] == 4
+    assert report["tasks"]["choices"]["examples"] == 4
+    assert report["tasks"]["choices"]["too_long"] == 1
     loaded = ngpt_jax.load(str(run))
-    models = {
-        "": (loaded, written),
-        ".untrained": (scorers.untrained(loaded), written["untrained"]),
-    }
+    models = {"": (loaded, report), ".untrained": (scorers.untrained(loaded), report["untrained"])}
     for of, (model, results) in models.items():
         for kind in FILES:
             task = tasks.read_task(tasks.find_task(kind, str(tmp_path)), 4)
@@ -592,7 +557,7 @@ def test_the_command_from_end_to_end(run, tmp_path, book):
                 assert {k: float(v) for k, v in row.items() if v} == near(mine)
         text = scorers.score_text(model, [Path(book).read_text()])
         assert results["text"] == pytest.approx(text, rel=1e-5)
-    assert written["text"]["bits_per_byte"] < written["untrained"]["text"]["bits_per_byte"]
+    assert report["text"]["bits_per_byte"] < report["untrained"]["text"]["bits_per_byte"]
     assert re.search(r"^ +measure +step 4 +untrained +chance$", done.stdout, re.M)
     assert re.search(r"^choices \(4\) +acc +0\.\d{4} ± .* 0\.4583$", done.stdout, re.M)
     assert "evaluate.json, choices.csv" in done.stdout.splitlines()[-1]

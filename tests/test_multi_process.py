@@ -25,6 +25,15 @@ from ngpt_jax.training import layout, workdir
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_runs_on():
+    """Whatever a test finds, none of its processes outlives it."""
+    yield
+    while _started:
+        _started.pop().kill()
 
 
 def free_port():
@@ -63,21 +72,24 @@ def start(processes, devices, workdir, book, *arguments, program=("-m", "ngpt_ja
                 stderr=subprocess.PIPE,
             )
         )
+    _started.extend(running)
     return running
 
 
 def finish(running, code=0):
     outputs = []
     for process in running:
-        try:
-            out, err = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            for p in running:
-                p.kill()
-            raise
+        out, err = process.communicate(timeout=300)
         outputs.append(out)
         assert process.returncode == code, err + out
     return outputs
+
+
+def wait_for_steps(workdir):
+    metrics, deadline = workdir / "metrics.jsonl", time.time() + 120
+    while not (metrics.exists() and metrics.read_text()):
+        assert time.time() < deadline
+        time.sleep(0.1)
 
 
 def losses(workdir):
@@ -144,10 +156,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(book, tmp_path):
         "--config.eval.every=5000",
     ]
     running = start(2, 1, tmp_path / "run", book, *long)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     running[1].send_signal(signal.SIGTERM)
     out = finish(running, code=75)
     step = int(out[0].split("saved step ")[1].split(";")[0])
@@ -250,10 +259,7 @@ command.run_command(main._main)
     long = ["--config.train.steps=100000", "--config.eval.every=100000",
             "--config.checkpoint.every=100000"]  # fmt: skip
     running = start(2, 1, tmp_path / "run", book, *long)
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     second = start(2, 1, tmp_path / "run", book, *long, program=[str(tmp_path / "program.py")])
     errors = [process.communicate(timeout=120)[1] for process in second]
     assert sorted(process.returncode for process in second) == [1, 2], errors
@@ -266,10 +272,7 @@ command.run_command(main._main)
 def test_the_lock_ends_with_a_run_that_is_killed(book, tmp_path):
     (process,) = start(1, 1, tmp_path / "run", book, "--config.data.workers=2",
                        "--config.train.steps=100000")  # fmt: skip
-    metrics, deadline = tmp_path / "run/metrics.jsonl", time.time() + 120
-    while not (metrics.exists() and metrics.read_text()):
-        assert time.time() < deadline
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run")
     with pytest.raises(BlockingIOError):
         files.lock(tmp_path / "run/.lock", lambda: False)
     process.kill()

@@ -64,6 +64,31 @@ def test_an_error_that_cannot_be_encoded(encoding):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_a_command_whose_output_is_closed(tmp_path, closed):
+    code = """
+from ngpt_jax.config import command
+def work(overrides):
+    from ngpt_jax.errors import drop_unwritten, tell
+    from ngpt_jax.terminal import Terminal
+    file = open("out", "w")  # it does not take the place of stdout
+    terminal = Terminal()
+    terminal.say("line")
+    terminal.close()
+    tell("warning: line")
+    print("line")
+    file.write("done")
+    drop_unwritten()
+command.run_command(work)
+"""
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
+        cwd=tmp_path, capture_output=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text() == "done"
+
+
 class Gone:
     """A stream that nobody reads any more."""
 
@@ -147,14 +172,14 @@ def test_a_backend_that_is_not_there_is_one_line(tmp_path, book, platform):
      ("tools.benchmark_decode",), ("tools.sample", "--workdir=RUN", "--prompt=a"),
      ("tools.evaluate", "--workdir=RUN", "--text=BOOK"), ("tools.diagnose", "--workdir=RUN"),
      ("tools.length", "--workdir=RUN", "--text=BOOK"),
-     ("tools.convert", "--workdir=RUN", "--to_reference=out.pt")],
+     ("tools.convert", "--workdir=RUN", "--to_hf=OUT")],
     ids=lambda c: c[0],
 )  # fmt: skip
 def test_of_every_command(runs, command):
-    values = {"RUN": str(runs / "ngpt"), "BOOK": str(runs / "book.txt")}
+    values = {"RUN": runs / "ngpt", "BOOK": runs / "book.txt", "OUT": runs / "out"}
     arguments = []
     for flag, equals, value in (argument.partition("=") for argument in command[1:]):
-        arguments.append(flag + equals + values.get(value, value))
+        arguments.append(flag + equals + str(values.get(value, value)))
     done = run(f"ngpt_jax.{command[0]}", *arguments, JAX_PLATFORMS="cuda")
     lines = done.stderr.decode().splitlines()
     assert done.returncode == 2, lines

@@ -1,5 +1,7 @@
 """gs:// on a stand-in for a bucket: text, prepared folders and bin files."""
 
+import base64
+import hashlib
 import sys
 from typing import ClassVar
 
@@ -11,6 +13,7 @@ from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry
 
+from ngpt_jax.checkpoint import checksums
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data import corpus
 from ngpt_jax.data.list_files import find_files
@@ -118,3 +121,51 @@ def test_paths_on_a_storage_that_is_not_installed(tmp_path, source, monkeypatch)
 def test_storage_that_is_not_installed():
     with raises(r"--workdir=gs://bucket/run cannot be reached \(.*\); gs:// needs pip install"):
         open_workdir("gs://bucket/run")
+
+
+@pytest.mark.parametrize("knows", [True, False], ids=["it knows md5", "it does not"])
+def test_checksums_of_a_checkpoint_on_gs(bucket, tmp_path, monkeypatch, knows):
+    """Nothing is downloaded, and what has changed is noticed; a copy on a disk is read."""
+    info, opened, downloaded = Bucket.info, Bucket._open, []
+
+    def info_of_gs(self, path, **kwargs):
+        found = info(self, path, **kwargs)
+        if knows and found["type"] == "file":
+            md5 = hashlib.md5(self.store[self._strip_protocol(path)].getvalue())
+            found["md5Hash"] = base64.b64encode(md5.digest()).decode()
+        return found
+
+    def noted(self, path, mode="rb", **kwargs):
+        downloaded.extend([path.rpartition("/")[2]] if mode == "rb" else [])
+        return opened(self, path, mode, **kwargs)
+
+    monkeypatch.setattr(Bucket, "info", info_of_gs)
+    monkeypatch.setattr(Bucket, "_open", noted)
+    folder, copy = epath.Path("gs://bucket/run/checkpoints/5"), epath.Path(tmp_path)
+    for base in (folder, copy):
+        (base / "state/d").mkdir(parents=True, exist_ok=True)
+        (base / "state/d/a").write_bytes(b"a" * 9)
+        (base / "b").write_bytes(b"bb")
+    checksums.write(folder, {"step": 5}, {})
+    checksums.verify(folder)
+    assert [name for name in downloaded if name in "ab"] == ([] if knows else ["b", "a"] * 2)
+    (copy / "manifest.json").write_bytes((folder / "manifest.json").read_bytes())
+    checksums.verify(copy)
+    for base in (folder, copy):
+        (base / "state/d/a").write_bytes(b"a" * 8 + b"b")
+        with pytest.raises(checksums.DamagedCheckpoint, match="state/d/a has another checksum"):
+            checksums.verify(base)
+        (base / "state/d/a").unlink()
+        with pytest.raises(checksums.DamagedCheckpoint, match="state/d/a is missing"):
+            checksums.verify(base)
+
+
+def test_a_checkpoint_of_a_disk_is_verified_on_gs(bucket, tmp_path):
+    (tmp_path / "a").write_bytes(b"a" * 9)
+    checksums.write(epath.Path(tmp_path), {}, {})
+    for name in ("a", "manifest.json"):
+        (bucket / name).write_bytes((tmp_path / name).read_bytes())
+    checksums.verify(bucket)
+    (bucket / "a").write_bytes(b"b" * 9)
+    with pytest.raises(checksums.DamagedCheckpoint, match="a has another checksum"):
+        checksums.verify(bucket)

@@ -1,5 +1,7 @@
 """Signals that ask to stop: answered at once, also while XLA compiles or text is tokenized."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pty
@@ -7,6 +9,7 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -22,11 +25,11 @@ ENV = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TERM": "xt
 class Session:
     """A command on a terminal of its own, as a person starts it."""
 
-    def __init__(self, *command, env=ENV):
+    def __init__(self, *command, env):
         self.text, (self._fd, inner) = "", pty.openpty()
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=inner, stdout=inner, stderr=inner,
-            start_new_session=True, preexec_fn=lambda: __import__("fcntl").ioctl(0, 0x540E, 0),
+            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(inner)
 
@@ -46,6 +49,10 @@ class Session:
         except OSError:  # the end, on Linux
             raise AssertionError(f"it ended: {self.text}") from None
 
+    def end(self):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
     def press_ctrl_c(self):
         os.write(self._fd, b"\x03")
 
@@ -55,6 +62,20 @@ class Session:
                 self._read()
         except AssertionError:
             return self.process.wait(seconds)
+
+
+@pytest.fixture
+def terminal():
+    """terminal(*command) -> Session, which does not outlive the test."""
+    sessions = []
+
+    def start(*command, env=ENV):
+        sessions.append(Session(*command, env=env))
+        return sessions[-1]
+
+    yield start
+    for session in sessions:
+        session.end()
 
 
 def training(tmp_path, book, *more):
@@ -89,23 +110,43 @@ def much_text(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_is_answered_while_xla_compiles(tmp_path, book):
-    # Unrolled blocks take XLA long. The line before the compilation is that of the run.
-    model = ["--config.model.scan_layers=False", "--config.model.layers=12"]
-    session = Session(*training(tmp_path, book, *model))
-    session.read_until("parameters,")
-    time.sleep(3)
-    assert "compiled" not in session.text
+def test_ctrl_c_is_answered_while_xla_compiles(terminal, tmp_path, book):
+    log = {"JAX_LOG_COMPILES": "1", "XLA_FLAGS": ""}
+    unrolled = ["--config.model.scan_layers=False", "--config.model.layers=4"]  # takes XLA longer
+    session = terminal(*training(tmp_path, book, *unrolled), env=ENV | log)
+    session.read_until("Finished jaxpr to MLIR module conversion jit(train_step)")
+    time.sleep(0.5)
     session.press_ctrl_c()
     assert session.read_until("SIGINT received: stopping") < 1
-    assert "compiled" not in session.text
+    assert "Finished XLA compilation of jit(train_step)" not in session.text
     assert session.finish() == EXIT_RESUME
     assert "Traceback" not in session.text
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", signals.STOP_SIGNALS, ids=lambda n: n.name)
+def test_a_signal_is_answered_while_no_python_runs(terminal, number):
+    code = """
+import hashlib
+from ngpt_jax.training.stop_signal import StopSignal
+stop = StopSignal()
+print("at work", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 12_000_000)
+print("finished", stop(), flush=True)
+"""
+    session = terminal(sys.executable, "-c", code)
+    session.read_until("at work")
+    time.sleep(0.2)
+    os.kill(session.process.pid, number)
+    assert session.read_until(f"{number.name} received: stopping") < 1
+    assert "finished" not in session.text
+    assert session.finish() == 0
+    assert "finished True" in session.text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "prepare"])
-def test_ctrl_c_is_answered_while_text_is_tokenized(tmp_path, much_text, command):
+def test_ctrl_c_is_answered_while_text_is_tokenized(terminal, tmp_path, much_text, command):
     path, tokenizer = much_text
     if command == "train":
         arguments = training(tmp_path, path, f"--config.data.tokenizer={tokenizer}")
@@ -114,7 +155,7 @@ def test_ctrl_c_is_answered_while_text_is_tokenized(tmp_path, much_text, command
             sys.executable, "-m", "ngpt_jax.data.prepare", "--source=text", f"--paths={path}",
             f"--tokenizer={tokenizer}", f"--out={tmp_path}/out", "--workers=2",
         ]  # fmt: skip
-    session = Session(*arguments)
+    session = terminal(*arguments)
     session.read_until("%")
     session.press_ctrl_c()
     assert session.read_until("SIGINT received: stopping") < 1
@@ -145,8 +186,8 @@ def test_a_signal_saves_the_step(tmp_path, book, name):
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_saves_the_step(tmp_path, book):
-    session = Session(*training(tmp_path, book))
+def test_a_closed_terminal_saves_the_step(terminal, tmp_path, book):
+    session = terminal(*training(tmp_path, book))
     session.read_until("loss ")
     os.close(session._fd)  # SIGHUP, and every write fails from here on
     assert session.process.wait(60) == EXIT_RESUME
@@ -192,6 +233,17 @@ def test_a_second_ctrl_c_quits():
             signal.raise_signal(signal.SIGINT)
     finally:
         stop.restore()
+
+
+def test_ctrl_c_ends_other_commands_without_a_trace():
+    code = """
+from ngpt_jax.config import command
+def wait(overrides):
+    raise KeyboardInterrupt
+command.run_command(wait)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
 
 
 def test_a_process_is_born_with_the_signals_blocked():

@@ -274,7 +274,6 @@ import sys, json, numpy as np, jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[1]))
 jax.config.update("jax_enable_x64", True)
 from pathlib import Path
-from types import SimpleNamespace
 from ngpt_jax import config as c
 from ngpt_jax.training import loop
 v = c.default_config()
@@ -377,11 +376,11 @@ def test_many_epochs_are_told(small, tmp_path, steps):
     assert "about " in report
     assert "times; give more text, or fewer train.steps" in report
     assert "times; give" not in dry_run.report(small())[0]
-    np.arange(10_000).__mod__(256).astype(np.uint16).tofile(tmp_path / "a.bin")
+    (np.arange(10_000) % 256).astype(np.uint16).tofile(tmp_path / "a.bin")
     tokens = {"data.source": "bin", "data.paths": (str(tmp_path / "a.bin"),), "data.held_out": 0.1,
               "data.token_dtype": "uint16", "data.cache": str(tmp_path / "cache")}  # fmt: skip
     report, _ = dry_run.report(small(**tokens, **{"train.steps": steps}))
-    assert "text               9,000 tokens, each read" in report
+    assert f"text               9,000 tokens, each read {steps * 64 / 9000:,.0f} times" in report
     assert (
         f"warning: the run reads its 9,000 tokens of text {steps * 64 / 9000:,.0f} times" in report
     )
@@ -402,6 +401,9 @@ def test_dry_run_tells_whether_it_fits(tiny, limit, end):
     assert "memory of some chip is not known" in dry_run._fits(2**20, unknown)
     report, _ = dry_run.report(tiny(**{"model.vocab_size": 300}))
     assert "left for activations" in report
+    # The scores of XLA's attention are in memory as a whole.
+    report, _ = dry_run.report(tiny(**{"model.vocab_size": 300, "train.batch_size": 2**30}))
+    assert "does not fit" in report
 
 
 def test_dry_run_tells_of_missing_files_beside_the_table(tiny):

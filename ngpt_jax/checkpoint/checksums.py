@@ -1,17 +1,24 @@
 """Sizes and checksums of a checkpoint's files, by which it is known to be whole.
 
-They stand in the checkpoint's manifest.json, which is written last.
+They stand in the checkpoint's manifest.json, which is written last. A local file is read for it by
+the process that wrote it, right then, while its machine has the bytes in memory. gs:// knows the
+MD5 of what it holds and is asked for it: nothing is downloaded.
 """
 
+import base64
 import errno
+import hashlib
 import json
+import os
 import zlib
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import fsspec
 from etils import epath
 
-from ngpt_jax.files import write_atomically
+from ngpt_jax.files import is_remote, write_atomically
 
 MANIFEST = "manifest.json"
 _CHUNK = 1 << 22  # bytes; zlib lets other threads run while it reads one
@@ -22,15 +29,33 @@ class DamagedCheckpoint(Exception):
     """A checkpoint is not as it was written; the message names the file and what is wrong."""
 
 
-def write(folder: epath.Path, facts: dict[str, Any]) -> None:
-    """Writes the manifest of all files in the folder, with further JSON-able facts.
-
-    Raises OSError.
-    """
-    names = sorted(_files(folder))
+def measure(folder: epath.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Sizes and checksums of files by their names in the folder. Raises what the storage raises."""
+    names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
-        measured = list(pool.map(lambda name: _measure(folder / name), names))
-    files = {name: {"bytes": size, "crc32": crc} for name, (size, crc) in zip(names, measured)}
+        return dict(zip(names, pool.map(lambda name: _measure(folder / name), names)))
+
+
+def measure_own(folder: epath.Path, process: int) -> dict[str, dict[str, Any]]:
+    """As :func:`measure`, of the files that orbax has named after a process."""
+    own = f"process_{process}"
+    return measure(folder, (n for n in _files(folder) if own in n.replace("/", ".").split(".")))
+
+
+def write(folder: epath.Path, facts: dict[str, Any], measured: dict[str, dict[str, Any]]) -> None:
+    """Writes the manifest of all files in the folder.
+
+    Args:
+      folder: of the checkpoint.
+      facts: JSON-able, written beside them.
+      measured: what is already known of some files; others are measured here.
+
+    Raises:
+      OSError: the storage cannot be read or written.
+    """
+    names = _files(folder)
+    known = {name: measured[name] for name in names if name in measured}
+    files = known | measure(folder, (name for name in names if name not in known))
     (folder / MANIFEST).write_text(_text({**facts, "files": files}))
 
 
@@ -68,18 +93,17 @@ def verify(folder: epath.Path) -> None:
 
     def problem(name: str) -> str:
         try:
-            size, crc = _measure(folder / name)
+            expected = files[name]
+            found = _measure(folder / name, **expected)
         except Exception as e:  # what a missing file raises depends on the storage
             if not (folder / name).exists():
                 return f"{name} is missing"
             if isinstance(e, OSError) and e.errno == errno.EIO:
                 return f"{name} cannot be read: {e.strerror}"
             raise
-        if size != files[name]["bytes"]:
-            return f"{name} is {size} bytes, not {files[name]['bytes']}"
-        return (
-            "" if crc == files[name]["crc32"] else f"{name} has another checksum than when written"
-        )
+        if found["bytes"] != expected["bytes"]:
+            return f"{name} is {found['bytes']} bytes, not {expected['bytes']}"
+        return "" if found == expected else f"{name} has another checksum than when written"
 
     with ThreadPoolExecutor(_THREADS) as pool:
         for found in pool.map(problem, files):
@@ -87,21 +111,34 @@ def verify(folder: epath.Path) -> None:
                 raise DamagedCheckpoint(found)
 
 
-def _files(folder: epath.Path, prefix: str = "") -> list[str]:
+def _files(folder: epath.Path) -> list[str]:
+    """The names in the folder of all files, also of those in folders of it."""
+    if is_remote(folder):
+        storage, root = fsspec.url_to_fs(os.fspath(folder))
+        storage.invalidate_cache()  # TensorStore and other processes write as well
+        return [name.removeprefix(f"{root}/") for name in storage.find(root)]
     names: list[str] = []
     for path in folder.iterdir():
-        name = prefix + path.name
-        names += _files(path, name + "/") if path.is_dir() else [name]
+        within = _files(path) if path.is_dir() else [""]
+        names += [f"{path.name}/{name}".rstrip("/") for name in within]
     return names
 
 
-def _measure(path: epath.Path) -> tuple[int, int]:
-    """Bytes and crc32 of a file."""
+def _measure(path: epath.Path, **like: Any) -> dict[str, Any]:
+    """Bytes and checksum of a file; the checksum is of the kind that ``like`` has, if any."""
+    if is_remote(path) and "crc32" not in like:
+        storage, name = fsspec.url_to_fs(os.fspath(path))
+        found = storage.info(name)
+        if "md5Hash" in found:
+            return {"bytes": found["size"], "md5": found["md5Hash"]}
     size = crc = 0
     with path.open("rb") as f:
+        if "md5" in like:
+            md5 = base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode()
+            return {"bytes": path.stat().length, "md5": md5}
         while chunk := f.read(_CHUNK):
             size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-    return size, crc
+    return {"bytes": size, "crc32": crc}
 
 
 def _text(body: dict[str, Any]) -> str:

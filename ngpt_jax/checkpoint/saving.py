@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import threading
@@ -30,8 +32,8 @@ class Save:
     """Writes checkpoint N: begun on the training thread, finished on a thread of its own.
 
     N's temporary folder holds state/ (by orbax, every process its part) and progress/metadata
-    (JSON) as orbax's CheckpointManager would lay them. When all processes have written theirs,
-    process 0 merges them, writes the checksums of all files, and only then commits.
+    (JSON) as orbax's CheckpointManager would lay them. When all processes have written theirs and
+    measured them, process 0 merges them, writes the checksums of all files, and only then commits.
 
     Attributes:
       problem: why the save failed, the same on all processes; empty where it is whole.
@@ -80,8 +82,9 @@ class Save:
     def _work(self) -> None:
         with self._quiet:
             try:
-                self.problem = self._on_all("written", self._wait)
-                self.problem = self.problem or self._on_all("committed", self._commit)
+                measured = self._on_all("written", self._wait)
+                if not self.problem:
+                    self._on_all("committed", lambda: self._commit(measured))
             except Exception as e:  # another process did not answer
                 self.problem = why(e)
             if self.problem and distributed.is_first() and not self._committed:
@@ -93,35 +96,41 @@ class Save:
                 await_last_words(_TIMEOUT)
         self._done(self)
 
-    def _wait(self) -> None:
+    def _wait(self) -> dict[str, Any]:
+        """Waits for the writes of this process; returns the checksums of its files."""
         if self._not_started is not None:
             raise self._not_started
         for write in self._writes:
             write.result(timeout=_TIMEOUT)
+        return checksums.measure_own(self._temporary.get(), jax.process_index())
 
-    def _commit(self) -> None:
+    def _commit(self, measured: list[dict[str, Any]]) -> None:
         if not distributed.is_first():
             return
         temporary = self._temporary.get()
         self._handler.finalize(temporary / "state")
         (temporary / "progress" / "metadata").write_text(self._progress)
-        checksums.write(temporary, self._facts)
+        checksums.write(temporary, self._facts, dict(collections.ChainMap(*measured)))
         _run(self._temporary.finalize())
         self._committed = True
 
-    def _on_all(self, name: str, fn: Callable[[], None]) -> str:
-        """Runs fn on all processes; why it failed on the first one where it did, or nothing."""
-        problem = ""
+    def _on_all(self, name: str, fn: Callable[[], Any]) -> list[Any]:
+        """Runs fn on all processes, and returns what it gave on each (JSON-able).
+
+        Where it failed, ``problem`` says why on the first process on which it did.
+        """
+        problem, result = "", None
         try:
-            fn()
+            result = fn()
         except Exception as e:
             problem = why(e)
             if _errno(e) == errno.ENOSPC:
                 problem = no_space(self._folder.free_bytes(), self._needs)
-        for process, theirs in enumerate(share(f"{self.key}/{name}", problem)):
-            if theirs:
-                return f"process {process}: {theirs}" if process else theirs
-        return ""
+        told = [json.loads(x) for x in share(f"{self.key}/{name}", json.dumps([problem, result]))]
+        failed = [(process, theirs) for process, (theirs, _) in enumerate(told) if theirs]
+        for process, theirs in failed[:1]:
+            self.problem = f"process {process}: {theirs}" if process else theirs
+        return [result for _, result in told]
 
 
 def prepare(folder: CheckpointFolder, step: int, state: dict[str, Any]) -> str:

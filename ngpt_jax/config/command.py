@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from ngpt_jax.errors import ConfigError, escape_what_cannot_be_encoded, tell
+from ngpt_jax.errors import ConfigError, mend_output, tell
 from ngpt_jax.files import is_remote, reason, write_atomically
 
 
@@ -115,9 +115,9 @@ def run_command(command: Callable[..., int | None], arguments: int = 0) -> NoRet
 
     A wrong flag, a ConfigError or a backend that jax cannot start is printed in one line, and the
     exit code is 2. --help prints the docstring and the flags of the command's module, and the exit
-    code is 0.
+    code is 0. Ctrl-C ends a command that does not handle it, with exit code 130.
     """
-    escape_what_cannot_be_encoded()
+    mend_output()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # no notes of XLA about the CPU
 
     def checked(argv: list[str]) -> int | None:
@@ -136,6 +136,8 @@ def run_command(command: Callable[..., int | None], arguments: int = 0) -> NoRet
         app.run(checked, argv=rest, flags_parser=_parse_flags)
     except ConfigError as e:
         _fail(str(e))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except OSError as e:
         if e.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
             raise

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 _COLDEST = 1e-6
+_HOTTEST = 1e30  # float32 ends at 3e38
 
 
 class Sampling(NamedTuple):
@@ -25,8 +26,8 @@ class Sampling(NamedTuple):
 
     def problem(self) -> str | None:
         """A message that names the field with a wrong value; None where all are right."""
-        if not 0 <= self.temperature < float("inf"):
-            return f"temperature must be a number from 0 on, got {self.temperature}"
+        if not 0 <= self.temperature <= _HOTTEST:
+            return f"temperature must be a number from 0 to {_HOTTEST}, got {self.temperature}"
         if self.top_k < 0:
             return f"top_k must not be negative (0: all tokens), got {self.top_k}"
         if not 0 < self.top_p <= 1:

@@ -97,9 +97,13 @@ def visible(mask: Tensor | None, past: int, length: int, device: torch.device) -
     return seen if mask is None else seen & (mask[:, None, None].bool() | (slot == own))
 
 
-def within_documents(mask: Tensor | None, position_ids: Tensor) -> Tensor | None:
-    """The mask of documents packed into rows, each with positions of its own."""
+def within_documents(position_ids: Tensor) -> Tensor | None:
+    """The causal mask of packed documents; None: each row is one document.
+
+    A position that is not the one before it plus 1 begins a document.
+    """
     document = F.pad(position_ids.diff(dim=-1) != 1, (1, 0)).cumsum(-1)
-    if not document[:, -1:].any():  # one document a row
-        return mask
+    # A compiled program cannot branch on values, and always takes the mask.
+    if not (torch.compiler.is_compiling() or document[:, -1:].any()):
+        return None
     return (document[:, None, :, None] == document[:, None, None]).tril()

@@ -245,8 +245,9 @@ class NGPTModel(NGPTPreTrainedModel):
     ) -> Any:
         """As other models of transformers; tokens before each row's first may be padding.
 
-        ``cache`` and ``past_key_values`` are two names of one argument. Without a mask and a cache,
-        position_ids that do not go on by 1 begin a document, and attention stays within documents.
+        ``cache`` and ``past_key_values`` are two names of one argument. Where there is no mask and
+        nothing in the cache, position_ids that do not go on by 1 begin a document, and attention
+        stays within documents.
         """
         c = self.config
         if (input_ids is None) == (inputs_embeds is None):
@@ -254,7 +255,6 @@ class NGPTModel(NGPTPreTrainedModel):
         if c.output_attentions if output_attentions is None else output_attentions:
             logger.warning_once("output_attentions: sdpa does not return attentions; it is None.")
         cache = past_key_values if cache is None else cache
-        may_be_packed = position_ids is not None and attention_mask is None and cache is None
         if self.training and torch.is_grad_enabled() and self.layers[0].gradient_checkpointing:
             if cache is not None:  # layers run again in the backward pass, and would write again
                 raise ValueError("Gradient checkpointing does not go with a cache; leave it out.")
@@ -265,15 +265,15 @@ class NGPTModel(NGPTPreTrainedModel):
             h = normalize(h)
         length, past = h.shape[1], 0 if cache is None else cache.get_seq_length()
         slots = past + torch.arange(length, device=h.device)
+        mask = attention_mask
+        if mask is None or mask.dim() == 2:
+            mask = visible(mask, past, length, h.device)
+        if mask is None and position_ids is not None:
+            mask = within_documents(position_ids)
         if position_ids is None:
             position_ids = slots[None]
             if attention_mask is not None and attention_mask.dim() == 2:
                 position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        mask = attention_mask
-        if mask is None or mask.dim() == 2:
-            mask = visible(mask, past, length, h.device)
-        if may_be_packed:
-            mask = within_documents(mask, position_ids)
         tables = rope_tables(position_ids, c, h.dtype)
         keep = c.output_hidden_states if output_hidden_states is None else output_hidden_states
         states: tuple[Tensor, ...] | None = () if keep else None

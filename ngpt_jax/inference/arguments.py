@@ -13,11 +13,17 @@ Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
 
 
-def integer(name: str, value: Any, least: int = 0) -> int:
-    """A whole number, numpy's and JAX's too, from ``least`` on."""
+def whole(name: str, value: Any) -> int:
+    """A whole number, numpy's and JAX's too; truth values are not."""
     number = whole_number(value)
     if number is None:
         raise ConfigError(f"{name} must be a whole number, got {_show(value)}.")
+    return number
+
+
+def integer(name: str, value: Any, least: int = 0) -> int:
+    """A whole number from ``least`` on."""
+    number = whole(name, value)
     if number < least:
         what = "be positive" if least == 1 else f"be at least {least}"
         raise ConfigError(f"{name} must {what}, got {number}.")
@@ -25,7 +31,7 @@ def integer(name: str, value: Any, least: int = 0) -> int:
 
 
 def _number(name: str, value: Any) -> float:
-    array = np.asarray(value) if not isinstance(value, str | bytes | bool) else None
+    array = None if isinstance(value, str | bytes) else np.asarray(value)
     if array is None or array.ndim or array.dtype.kind not in "iuf":
         raise ConfigError(f"{name} must be a number, got {_show(value)}.")
     return float(array)
@@ -37,11 +43,11 @@ def _show(value: Any) -> str:
 
 def sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> Sampling:
     """How to draw tokens; raises ConfigError for values out of range."""
-    k = whole_number(top_k)
-    if k is None:
-        raise ConfigError(f"top_k must be a whole number, got {_show(top_k)}.")
     how = Sampling(
-        _number("temperature", temperature), k, _number("top_p", top_p), _number("min_p", min_p)
+        _number("temperature", temperature),
+        whole("top_k", top_k),
+        _number("top_p", top_p),
+        _number("min_p", min_p),
     )
     if (problem := how.problem()) is not None:
         raise ConfigError(f"{problem}.")
@@ -49,18 +55,16 @@ def sampling(temperature: Any, top_k: Any, top_p: Any, min_p: Any) -> Sampling:
 
 
 def stop_strings(stop: Any) -> tuple[str, ...]:
-    """Stop strings from one, from a list of them, or from None: there is none."""
-    if stop is None or isinstance(stop, str):
-        stops = () if stop is None else (stop,)
-    elif isinstance(stop, Sequence | set | frozenset) and not isinstance(stop, bytes):
-        stops = tuple(stop)
-    else:
-        raise ConfigError(f"stop must be a text or a list of texts, got {_show(stop)}.")
+    """Stop strings from one, from several, or from None: there is none."""
+    try:
+        stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    except TypeError:
+        stops = (stop,)
     for text in stops:
         if not isinstance(text, str):
-            raise ConfigError(f"stop must hold texts, got {_show(text)}.")
-    if "" in stops:
-        raise ConfigError("A stop string is empty; leave it out.")
+            raise ConfigError(f"stop must be a text or a list of texts, got {_show(text)}.")
+        if not text:
+            raise ConfigError("A stop string is empty; leave it out.")
     return stops
 
 
@@ -69,44 +73,30 @@ def as_list(name: str, prompts: Any) -> tuple[list[Any], bool]:
     if isinstance(prompts, str):
         return [prompts], True
     prompts = _listed(name, prompts)
-    if isinstance(prompts, np.ndarray):
-        one = prompts.ndim == 1 and prompts.dtype.kind not in "OUT"
-    else:
-        first = prompts[0] if len(prompts) else ""
-        one = getattr(first, "ndim", int(hasattr(first, "__len__"))) == 0  # a number
-    return ([prompts] if one else list(prompts)), one
+    first = prompts[0] if prompts else ""
+    scalar = getattr(first, "ndim", int(hasattr(first, "__len__"))) == 0
+    one = scalar and not isinstance(first, str)
+    return ([prompts] if one else prompts), one
 
 
-def _listed(name: str, values: Any) -> Any:
-    """A sequence or an array with at least one axis; arrays of other libraries become numpy's."""
+def _listed(name: str, values: Any) -> list[Any]:
+    """A list from a sequence, or from an array of any library."""
     if hasattr(values, "__array__"):
-        values = np.asarray(values)
-        if values.ndim:
-            return values
-    elif isinstance(values, Sequence) and not isinstance(values, str | bytes | bytearray):
-        return values
-    raise ConfigError(f"{name} must be a text, token ids, or a list of them, got {_show(values)}.")
+        values = np.asarray(values).tolist()  # a number where there is no axis
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes | bytearray):
+        raise ConfigError(
+            f"{name} must be a text, token ids, or a list of them, got {_show(values)}."
+        )
+    return list(values)
 
 
 def token_ids(name: str, values: Any, vocab_size: int, what: str = "A prompt") -> list[int]:
     """A row of token ids, each of which the model knows."""
-    values = _listed(name, values)
-    if isinstance(values, np.ndarray):
-        if values.size and (values.ndim > 1 or values.dtype.kind not in "iuO"):
-            raise ConfigError(
-                f"{name}: token ids must be a row of whole numbers, got an array"
-                f" {values.shape} of {values.dtype}."
-            )
-        values = values.reshape(-1).tolist()
-    ids = []
-    for value in values:
-        if (i := whole_number(value)) is None:
-            raise ConfigError(f"{name}: a token id must be a whole number, got {_show(value)}.")
-        if not 0 <= i < vocab_size:
-            raise ConfigError(
-                f"{what} holds the token id {i}; the model knows 0 to {vocab_size - 1}."
-            )
-        ids.append(i)
+    ids = [whole(f"{name}: a token id", value) for value in _listed(name, values)]
+    if ids and not 0 <= (bad := min(ids) if min(ids) < 0 else max(ids)) < vocab_size:
+        raise ConfigError(
+            f"{what} holds the token id {bad}; the model knows 0 to {vocab_size - 1}."
+        )
     return ids
 
 

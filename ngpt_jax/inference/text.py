@@ -1,12 +1,13 @@
 """Turns tokens into text as they come: stop strings, and characters that are not whole yet."""
 
+import bisect
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from ngpt_jax.data.tokenizers.base import Tokenizer
 
 _UNFINISHED = "\ufffd"  # what the bytes of half a character decode to
-_CONTEXT = 32  # most tokens to decode again with a new one
+_CONTEXT = 16  # tokens to decode again with new ones
 
 
 class Generation(NamedTuple):
@@ -31,7 +32,7 @@ class TextStream:
 
     A decoder may treat the start of a text specially, and a character may be split between tokens.
     So new tokens are decoded together with a few before them, the context, whose text is then taken
-    off: the time grows with the number of tokens. The result is decoded once more as a whole.
+    off: the time grows with the number of tokens. The result is decoded as a whole.
 
     Attributes:
       prompt: its token ids.
@@ -46,7 +47,6 @@ class TextStream:
         self._log_probs: list[float] = []
         self._start, self._end = 0, len(prompt)  # of the context in _ids
         self._before = self._context = tokenizer.decode(prompt)
-        self._text = ""  # of the result
         self._pieces: list[str] = []  # text that is certain, and not told yet
         self._told = 0  # characters
         # The end of the certain text, in which a stop string may begin.
@@ -58,33 +58,32 @@ class TextStream:
         self._full = "tokens" if self._most == tokens else "context"
         return self._most
 
-    def add(self, ids: Sequence[int], log_probs: Sequence[float]) -> None:
+    def add(self, ids: list[int], log_probs: list[float]) -> None:
         """Adds tokens that were drawn; those after the end are ignored."""
-        for i, log_prob in zip(ids, log_probs):
-            if self.stop_reason:
-                return
-            self._ids.append(i)
-            self._log_probs.append(log_prob)
-            if i == self._tokenizer.eod:
-                self.stop_reason = "document"
-            elif len(self._log_probs) == self._most:
-                self.stop_reason = self._full
-            if not self.stop_reason and self._stops:
-                recent = self._read_new()
-                if not any(stop in recent for stop in self._stops):
-                    continue
-            if self.stop_reason or self._stops:
-                self._read_all()
-        if not (self.stop_reason or self._stops):
-            self._read_new()
+        if self.stop_reason:
+            return
+        eod, room = self._tokenizer.eod, self._most - len(self._log_probs)
+        ids = ids[:room]
+        if eod in ids:
+            ids, self.stop_reason = ids[: ids.index(eod) + 1], "document"
+        elif len(ids) == room:
+            self.stop_reason = self._full
+        self._ids += ids
+        self._log_probs += log_probs[: len(ids)]
+        recent, size = self._read_new(), len(self._ids)
+        maybe = self.stop_reason or any(stop in recent for stop in self._stops)
+        if maybe and self._read(size)[1]:
+            # The last token is the first of the new ones that completes a stop string.
+            first = size - len(ids) + 1
+            size = bisect.bisect_left(range(size), True, first, key=lambda n: self._read(n)[1])
+            self.stop_reason = "stop"
+            del self._ids[size:], self._log_probs[size - len(self.prompt) :]
 
-    def _read_all(self) -> None:
-        """Decodes the whole text, and ends it where it holds a stop string."""
-        self._text = _rest(self._tokenizer.decode(self._ids), self._before)
-        places = [p for stop in self._stops if (p := self._text.find(stop)) >= 0]
-        if places:
-            self._text, self.stop_reason = self._text[: min(places)], "stop"
-        self._recent = _last(self._text, self._reach)
+    def _read(self, size: int) -> tuple[str, bool]:
+        """The text of the first tokens up to a stop string, and whether there is one."""
+        text = _rest(self._tokenizer.decode(self._ids[:size]), self._before)
+        places = [p for stop in self._stops if (p := text.find(stop)) >= 0]
+        return text[: min(places, default=len(text))], bool(places)
 
     def _read_new(self) -> str:
         """Decodes the tokens after the context, and moves it on, to the last certain place.
@@ -92,18 +91,19 @@ class TextStream:
         Returns:
           Their text, with so much before it that a stop string may end in it.
         """
-        decode, start, size = self._tokenizer.decode, self._start, len(self._ids)
-        text = decode(self._ids[start:])
+        decode, size = self._tokenizer.decode, len(self._ids)
+        text = decode(self._ids[self._start :])
         recent = self._recent + self._after_context(text)
         for end in range(size, self._end, -1):
-            head = text if end == size else decode(self._ids[start:end])
+            head = text if end == size else decode(self._ids[self._start : end])
             # A character has at most four bytes: half of one, four tokens back, stays half.
             whole = not head.endswith(_UNFINISHED) or size - end >= 4
             if whole and text.startswith(head):
-                piece = self._after_context(head)
-                self._pieces.append(piece)
-                self._recent = _last(self._recent + piece, self._reach)
-                self._move_context(end, head)
+                self._pieces.append(self._after_context(head))
+                certain = self._recent + self._pieces[-1]
+                self._recent = certain[max(len(certain) - self._reach, 0) :]
+                self._start, self._end = max(self._start, end - _CONTEXT), end
+                self._context = decode(self._ids[self._start : end])
                 break
         return recent
 
@@ -111,17 +111,6 @@ class TextStream:
         if self._end == len(self.prompt):
             return _rest(text, self._context)
         return text[len(self._context) :]
-
-    def _move_context(self, end: int, head: str) -> None:
-        """Moves the context to ``end``, and its start to where it holds more than white space."""
-        for start in (self._end, end - 16, end - _CONTEXT):
-            if start <= self._start:
-                continue
-            context = self._tokenizer.decode(self._ids[start:end])
-            if context.replace(_UNFINISHED, " ").strip() or start == end - _CONTEXT:
-                self._start, head = start, context
-                break
-        self._end, self._context = end, head
 
     def news(self, last: bool = False) -> str:
         """Text since the last call that later tokens cannot change; with ``last`` all of it."""
@@ -137,10 +126,8 @@ class TextStream:
 
     def result(self) -> Generation:
         """The text so far."""
-        if not self.stop_reason:
-            self._read_all()
         ids = self._ids[len(self.prompt) :]
-        return Generation(self._text, ids, self._log_probs, self.stop_reason)
+        return Generation(self._read(len(self._ids))[0], ids, self._log_probs, self.stop_reason)
 
 
 def _rest(text: str, before: str) -> str:
@@ -174,10 +161,7 @@ class Streamed:
         return self._text.result()
 
 
-def _last(text: str, count: int) -> str:
-    return text[max(len(text) - count, 0) :]
-
-
 def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of a text may be the beginning of a stop string."""
-    return next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

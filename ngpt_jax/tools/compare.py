@@ -13,11 +13,10 @@ same command goes on where it was stopped, and skips what is done. Several such 
 same --out, on one machine or on several that share it, divide the work among them.
 """
 
-import sys
-
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command
+from ngpt_jax.errors import tell
 from ngpt_jax.files import reason
 
 _EXPERIMENT = flags.DEFINE_string(
@@ -45,14 +44,12 @@ def _main(overrides: list[tuple[str, str]]) -> int:
             _EXPERIMENT.value, _OUT.value, _DRY_RUN.value, _REPORT_ONLY.value, _CHECK.value
         )
     except runner.PointFailed as e:
-        print(f"error: {e}", file=sys.stderr)
+        tell(f"error: {e}")
         return 1
     except BrokenPipeError:  # `| head`
         raise
     except OSError as e:  # a full disk, a folder that cannot be written, no locks
         raise ConfigError(f"{e.filename or _OUT.value}: {reason(e)}.") from e
-    except KeyboardInterrupt:
-        return 130
 
 
 if __name__ == "__main__":

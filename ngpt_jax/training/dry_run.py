@@ -22,6 +22,8 @@ from ngpt_jax.training import layout
 from ngpt_jax.training.setup import epochs_of, size_warnings
 from ngpt_jax.training.throughput import chip_of, train_flops_per_token
 
+_ENOUGH = 100_000  # characters, from which the number of tokens is estimated
+
 
 def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
     """Tokens to train on, 0 where they are not known, and a line that tells them."""
@@ -35,17 +37,19 @@ def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
             tokens += _estimate(open_source(source, prefix, download=False).train, tokenizer)
     if not tokens:
         return 0, "its size is not known before it is prepared"
-    about = "" if exact else "about "
-    return tokens, f"{about}{tokens:,} tokens, each read {epochs_of(config, tokens):,.3g} times"
+    epochs = epochs_of(config, tokens)
+    times = f"each read {epochs:{',.0f' if epochs >= 100 else '.3g'}} times"
+    return tokens, f"{'' if exact else 'about '}{tokens:,} tokens, {times}"
 
 
 def _estimate(units: Sequence[Unit], tokenizer: Tokenizer) -> int:
     """Tokens of text that is not prepared, from the first documents of its first file."""
-    tokens = characters = read = 0
+    tokens, characters, read = 0.0, 0, 0
     for text, read in units[0].read() if units else ():  # noqa: B007
-        tokens += len(tokenizer.encode(text)) + 1
+        part = text[:_ENOUGH]  # of a long document its beginning stands for all of it
+        tokens += len(tokenizer.encode(part)) * len(text) / max(len(part), 1) + 1
         characters += len(text)
-        if characters > 100_000:
+        if characters > _ENOUGH:
             break
     return round(sum(unit.size for unit in units) * tokens / read) if read else 0
 
@@ -56,7 +60,8 @@ def _fits(least: int, device: jax.Device) -> str:
     if chip is not None:
         limit = limit or int(chip.memory * 2**30)
     elif device.platform == "cpu":
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        limit = memory // jax.local_device_count()
     used = f"at least {format_bytes(least)} per device"
     if limit is None:
         return f"{used}; the memory of {device.device_kind} is not known"
@@ -101,8 +106,10 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     logits = 4 * min(model.loss_chunk, sequences * length) * vocab // tensor
     scores = 4 * sequences * length * model.context * model.heads // tensor
     sizes = layout.bytes_per_device(state.params), layout.bytes_per_device(state.opt_state)
-    params, least = format_bytes(sizes[0]), 2 * sizes[0] + sizes[1] + logits
-    in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
+    params, least, in_memory = format_bytes(sizes[0]), 2 * sizes[0] + sizes[1] + logits, ""
+    if model.attention == "xla":
+        in_memory = f", attention scores of a block {format_bytes(scores)} (several at a time)"
+        least += scores
     facts = [
         ("parameters", f"{num_params(model):,} ({model.kind}; padding left out)"),
         ("vocabulary", f"{model.vocab_size:,} of {name}, padded to {vocab:,}"),
@@ -115,7 +122,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         ("memory per device", f"parameters {params},"
          f" Adam {format_bytes(sizes[1])}, gradients {params},"
          f" logits of a chunk {format_bytes(logits)}"
-         f"{in_memory if model.attention == 'xla' else ''}; other activations come on top"),
+         f"{in_memory}; other activations come on top"),
         ("in all", _fits(least, mesh.devices.flat[0])),
     ]  # fmt: skip
     width = max(len(name) for name, _ in facts)

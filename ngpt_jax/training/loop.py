@@ -21,7 +21,7 @@ def train(
     allow_schedule_change: bool = False,
     stop: StopSignal | None = None,
 ) -> int:
-    """Trains to the end of the schedule, or until SIGTERM or Ctrl-C.
+    """Trains to the end of the schedule, or until a signal asks to stop.
 
     Args:
       config: resolved.

@@ -15,10 +15,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from ngpt_jax import config as config_lib
 from ngpt_jax.checkpoint.checkpoints import Checkpoints
 from ngpt_jax.checkpoint.restoring import restore_params
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.convert import fields
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.corpus import Corpus, load_corpus
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
@@ -103,7 +103,7 @@ def open_run(
     """
     # 1. All processes hear of signals, and were given the same config.
     stop.attach()
-    distributed.check_same(**_fields(config))
+    distributed.check_same(**{field.name: field.value for field in fields(config)})
 
     # 2. Tokenizer, mesh and attention kernel fit the config. The folder will tell of ``config``;
     # ``on_mesh`` has the kernel for the devices here.
@@ -278,16 +278,6 @@ def epochs_of(config: Config, tokens: int) -> float:
     """How often a run reads its text."""
     assert config.train.steps is not None
     return config.train.steps * config.train.batch_size * config.model.context / tokens
-
-
-def _fields(config: Config) -> dict[str, Any]:
-    """The values of a config by their dotted names."""
-    sections = json.loads(config_lib.to_json(config))
-    return {
-        f"{section}.{name}" if name else section: value
-        for section, fields in sections.items()
-        for name, value in (fields if isinstance(fields, dict) else {"": fields}).items()
-    }
 
 
 def _on_first(workdir: epath.Path, fn: Callable[[], T]) -> T | None:
