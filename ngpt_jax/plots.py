@@ -76,7 +76,9 @@ def save(fig: Any, path: epath.PathLike) -> None:
     write_atomically(path, picture.getvalue())
 
 
-def write_csv(path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+def write_csv(
+    path: epath.PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
+) -> None:
     """Writes rows as CSV with a header: floats in full; None, and what is missing, as nothing."""
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, restval="", lineterminator="\n")

@@ -35,6 +35,7 @@ class Evaluator:
     Attributes:
       step: the step that was evaluated last; -1: none.
       results: of that evaluation.
+      terminal: for the user.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Evaluator:
         """
         assert config.eval.batch_size is not None and config.train.steps is not None
         self._model, self._eval_sets = config.model, eval_sets
-        self._write, self._terminal = write, terminal
+        self._write, self.terminal = write, terminal
         self._config, self._steps = config.eval, config.train.steps
         self._shape = config.model.context, config.eval.batch_size
         self._mask_documents = config.data.mask_documents
@@ -93,7 +94,7 @@ class Evaluator:
                 start = time.perf_counter()
                 limit = self._config.batches if step < self._steps else None
                 tokens = pipeline.num_eval_tokens(eval_set, *self._shape, limit)
-                with self._terminal.doing(f"evaluating {tokens:,} tokens of {eval_set.name}"):
+                with self.terminal.doing(f"evaluating {tokens:,} tokens of {eval_set.name}"):
                     result = evaluate(
                         self._model, params, self._batches(eval_set, limit), self._placer, tokens,
                         eval_set.num_bytes if limit is None else None, stop_asked,
@@ -102,7 +103,7 @@ class Evaluator:
                     return
                 results[eval_set.name] = result
                 if step < self._steps:  # the last results are told at the end of the run
-                    self._terminal.say(
+                    self.terminal.say(
                         f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
                         f" {result['loss']:.4f} nats/token"
                         f"  ({tokens:,} tokens, {time.perf_counter() - start:.1f} s)"

@@ -50,6 +50,8 @@ class Logger:
     Attributes:
       clock: runs during steps; what passes meanwhile counts as training.
       data_clock: runs while a step waits for its batch.
+      loss: of the last row; None where all its steps were skipped, or before.
+      terminal: shows the run.
     """
 
     def __init__(
@@ -68,13 +70,14 @@ class Logger:
         self._model, self._steps, self._every = config.model, config.train.steps, config.log.every
         self._tokens_per_step = config.train.batch_size * config.model.context
         self._max_skipped = config.train.max_skipped
-        self._progress, self._write, self._terminal = progress, write, terminal
+        self._progress, self._write, self.terminal = progress, write, terminal
         self._last_saved = last_saved
         model = config.model
         self._summarize = jax.jit(lambda params: summarize_params(model, params))
         self.compile_seconds: float | None = None  # told in the next row
         self._rates: list[float] = []  # tokens/s of the rows
         self._pending: list[dict[str, jax.Array]] = []  # of steps that are not yet fetched
+        self.loss: float | None = None
         self._last: jax.Array | None = None  # loss of the last step that is known to be finished
         self._status = ""  # of the last row
         self._restart()
@@ -86,7 +89,7 @@ class Logger:
         """Takes what a step returned; the device may still be at it."""
         self._pending.append(metrics)
         self._steps_of_row += 1
-        if self._terminal.wants_news():
+        if self.terminal.wants_news():
             self._show_finished(step)
 
     def _show_finished(self, step: int) -> None:
@@ -98,10 +101,7 @@ class Logger:
                 self._last = loss
                 break
             unfinished += 1
-        status = self._status
-        if not status and self._last is not None:  # no row yet
-            status = f"loss {float(self._last):.4f}"
-        self._show_at(step - unfinished, status)
+        self._show_at(step - unfinished)
 
     def due(self, step: int) -> bool:
         """Whether a row is due after this many steps."""
@@ -120,6 +120,11 @@ class Logger:
           Diverged: too many steps in a row were skipped.
         """
         with self.clock:
+            for number, of_step in enumerate(self._pending, start=step - len(self._pending) + 1):
+                jax.block_until_ready(of_step)
+                if self.terminal.wants_news():
+                    self._last = of_step["loss"]
+                    self._show_at(number)
             fetched = [
                 {name: float(x) for name, x in metrics.items()}
                 for metrics in jax.device_get(self._pending)
@@ -160,6 +165,7 @@ class Logger:
             **{name: float(value) for name, value in self._summarize(params).items()},
         }
         self._write(step, {f"train/{name}": value for name, value in row.items()})
+        self.loss = row["loss"]
         self._show(step, row)
         progress.losses, self.compile_seconds = [], None
         self._restart()
@@ -167,9 +173,12 @@ class Logger:
     def _label(self, step: int) -> str:
         return f"step {step:>6}/{self._steps}"
 
-    def _show_at(self, step: int, status: str) -> None:
-        elapsed = f"elapsed {self._terminal.elapsed()}"
-        self._terminal.show(self._label(step), step / self._steps, f"{status}  {elapsed}")
+    def _show_at(self, step: int) -> None:
+        status = self._status
+        if not status and self._last is not None:  # no row yet
+            status = f"loss {float(self._last):.4f}"
+        elapsed = f"elapsed {self.terminal.elapsed()}"
+        self.terminal.show(self._label(step), step / self._steps, f"{status}  {elapsed}")
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
@@ -177,6 +186,6 @@ class Logger:
         rate = f"{row['tokens_per_second']:,.0f} tokens/s"
         eta = f"eta {format_duration(row['eta_seconds'])}"
         more = f"  grad {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}"
-        self._terminal.tell(f"{self._label(step)}  loss {loss}  {rate}  {eta}{more}{skipped}")
+        self.terminal.tell(f"{self._label(step)}  loss {loss}  {rate}  {eta}{more}{skipped}")
         self._status = f"loss {loss}  {rate}  {eta}{skipped}"
-        self._show_at(step, self._status)
+        self._show_at(step)

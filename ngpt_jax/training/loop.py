@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator, Mapping
 
 from etils import epath
 
@@ -47,18 +48,23 @@ def train(
             terminal.close()
             terminal.say(f"{stop.name}: stopped while preparing tokens; the same command goes on")
             return EXIT_RESUME
-        if not _run_steps(run):
+        for _ in steps_of(run):
+            pass
+        if not run.finished():
             saved = f"saved step {run.step}" if run.step else "stopped before the first step"
             terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
             return EXIT_RESUME
         terminal.close()  # the bar has done its work; what follows stays
-        _tell_results(run, terminal)
-        _plot_losses(run, terminal)
+        tell_results(run, terminal)
+        if text := run.sample(run.state.params):
+            terminal.say("sample:")
+            terminal.say(text)
+        plot_losses({run.kind: run.workdir}, run.workdir, terminal)
         return 0
 
 
-def _run_steps(run: Run) -> bool:
-    """Makes the steps, and what is due between them; returns whether the run is at its end."""
+def steps_of(run: Run) -> Iterator[None]:
+    """Makes the steps, and what is due between them, to the end or a stop; yields after each."""
     evaluator, logger, saver = run.evaluator, run.logger, run.saver
     while True:
         # What is due after the steps so far. This comes first, as a start may have to make up for
@@ -82,31 +88,29 @@ def _run_steps(run: Run) -> bool:
         if logger.due(run.step):
             logger.write_row(run.step, run.state.params)
         saver.look_at_clock(run.step)
+        yield
 
     run.profile.end(run.state)
     with run.terminal.doing(f"saving step {run.step}"):
         saver.finish(run.step)
-    return run.step == run.steps and not evaluator.due(run.step)
 
 
-def _tell_results(run: Run, terminal: Terminal) -> None:
-    """Held-out results, and a sample of text."""
+def tell_results(run: Run, terminal: Terminal, start: str = "") -> None:
+    """Says the held-out results, each line after ``start``."""
     for name, result in run.evaluator.results.items():
         terminal.say(
-            f"held-out {name}: {result['loss']:.4f} nats/token,"
+            f"{start}held-out {name}: {result['loss']:.4f} nats/token,"
             f" {result['bits_per_byte']:.4f} bits/byte ({result['tokens']:,.0f} tokens)"
         )
-    if text := run.sample(run.state.params):
-        terminal.say("sample:")
-        terminal.say(text)
 
 
-def _plot_losses(run: Run, terminal: Terminal) -> None:
-    """Writes loss.png into the folder. That it cannot be written ends no finished run."""
+def plot_losses(runs: Mapping[str, epath.Path], folder: epath.Path, terminal: Terminal) -> None:
+    """Draws the losses of runs into loss.png. That it cannot be written ends no finished run."""
     if not distributed.is_first():
         return
     try:
-        history.plot_losses({run.kind: history.read_losses(run.workdir)}, run.workdir / "loss.png")
-        terminal.say(f"losses: {run.workdir / 'loss.png'}")
+        losses = {name: history.read_losses(path) for name, path in runs.items()}
+        history.plot_losses(losses, folder / "loss.png")
+        terminal.say(f"losses: {folder / 'loss.png'}")
     except (OSError, ConfigError) as e:
         terminal.say(f"warning: loss.png cannot be written: {reason(e)}")

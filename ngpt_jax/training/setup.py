@@ -81,6 +81,10 @@ class Run:
     workdir: epath.Path
     kind: str
 
+    def finished(self) -> bool:
+        """Whether the run is at its end, the last evaluation included."""
+        return self.step == self.steps and not self.evaluator.due(self.step)
+
 
 def open_run(
     config: Config, path: epath.PathLike, allow_schedule_change: bool, stop: StopSignal,

@@ -1,0 +1,100 @@
+"""Two models side by side: both make each step on the same batch."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.data.preparing.folder import Stopped
+from ngpt_jax.terminal import Terminal
+from ngpt_jax.training import loop
+from ngpt_jax.training.setup import Run, open_run
+from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
+
+
+def duel(configs: Mapping[str, Config], folder: epath.PathLike, stop: StopSignal) -> int:
+    """Trains models in turns and shows their losses in one table, and in one plot at the end.
+
+    Each is an ordinary run in a folder of its own, so a stopped duel goes on.
+
+    Args:
+      configs: two or more by their names, resolved; they read the same batches.
+      folder: for the folders of the runs, named as the configs, and the plot.
+      stop: hears of signals.
+
+    Returns:
+      The exit code, as :func:`ngpt_jax.training.loop.train`.
+
+    Raises:
+      ConfigError: bad input, or configs that do not read the same batches.
+      RunError: a run cannot go on.
+    """
+    _check_same_batches(configs)
+    terminal, runs = Terminal(), {}
+    with contextlib.ExitStack() as stack:
+        stack.callback(stop.restore)
+        stack.callback(terminal.close)
+        for name, config in configs.items():
+            path = epath.Path(folder) / name
+            try:
+                run = open_run(config, path, False, stop, terminal, stack)
+            except Stopped:
+                return EXIT_RESUME
+            run.logger.terminal = run.evaluator.terminal = Terminal(quiet=True)
+            run.train_step = _waiting(run.train_step)
+            runs[name] = run
+        _take_turns(runs, terminal)
+        terminal.close()
+        if not all(run.finished() for run in runs.values()):
+            terminal.say(f"{stop.name}: saved; the same command goes on from there")
+            return EXIT_RESUME
+        for name, run in runs.items():
+            loop.tell_results(run, terminal, f"{name}: ")
+        loop.plot_losses(
+            {name: run.workdir for name, run in runs.items()}, epath.Path(folder), terminal
+        )
+        return 0
+
+
+def _check_same_batches(configs: Mapping[str, Config]) -> None:
+    def facts(config: Config) -> tuple[Any, ...]:
+        train = config.train
+        return train.steps, train.batch_size, config.model.context, config.data, config.eval
+
+    first, *rest = map(facts, configs.values())
+    if any(other != first for other in rest):
+        raise ConfigError(
+            "the models read different batches; give them the same train.steps, train.batch_size,"
+            " model.context, data and eval."
+        )
+
+
+def _waiting(train_step: Any) -> Callable[..., Any]:
+    """The step, which then returns only when the device is done: each model has its own clock."""
+    return lambda state, batch: jax.block_until_ready(train_step(state, batch))
+
+
+def _take_turns(runs: Mapping[str, Run], terminal: Terminal) -> None:
+    """Makes all steps; the run that is behind goes first. Says a row of losses for each row."""
+    turns = {name: loop.steps_of(run) for name, run in runs.items()}
+    losses: dict[int, dict[str, str]] = {}
+    steps = next(iter(runs.values())).steps
+    width = max(8, *map(len, runs))
+    terminal.say("  ".join(["  step", *(f"{name:>{width}}" for name in runs), "training loss"]))
+    while turns:
+        name = min(turns, key=lambda name: runs[name].step)
+        run = runs[name]
+        if next(turns[name], turns) is turns:  # at its end
+            del turns[name]
+        if run.logger.due(run.step) and run.logger.loss is not None:
+            row = losses.setdefault(run.step, {})
+            row.setdefault(name, f"{run.logger.loss:{width}.4f}")
+            if len(row) == len(runs):
+                del losses[run.step]
+                terminal.say("  ".join([f"{run.step:6}", *(row[name] for name in runs)]))
+        if terminal.wants_news():
+            now = "  ".join(f"{n} {r.logger.loss or float('nan'):.4f}" for n, r in runs.items())
+            terminal.show(f"step {run.step:>6}/{steps}", run.step / steps, now)
