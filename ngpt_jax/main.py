@@ -12,6 +12,7 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
 
+import shlex
 from pathlib import Path
 
 from absl import flags
@@ -50,6 +51,20 @@ def _default_workdir(spec: str) -> Path:
     return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
 
 
+def _next_commands(workdir: str | Path, prompt: str) -> str:
+    """What to do with a finished run, ready to paste."""
+    where = shlex.quote(f"--workdir={workdir}")
+    path, variants = experiment.split_spec(_CONFIG.value or "")
+    spec = ":".join(filter(None, (path, ",".join(v for v in variants.split(",") if v != "gpt"))))
+    tools = "python -m ngpt_jax.tools"
+    return "\n".join([
+        "next:",
+        f"  {tools}.sample {where} {shlex.quote(f'--prompt={prompt}')}",
+        f"  {tools}.evaluate {where}",
+        f"  {tools}.duel {shlex.quote(f'--config={spec}')}",
+    ])  # fmt: skip
+
+
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _HELP_CONFIG.value and _CONFIG.value is None:
         print(experiment.describe(Config()))
@@ -65,6 +80,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     stop = None if _DRY_RUN.value else StopSignal()
     # jax and the rest are slow to load: only once the input is known to be good.
     from ngpt_jax.parallel import distributed
+    from ngpt_jax.terminal import Terminal
     from ngpt_jax.training import dry_run, loop
     from ngpt_jax.training.workdir import RunError
 
@@ -80,7 +96,10 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         return 0
     workdir = _default_workdir(_CONFIG.value) if _WORKDIR.value is None else _WORKDIR.value
     try:
-        return loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
+        code = loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
+        if code == 0 and distributed.is_first():
+            Terminal().say(_next_commands(workdir, config.sample.prompt))
+        return code
     except (RunError, ConfigError) as e:
         tell(f"error: {e}")
         return distributed.leave(e.exit_code if isinstance(e, RunError) else 2)

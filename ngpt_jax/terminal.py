@@ -115,8 +115,9 @@ class Terminal:
                 )
                 self._task = self._bar.add_task("", total=1.0, label="", share="", status="")
                 self._bar.start()
+            label, status = (self._label, status) if self._label else (status, "")
             self._bar.update(
-                self._task, completed=self._share or 0.0, refresh=True, label=self._label,
+                self._task, completed=self._share or 0.0, refresh=True, label=label,
                 share=self._percent(), status=status,
             )  # fmt: skip
 
@@ -144,6 +145,8 @@ class Terminal:
         finally:
             with self._lock:
                 end.set()
+                if self._bar:
+                    self._draw(self._status)
 
     def elapsed(self) -> str:
         """Since this object was made."""

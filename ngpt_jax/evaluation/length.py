@@ -11,9 +11,8 @@ import numpy as np
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError, command
 from ngpt_jax.config.presets import title
-from ngpt_jax.data.corpus import load_corpus
-from ngpt_jax.evaluation.scorers import read_text, rolling_windows
-from ngpt_jax.files import reason, writing
+from ngpt_jax.evaluation.scorers import held_out_documents, read_text, rolling_windows
+from ngpt_jax.files import writing
 from ngpt_jax.inference.loading import LoadedModel, check_finite, open_model
 from ngpt_jax.terminal import Terminal, format_table
 
@@ -82,15 +81,7 @@ def _documents(model: LoadedModel, text: str | None, terminal: Terminal) -> list
         for line in left_out:
             terminal.say(line)
         return model.tokenizer.encode_batch(texts)
-    try:
-        corpus = load_corpus(config.data, model.tokenizer, config.model.context)
-    except (ConfigError, OSError) as e:
-        raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e
-    documents = []
-    for held_out in corpus.held_out:
-        ids = held_out.stream.read(0, len(held_out.stream))
-        documents += np.split(ids, np.flatnonzero(ids == model.tokenizer.eod))
-    return [ids[ids != model.tokenizer.eod] for ids in documents]
+    return held_out_documents(model)
 
 
 def lengths_of(context: int, factor: int) -> list[int]:

@@ -28,7 +28,7 @@ class Wanted(NamedTuple):
     Attributes:
       tasks: from local files.
       names: of the harness's own tasks.
-      text: a file, a folder or a glob; None: no text.
+      text: a file, a folder or a glob; None: no text, and without tasks the run's held-out text.
       limit: only the first so many examples of each task; None: all.
       batch_size: sequences of the training context at one time.
       harness: run the tasks through lm-evaluation-harness.
@@ -73,6 +73,8 @@ def evaluate(
         texts, notes = scorers.read_text(wanted.text, config.data.text_key)
     folder = command.output_folder(workdir, out, "evaluate")
     model = open_model("workdir", workdir, step, overrides)
+    if wanted.text is None and not (wanted.tasks or wanted.names):
+        texts = [model.tokenizer.decode(ids) for ids in scorers.held_out_documents(model)]
     if not model.tokenizer.lossless:
         lost, total = lost_characters(model.tokenizer, texts)
         notes += warnings_of_loss(model.tokenizer.name, lost / max(total, 1))

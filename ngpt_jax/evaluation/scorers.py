@@ -27,10 +27,12 @@ import jax
 import numpy as np
 
 from ngpt_jax.config import ConfigError
+from ngpt_jax.data.corpus import load_corpus
 from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.text import text_files
 from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.evaluation.tasks import Task
+from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training import layout
@@ -222,6 +224,21 @@ def read_text(path: str, text_key: str) -> tuple[list[str], list[str]]:
     if not texts:
         raise ConfigError(f"--text={path} holds no text; give another file.")
     return texts, left_out
+
+
+def held_out_documents(model: LoadedModel) -> list[np.ndarray]:
+    """Token ids of the documents of a run's held-out sets; raises ConfigError."""
+    config = model.config
+    try:
+        corpus = load_corpus(config.data, model.tokenizer, config.model.context)
+    except (ConfigError, OSError) as e:
+        raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e
+    documents = []
+    for held_out in corpus.held_out:
+        ids = held_out.stream.read(0, len(held_out.stream))
+        documents += np.split(ids, np.flatnonzero(ids == model.tokenizer.eod))
+    documents = [ids[ids != model.tokenizer.eod] for ids in documents]
+    return [ids for ids in documents if len(ids)]
 
 
 def score_text(

@@ -1,6 +1,7 @@
 """Scores of a trained model: tasks such as HellaSwag from local files, and any text.
 
 Examples:
+  python -m ngpt_jax.tools.evaluate --workdir=runs/quickstart
   python -m ngpt_jax.tools.evaluate --workdir=runs/1b --tasks=lambada_openai,hellaswag \\
       --tasks_dir=evals
   python -m ngpt_jax.tools.evaluate --workdir=runs/1b --tasks=my/questions.jsonl --untrained
@@ -16,11 +17,12 @@ character (acc_norm). A single continuation, as LAMBADA's last word, is right wh
 gives it (acc); it also has a perplexity, exp(mean -log p). Beside each score stand its standard
 error and the score of a blind choice. A context that is too long for the model loses its start.
 
---text is a file, a folder or a glob of .txt, .jsonl (.gz, .zst) or .parquet; its scores are the
-perplexity a token and the bits a byte. Files of other kinds, and text that the tokenizer loses, are
-told. Each token is scored once, in windows of the training context: each begins where the one
-before ended, and the last one reaches back (as in lm_eval's loglikelihood_rolling with
-context_len=1). Documents are read one by one; their end is not scored.
+Without --tasks and --text, the run's held-out text is scored. --text is a file, a folder or a glob
+of .txt, .jsonl (.gz, .zst) or .parquet. The scores are the perplexity a token and the bits a byte.
+Files of other kinds, and text that the tokenizer loses, are told. Each token is scored once, in
+windows of the training context: each begins where the one before ended, and the last one reaches
+back (as in lm_eval's loglikelihood_rolling with context_len=1). Documents are read one by one;
+their end is not scored.
 
 --harness runs the tasks through EleutherAI's lm-evaluation-harness (pip install '.[eval]'):
 local files without a network, and the harness's own tasks, by their names, with one.
@@ -55,8 +57,6 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/evaluat
 def _main(overrides: list[tuple[str, str]]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is needed: the folder of a training run.")
-    if not _TASKS.value and _TEXT.value is None:
-        raise ConfigError("--tasks or --text is needed: what to evaluate on.")
     from ngpt_jax.evaluation.tasks import find_tasks
 
     tasks, names = find_tasks(_TASKS.value, _TASKS_DIR.value, _LIMIT.value, _HARNESS.value)
