@@ -53,16 +53,15 @@ def _default_workdir(spec: str) -> Path:
 
 def _next_commands(workdir: str | Path, prompt: str) -> str:
     """What to do with a finished run, ready to paste."""
-    where = shlex.quote(f"--workdir={workdir}")
     path, variants = experiment.split_spec(_CONFIG.value or "")
-    spec = ":".join(filter(None, (path, ",".join(v for v in variants.split(",") if v != "gpt"))))
-    tools = "python -m ngpt_jax.tools"
-    return "\n".join([
-        "next:",
-        f"  {tools}.sample {where} {shlex.quote(f'--prompt={prompt}')}",
-        f"  {tools}.evaluate {where}",
-        f"  {tools}.duel {shlex.quote(f'--config={spec}')}",
-    ])  # fmt: skip
+    others = ",".join(name for name in variants.split(",") if name != "gpt")
+    commands = (
+        ("sample", f"--workdir={workdir}", f"--prompt={prompt.strip() or 'The'}"),
+        ("evaluate", f"--workdir={workdir}"),
+        ("duel", f"--config={path}{others and f':{others}'}"),
+    )
+    lines = (f"  python -m ngpt_jax.tools.{name} {shlex.join(args)}" for name, *args in commands)
+    return "\n".join(["next:", *lines])
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:

@@ -4,7 +4,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich import console as rich_console
 from rich import progress as rich_progress
@@ -122,14 +122,19 @@ class Terminal:
             )  # fmt: skip
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Shows what is done inside, and for how long: it may take a while, and print nothing."""
-        start, end = time.monotonic(), threading.Event()
+    def doing(self, what: str) -> Iterator[Callable[[float], None]]:
+        """Shows what is done inside, and for how long: it may take a while, and print nothing.
+
+        Yields a function that takes the share of it that is done, for the time that is left.
+        """
+        start, end, done = time.monotonic(), threading.Event(), 0.0
 
         def tell() -> None:
             while not end.wait(0.5):
                 seconds = time.monotonic() - start
                 line = f"{what}, {format_duration(seconds)}"
+                if done:
+                    line += f", {done:.0%}, eta {format_duration(seconds * (1 - done) / done)}"
                 with self._lock:
                     if end.is_set() or self._quiet:
                         return
@@ -138,10 +143,13 @@ class Terminal:
                     elif time.monotonic() >= self._told + _SILENCE:
                         self.say(line)
 
-        thread = threading.Thread(target=tell, name="terminal", daemon=True)
-        thread.start()
+        def show_done(share: float) -> None:
+            nonlocal done
+            done = share
+
+        threading.Thread(target=tell, name="terminal", daemon=True).start()
         try:
-            yield
+            yield show_done
         finally:
             with self._lock:
                 end.set()

@@ -94,10 +94,12 @@ class Evaluator:
                 start = time.perf_counter()
                 limit = self._config.batches if step < self._steps else None
                 tokens = pipeline.num_eval_tokens(eval_set, *self._shape, limit)
-                with self.terminal.doing(f"evaluating {tokens:,} tokens of {eval_set.name}"):
+                with self.terminal.doing(
+                    f"evaluating {tokens:,} tokens of {eval_set.name}"
+                ) as show:
                     result = evaluate(
                         self._model, params, self._batches(eval_set, limit), self._placer, tokens,
-                        eval_set.num_bytes if limit is None else None, stop_asked,
+                        eval_set.num_bytes if limit is None else None, stop_asked, show,
                     )  # fmt: skip
                 if result is None:
                     return
@@ -127,6 +129,7 @@ class Evaluator:
 def evaluate(
     model: ModelConfig, params: Any, batches: Iterator[dict[str, Any]], placer: BatchPlacer,
     tokens: int, num_bytes: int | None = None, stop_asked: Callable[[], bool] = lambda: False,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> dict[str, float] | None:  # fmt: skip
     """Loss of ``params`` on a held-out set.
 
@@ -138,12 +141,14 @@ def evaluate(
       tokens: how many the batches hold, all processes together.
       num_bytes: UTF-8 bytes of the text, where the batches hold all of a set.
       stop_asked: asked at each batch.
+      progress: takes the share that is done.
 
     Returns:
       loss (nats a token; end-of-document counts as a token), perplexity, tokens, and with
       ``num_bytes`` bits_per_byte = nats / ln 2 / num_bytes. None where it was asked to stop.
     """
     sums: list[jax.Array] = []
+    done = 0
     for batch in batches:
         if stop_asked():
             return None
@@ -151,6 +156,8 @@ def evaluate(
         # One at a time: collectives of two programs in flight can wait for each other on CPUs.
         jax.block_until_ready(sums[-1:])
         sums.append(_summed_nats(model, params, placed))
+        done += placed["inputs"].size
+        progress(min(done / max(tokens, 1), 1.0))
     nats = math.fsum(float(s) for s in jax.device_get(sums))
     out = {
         "loss": nats / tokens,

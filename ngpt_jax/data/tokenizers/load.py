@@ -7,6 +7,7 @@ from pathlib import Path
 from ngpt_jax.config import Config, ConfigError, DataConfig
 from ngpt_jax.data import hub
 from ngpt_jax.data.tokenizers.base import KINDS, ByteTokenizer, Tokenizer, TokenizerFile
+from ngpt_jax.errors import tell
 
 _HUB = "hub:"
 
@@ -15,6 +16,8 @@ def _from_hub(file: TokenizerFile, cache: str) -> TokenizerFile:
     """The tokenizer's file of a repository of the Hugging Face Hub, which is fetched first."""
     field, spec = f"{file.prefix}tokenizer", file.path.removeprefix(_HUB)
     repo = hub.find_repository("model", spec, cache, field)
+    if repo.note:
+        tell(repo.note)
     names = [name for name in ("tokenizer.json", "tokenizer.model") if name in repo.files]
     if not names:
         raise file.error(f"{repo.name} has no tokenizer.json or tokenizer.model; give another.")
