@@ -78,14 +78,18 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     # Before jax, so that no signal is lost while it loads.
     stop = None if _DRY_RUN.value else StopSignal()
     # jax and the rest are slow to load: only once the input is known to be good.
-    from ngpt_jax.parallel import distributed
     from ngpt_jax.terminal import Terminal
-    from ngpt_jax.training import dry_run, loop
-    from ngpt_jax.training.workdir import RunError
 
-    distributed.initialize(
-        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT.value
-    )
+    terminal = Terminal()
+    with terminal.doing("loading jax"):
+        from ngpt_jax.parallel import distributed
+        from ngpt_jax.training import dry_run, loop
+        from ngpt_jax.training.workdir import RunError
+
+        distributed.initialize(
+            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT.value
+        )
+    terminal.close()
     enable_x64_if_used(config.model)
     if _DRY_RUN.value:
         text, problem = dry_run.report(config)

@@ -112,6 +112,7 @@ class Terminal:
                     rich_progress.TextColumn("{task.fields[status]}"),
                     console=self._console,
                     auto_refresh=False,
+                    transient=True,
                 )
                 self._task = self._bar.add_task("", total=1.0, label="", share="", status="")
                 self._bar.start()
@@ -166,7 +167,7 @@ class Terminal:
             self.say(text)
 
     def close(self) -> None:
-        """Ends the bar; a new one may follow."""
+        """Takes the bar away; a new one may follow."""
         with self._lock:
             if self._bar:
                 with _unread():

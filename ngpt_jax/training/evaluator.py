@@ -94,9 +94,8 @@ class Evaluator:
                 start = time.perf_counter()
                 limit = self._config.batches if step < self._steps else None
                 tokens = pipeline.num_eval_tokens(eval_set, *self._shape, limit)
-                with self.terminal.doing(
-                    f"evaluating {tokens:,} tokens of {eval_set.name}"
-                ) as show:
+                what = f"evaluating {tokens:,} tokens of {eval_set.name}"
+                with self.terminal.doing(what) as show:
                     result = evaluate(
                         self._model, params, self._batches(eval_set, limit), self._placer, tokens,
                         eval_set.num_bytes if limit is None else None, stop_asked, show,
@@ -113,7 +112,8 @@ class Evaluator:
             (batch,) = self._batches(self._eval_sets[0], 1)
         except ConfigError as e:  # a file that was damaged since the start
             raise RunError(str(e)) from e
-        inside = jax.device_get(_summarize(self._model, params, self._placer(batch)))
+        with self.terminal.doing("measuring angles and norms"):
+            inside = jax.device_get(_summarize(self._model, params, self._placer(batch)))
         row: Row = {
             f"eval/{n}/{key}": x for n, found in results.items() for key, x in found.items()
         }

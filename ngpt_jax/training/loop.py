@@ -10,7 +10,7 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.preparing.folder import Stopped
 from ngpt_jax.files import reason
 from ngpt_jax.parallel import distributed
-from ngpt_jax.terminal import Terminal
+from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training import history
 from ngpt_jax.training.setup import Run, open_run
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
@@ -54,9 +54,13 @@ def train(
             saved = f"saved step {run.step}" if run.step else "stopped before the first step"
             terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
             return EXIT_RESUME
-        terminal.close()  # the bar has done its work; what follows stays
+        with terminal.doing("writing a sample"):
+            text = run.sample(run.state.params)
+        terminal.close()
+        trained = format_duration(run.progress.seconds)
+        terminal.say(f"{run.step:,} steps made in {trained}, evaluation and saves not counted")
         tell_results(run, terminal)
-        if text := run.sample(run.state.params):
+        if text:
             terminal.say("sample:")
             terminal.say(text)
         plot_losses({run.kind: run.workdir}, run.workdir, terminal)
