@@ -149,20 +149,21 @@ def open_run(
     workdir_lib.check_shared(workdir)
 
     # 6. The state: from the newest checkpoint, which is whole, or a new one.
-    checkpoints = Checkpoints(workdir, config.checkpoint)
-    restored = checkpoints.latest_step()
-    distributed.check_same(newest_checkpoint=restored)
-    tx, _ = make_optimizer(on_mesh)
-    like = layout.abstract_state(on_mesh, tx, mesh)
-    progress = Progress()
-    if restored is not None:
-        state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
-    else:
-        state = layout.first_state(on_mesh, tx, mesh)
-        if (other := config.init_from) is not None:
-            params, theirs = restore_params(other, like.params)
-            check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
-            state = state._replace(params=params)
+    with terminal.doing("reading the newest checkpoint, or making parameters"):
+        checkpoints = Checkpoints(workdir, config.checkpoint)
+        restored = checkpoints.latest_step()
+        distributed.check_same(newest_checkpoint=restored)
+        tx, _ = make_optimizer(on_mesh)
+        like = layout.abstract_state(on_mesh, tx, mesh)
+        progress = Progress()
+        if restored is not None:
+            state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
+        else:
+            state = layout.first_state(on_mesh, tx, mesh)
+            if (other := config.init_from) is not None:
+                params, theirs = restore_params(other, like.params)
+                check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
+                state = state._replace(params=params)
     step, steps = int(state.step), config.train.steps
     assert steps is not None
     if step > steps:
