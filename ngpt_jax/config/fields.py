@@ -284,7 +284,7 @@ class RuntimeConfig:
         "overlap", one_of("overlap", "none"), NEUTRAL, "GPUs communicate while they compute, or not"
     )
     compilation_cache: str | None = field(
-        "~/.cache/ngpt_jax", TEXT, NEUTRAL, "folder of compiled programs (TPU, GPU); None: none"
+        "~/.cache/ngpt_jax", TEXT, NEUTRAL, "folder of compiled programs; None: none"
     )
     hang_seconds: int = field(
         1800, NOT_NEGATIVE, NEUTRAL, "a longer step prints the stacks of all threads; 0: never"

@@ -119,9 +119,7 @@ def open_run(
         return workdir, with_vocab, tokenizer, mesh, *layout.for_mesh(with_vocab, mesh)
 
     workdir, config, tokenizer, mesh, on_mesh, kernel = distributed.together(fit, ConfigError)
-    if jax.default_backend() != "cpu" and config.runtime.compilation_cache:
-        cache = epath.Path(config.runtime.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    _keep_compiled(config.runtime.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
 
     # 3. The folder is new, or that of this run.
@@ -283,6 +281,17 @@ def epochs_of(config: Config, tokens: int) -> float:
     """How often a run reads its text."""
     assert config.train.steps is not None
     return config.train.steps * config.train.batch_size * config.model.context / tokens
+
+
+def _keep_compiled(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, unless JAX_COMPILATION_CACHE_DIR names one."""
+    given = getattr(jax.config, "jax_compilation_cache_dir", None)
+    if folder is None or given is not None:
+        return
+    cache = epath.Path(folder).expanduser()
+    if jax.default_backend() == "cpu":  # compiled for this very CPU
+        cache /= f"cpu-{digest_of([workdir_lib.cpu_model()])[:16]}"
+    jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _on_first(workdir: epath.Path, fn: Callable[[], T]) -> T | None:
