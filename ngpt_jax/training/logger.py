@@ -152,6 +152,8 @@ class Logger:
         rate = self._steps_of_row * tokens / seconds
         self._rates.append(rate)
         usual_rate = statistics.median(self._rates[-5:])
+        with self.terminal.doing("measuring the parameters"):  # compiled at the first row
+            summary = jax.device_get(self._summarize(params))
         row: Row = {
             "loss": statistics.fmean(progress.losses) if progress.losses else None,
             **{name: metrics[name] for name in ("grad_norm", "learning_rate", "skipped")},
@@ -162,7 +164,7 @@ class Logger:
             "data_wait_seconds": self.data_clock.seconds / self._steps_of_row,
             "compile_seconds": self.compile_seconds,
             "eta_seconds": (self._steps - step) * tokens / usual_rate,
-            **{name: float(value) for name, value in self._summarize(params).items()},
+            **{name: float(value) for name, value in summary.items()},
         }
         self._write(step, {f"train/{name}": value for name, value in row.items()})
         self.loss = row["loss"]
