@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 
+from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
 from ngpt_jax.study import figures, plan, report, results, runner, summary
 from ngpt_jax.study.plan import Point, Study
@@ -631,6 +633,27 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
     assert all(math.isfinite(s["speed_up"]) for s in found)
     text = report.write("x.py", PLAN, rows, tmp_path).read_text()
     assert "<th>diverged</th>" in text
+
+
+def test_a_bound_is_an_arrow_and_no_point_of_the_line(tmp_path, monkeypatch):
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    found = summary.speedups_of(PLAN, summary.cells_of(PLAN, rows))
+    assert {(s["steps"], s["bound"]) for s in found if s["cost"] == "steps"} == {
+        (10, ">"), (20, ""), (40, ""), (80, ""),
+    }  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
+    plots.require_matplotlib()
+    for bound, down in ((">", 0), ("<", 1)):
+        changed = [s | {"bound": s["bound"] and bound} for s in found]
+        figures.speedups(PLAN, changed, tmp_path / "speedup.png")
+        for panel in drawn[-1].axes:
+            ((line, _, _),) = panel.containers
+            assert len(line.get_xdata()) == 3 and min(line.get_xdata()) > 15
+            assert (line.get_color(), line.get_marker()) == plots.looks(PLAN.models)["ngpt"]
+            (arrow,) = [t for t in panel.texts if not t.get_text()]
+            assert arrow.xy[1] == pytest.approx(1) and (arrow.xyann[1] < 0) == down
+            assert arrow.arrow_patch.get_edgecolor() == to_rgba(line.get_color())
 
 
 def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
