@@ -71,6 +71,8 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
             values = _column(own, "value")
             # A logarithmic axis cannot show eigenvalues of 0.
             values = np.where(values > 0, values, math.nan) if log else values
+            left_out = own[0]["ids_left_out"]
+            label = f"{label} without {left_out:,} ids never seen" if left_out else label
             axes[i].plot(_column(own, "position"), values, color=color, label=label)
         axes[i].set(title=_title(table), xlabel=f"{sorted_} (0 to 1)", ylabel=what)
         if log:
