@@ -73,6 +73,7 @@ def debug(config):
     config.model.heads = 8
     config.model.context = 64
     config.model.dtype = "float32"
+    config.model.attention = "xla"  # heads of 8 are too small for other kernels
     config.train.steps = 20
     config.train.batch_size = 8
     config.eval.every = 10

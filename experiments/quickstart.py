@@ -52,6 +52,7 @@ def debug(config):
     config.model.layers = 2
     config.model.width = 32
     config.model.context = 128
+    config.model.attention = "xla"  # heads of 8 are too small for other kernels
     config.train.batch_size = 16
     config.train.steps = 20
     config.eval.every = 10

@@ -12,8 +12,10 @@ import pytest
 from ngpt_jax.aot import report as report_lib
 from ngpt_jax.aot.topologies import topology_devices
 from ngpt_jax.config import ConfigError
+from ngpt_jax.config.experiment import load_config
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.parallel.mesh import make_mesh
-from ngpt_jax.training import layout, loop
+from ngpt_jax.training import layout, loop, throughput
 
 ROOT = Path(__file__).parents[1]
 libtpu = pytest.mark.skipif(
@@ -119,6 +121,57 @@ def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
         "arithmetic_intensity", "custom_calls",
     }  # fmt: skip
     assert "not known: jaxlib cannot read" in report_lib.show(report)
+
+
+DEBUG = ("1b", "0_5b", "124m", "quickstart")
+
+
+@libtpu
+@pytest.mark.parametrize("name", DEBUG)
+def test_debug_variants_are_taken_as_they_are(name, monkeypatch):
+    taken = []
+
+    def compile_step(config, mesh, lowered_to):
+        taken.append(config.model.attention)
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(report_lib, "compile_step", compile_step)
+    config, _ = with_tokenizer(
+        load_config(f"{ROOT}/experiments/{name}.py:debug", [("data.tokenizer", "byte")])
+    )
+    with pytest.raises(ConfigError, match="enough"):
+        report_lib.report_of(config, topology_devices("v5e:2x2"))
+    assert taken == ["xla"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["local", pytest.param("v5e:2x2", marks=libtpu)])
+@pytest.mark.parametrize("name", DEBUG)
+def test_the_command_on_debug_variants(name, topology):
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.tools.aot", f"--topology={topology}",
+         f"--config=experiments/{name}.py:debug"],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "peak memory a chip" in done.stdout and " 0 ms" not in done.stdout
+    assert "tokens/s" not in done.stdout  # of a model so small a bound tells nothing
+
+
+def test_times_have_a_unit_that_fits_and_tiny_steps_no_estimate(tiny, monkeypatch):
+    config = tiny()
+    mesh = make_mesh(config, jax.devices()[:1])
+    config, _ = layout.for_mesh(config, mesh)
+    chip = throughput.Chip("cpu", 1e15, 16, 1e12, 1e12)
+    monkeypatch.setattr(throughput, "chip_of", lambda device: chip)
+    report = report_lib.analyze(config, mesh, report_lib.compile_step(config, mesh))
+    shown = report_lib.show(report)
+    assert "µs, memory" in shown and "estimate            none: the model is so small" in shown
+    assert "tokens/s" not in shown and "MFU" not in shown
+    times = {"compute": 12.3456, "memory": 0.5, "network": 0.0012345, "others": 3.45e-8}
+    shown = report_lib.show(report | {"least_seconds": times, "step_seconds_bound": 12.3456})
+    assert "compute 12.3 s, memory 500 ms, network 1.23 ms, others 0.0345 µs" in shown
+    assert "at least 12.3 s a step" in shown and "tokens/s, MFU at most" in shown
 
 
 def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):

@@ -17,7 +17,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 
+from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
 from ngpt_jax.study import figures, plan, report, results, runner, summary
 from ngpt_jax.study.plan import Point, Study
@@ -359,6 +361,57 @@ def test_a_study_that_is_stopped_again_and_again_ends_with_the_same_table(
     assert "--config.optimizer.learning_rate=0.001" in first["command"]
 
 
+def test_the_time_to_come_counts_start_compilation_and_evaluation():
+    study = dataclasses.replace(PLAN, tuned=None, ladders={}, budgets=(10,), seeds=(0, 1, 2, 3))
+    assert runner.to_come(study, []) == (
+        "about 16 runs to come, for how long is not known before one has ended"
+    )
+    rows = [
+        dict(zip(Point._fields, (*cell, 10, None, seed))) | {"status": "done", "loss": 1.0}
+        | {"seconds": 10.0 * (1 + seed), "other_seconds": None}
+        for cell in (("short", "gpt"), ("long", "gpt")) for seed in (0, 1, 2)
+    ]  # fmt: skip
+    # 10 runs to come of 20 s of training each.
+    told = runner.to_come(study, rows)
+    assert told == (
+        "about 10 runs to come, about 3:20 left without start and evaluation (not known)"
+    )
+    for row in rows:
+        row["other_seconds"] = 7.0
+    for row in rows[:3]:
+        row["other_seconds"] = 60.0
+    # One more run for each of these two, and 8 of ngpt, of which nothing is known: the median.
+    assert 10 * 20 + 60 + 7 + 8 * 33.5 == 535
+    assert runner.to_come(study, rows) == "about 10 runs to come, about 8:55 left"
+
+
+def test_a_run_that_was_not_stopped_tells_what_it_took_beside_training(
+    experiment, fake_runs, tmp_path
+):
+    def stopped():
+        return "SIGTERM" if losses_in(tmp_path / "out") else None
+
+    begun = tmp_path / "out" / "runs" / "book-gpt-8-0.001-seed0"
+    for folder_is_there in (False, True):
+        if folder_is_there:
+            (tmp_path / "out" / "results.csv").unlink()
+        start = time.monotonic()
+        run_study(experiment, tmp_path / "out", stopped)
+        row = results.read(tmp_path / "out" / "results.csv")[0]
+        assert results.point_of(row).name == begun.name and begun.exists()
+        if folder_is_there:
+            assert row["other_seconds"] is None
+        else:
+            assert 0.1 < row["seconds"] + row["other_seconds"] < time.monotonic() - start
+
+
+def test_tables_without_the_later_column_are_read(tmp_path):
+    table = (REPO / "experiments" / "quickstart" / "results.csv").read_text()
+    assert "other_seconds" not in table
+    (tmp_path / "results.csv").write_text(table)
+    assert {r["other_seconds"] for r in results.read(tmp_path / "results.csv")} == {None}
+
+
 def test_two_programs_share_the_work_and_do_nothing_twice(experiment, fake_runs, tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
@@ -582,6 +635,27 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
     assert "<th>diverged</th>" in text
 
 
+def test_a_bound_is_an_arrow_and_no_point_of_the_line(tmp_path, monkeypatch):
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    found = summary.speedups_of(PLAN, summary.cells_of(PLAN, rows))
+    assert {(s["steps"], s["bound"]) for s in found if s["cost"] == "steps"} == {
+        (10, ">"), (20, ""), (40, ""), (80, ""),
+    }  # fmt: skip
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
+    plots.require_matplotlib()
+    for bound, down in ((">", 0), ("<", 1)):
+        changed = [s | {"bound": s["bound"] and bound} for s in found]
+        figures.speedups(PLAN, changed, tmp_path / "speedup.png")
+        for panel in drawn[-1].axes:
+            ((line, _, _),) = panel.containers
+            assert len(line.get_xdata()) == 3 and min(line.get_xdata()) > 15
+            assert (line.get_color(), line.get_marker()) == plots.looks(PLAN.models)["ngpt"]
+            (arrow,) = [t for t in panel.texts if not t.get_text()]
+            assert arrow.xy[1] == pytest.approx(1) and (arrow.xyann[1] < 0) == down
+            assert arrow.arrow_patch.get_edgecolor() == to_rgba(line.get_color())
+
+
 def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
     rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
     for row in rows:
@@ -636,6 +710,21 @@ def test_bad_arguments_get_one_line(arguments, message):
     done = command(*arguments)
     assert done.returncode == 2 and message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_text_is_told_before_any_run(experiment, tmp_path, book):
+    out = f"--out={tmp_path / 'out'}"
+    done = command(f"--experiment={experiment}", "--dry_run", out)
+    assert done.returncode == 0 and "due: book-gpt-8-0.001-seed0" in done.stdout, done.stderr
+    assert "about 16 runs to come, for how long is not known" in done.stdout
+    path = Path(experiment)
+    path.write_text(path.read_text().replace(str(book), str(tmp_path / "gone.txt")))
+    for more in (["--dry_run"], []):
+        done = command(f"--experiment={experiment}", out, *more)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.count("\n") == 1
+        assert "book-gpt-8-0.001-seed0: data.paths: there is no file or folder" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data import pipeline
 from ngpt_jax.diagnose import figures as drawing
 from ngpt_jax.diagnose import measures, report
-from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
+from ngpt_jax.diagnose.run_state import RunState, load_text, read_state, seen_ids
 from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect as d
 from ngpt_jax.model.params import compute_params, param_tree
@@ -130,14 +130,18 @@ def test_singular_and_zero_matrices_are_told_and_drawn(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_embeddings_without_padding(tiny, kind):
+@pytest.mark.parametrize("seen", ["all", "some"])
+def test_embeddings_without_padding_and_without_ids_that_were_never_seen(tiny, kind, seen):
     config = tiny(**{"model.kind": kind})
     params = wobbly(config)
     for name in d.TABLES:  # padding that would be seen everywhere
         params[name] = params[name].at[60:].set(1e3)
-    rows = measures.embeddings(opened(config, params))
+    seen = None if seen == "all" else np.arange(60) % 3 > 0
+    rows = measures.embeddings(opened(config, params), seen)
+    assert {r["ids_left_out"] for r in rows} == {None if seen is None else 20}
     for name in d.TABLES:
         table = np.asarray(params[name], np.float64)[:60]
+        table = table if seen is None else table[seen]
 
         def found(quantity, name=name):
             some = [r for r in rows if (r["table"], r["quantity"]) == (name, quantity)]
@@ -146,11 +150,11 @@ def test_embeddings_without_padding(tiny, kind):
 
         assert found("norm") == pytest.approx(sorted(math.sqrt(row @ row) for row in table))
         centered = table - table.mean(0)
-        eigen = np.linalg.eigvalsh(centered.T @ centered / 59)[::-1]
+        eigen = np.linalg.eigvalsh(centered.T @ centered / (len(table) - 1))[::-1]
         assert found("eigenvalue_over_median") == pytest.approx(eigen / np.median(eigen))
         cosines = sorted(
             table[i] @ table[j] / math.sqrt((table[i] @ table[i]) * (table[j] @ table[j]))
-            for i in range(60) for j in range(i)
+            for i in range(len(table)) for j in range(i)
         )  # fmt: skip
         assert found("cosine") == pytest.approx(np.quantile(cosines, np.linspace(0, 1, 201)))
 
@@ -424,6 +428,10 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
     run = open_run(runs[kind], 4)
     config, model = run.config, run.config.model
     corpus = load_text(run)
+    seen = seen_ids(run, corpus)
+    tokens = corpus.train[""].stream
+    assert np.array_equal(np.flatnonzero(seen), np.unique(tokens.read(0, len(tokens))))
+    assert 0 < seen.sum() < model.vocab_size
     label = {"ngpt": "nGPT ngpt", "gpt": "GPT gpt"}[kind]
     rotation, gradient = (
         read_csv(figures[1] / f"{name}.csv", run=label) for name in ("rotation", "gradient")
@@ -446,7 +454,7 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
     def vectors(tree, name, layer):
         """A list of all vectors along embed."""
         if layer is None:  # without padding
-            return list(np.asarray(tree[name], np.float64)[: model.vocab_size])
+            return list(np.asarray(tree[name], np.float64)[: model.vocab_size][seen])
         w = np.asarray(tree["layers"][name][int(layer)], np.float64)
         if name in ("out_kernel", "down_kernel"):
             return [w[i] for i in np.ndindex(w.shape[:-1])]
@@ -478,7 +486,8 @@ def test_rotation_and_gradient_are_those_of_the_next_step(runs, figures, kind):
 
 def test_at_the_end_of_a_schedule_the_peak_rate_still_tells(runs):
     run = open_run(runs["ngpt"], None)
-    rotation, _ = measures.rotation_and_gradient(run, load_text(run))
+    corpus = load_text(run)
+    rotation, _ = measures.rotation_and_gradient(run, corpus, seen_ids(run, corpus))
     assert int(run.state.step) == 8
     own, peak = ([r["mean"] for r in rotation if r["rate"] == rate] for rate in ("own", "peak"))
     assert max(own) < 1e-4 and min(peak) > 0.1
@@ -505,6 +514,9 @@ def test_the_command_from_end_to_end(figures):
         (line,) = [x for x in lines if x.startswith(start)]
         assert 0 < float(line.removeprefix(start).split()[0]) < 100
     assert str(out) in lines[-1]
+    (line,) = [x for x in lines if x.startswith("token ids that the text does not have, left out")]
+    left_out = {row["ids_left_out"] for row in read_csv(out / "embeddings.csv")}
+    assert [float(x) for x in line.split()[-2:]] == [*left_out] * 2 and min(left_out) > 0
 
 
 def test_without_the_text_parameters_are_still_measured(runs):
@@ -516,6 +528,7 @@ def test_without_the_text_parameters_are_still_measured(runs):
     assert "gone.txt" in note and "\n" not in note
     shown = report.show([run], [report.headlines(tables)])
     assert "condition number: query" in shown and "rotation" not in shown
+    assert "left out" not in shown  # which ids were seen is not known
     other = run._replace(config=open_run(runs["gpt"], 4).config, progress={
         **run.progress, "data": "of another text"})  # fmt: skip
     assert "not the one that the run was trained on" in report.measure(other, None, 1)[1]

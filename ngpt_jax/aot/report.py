@@ -22,6 +22,7 @@ from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout, throughput
 
 GIB = 2**30
+LEAST_STEP = 1e-3  # seconds; starting a step takes some of it, so no bound below says anything
 USABLE = 0.97  # of a chip's memory; the rest is the runtime's
 
 
@@ -235,7 +236,7 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
     of = f" of {r['chip_bytes'] / GIB:g} GiB" if "chip_bytes" in r else ""
     kernels = sum(r["attention_kernels"].values())
     rows |= {
-        "peak memory a chip": f"{peak / GIB:.3f} GiB{of}: state"
+        "peak memory a chip": f"{format_bytes(peak)}{of}: state"
         f" {format_bytes(r['argument_bytes'])}, temporary {format_bytes(r['temporary_bytes'])}",
         "attention": f"{r['attention']}, {kernels} Pallas calls in the program; remat {r['remat']}",
         "compiled in": f"{r['compile_seconds']:.0f} s",
@@ -255,12 +256,21 @@ def _rows(report: dict[str, Any]) -> dict[str, str]:
         rows["bytes accessed"] = f"{r['bytes_accessed']:.3g} {loops_once}"
         rows["FLOPs a chip"] = f"{flops}; {r['arithmetic_intensity']:.0f} a byte"
     if "mfu_bound" in r:
-        least = (f"{name} {1e3 * s:.0f} ms" for name, s in r["least_seconds"].items())
+        least = (f"{name} {_format_seconds(s)}" for name, s in r["least_seconds"].items())
         rows["least time"] = ", ".join(least)
         rows["estimate"] = (
-            f"at least {1e3 * r['step_seconds_bound']:.0f} ms a step ({r['bound_by']}), at most"
+            f"at least {_format_seconds(r['step_seconds_bound'])} a step ({r['bound_by']}), at most"
             f" {r['tokens_per_second_bound']:,.0f} tokens/s, MFU at most {r['mfu_bound']:.0%}, by"
             " published peaks and perfect overlap"
             + (", memory and network left out" if r["unreadable"] else "")
+            if r["step_seconds_bound"] >= LEAST_STEP
+            else "none: the model is so small that starting a step takes longer than its work"
         )
     return rows
+
+
+def _format_seconds(seconds: float) -> str:
+    """Such as 1.35 s, 120 ms or 35.1 µs."""
+    size, unit = next((u for u in ((1, "s"), (1e-3, "ms")) if seconds >= u[0]), (1e-6, "µs"))
+    value = seconds / size
+    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""The figures of ``diagnose``, each drawn from the rows of its table; one colour a run."""
+"""The figures of ``diagnose``, each from the rows of its table; a colour and a marker a run."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,25 +30,19 @@ def _title(name: str) -> str:
 
 def _runs(rows: Rows, labels: Sequence[str]) -> Iterator[tuple[Rows, str, str]]:
     """(rows, label, colour) of each run that has some."""
-    for label, color in zip(labels, plots.COLORS):
+    for label, look in plots.looks(labels).items():
         if own := _only(rows, run=label):
-            yield own, label, color
+            yield own, label, look.color
 
 
-def _legend(fig: Any, axes: Sequence[Any]) -> None:
-    """A legend for all panels, below them."""
-    named: dict[str, Any] = {}
-    for panel in axes:
-        named |= {name: handle for handle, name in zip(*panel.get_legend_handles_labels())}
-    if named:
-        fig.legend(
-            named.values(), named.keys(), loc="outside lower center", ncols=min(len(named), 4),
-            frameon=False, fontsize=8,
-        )  # fmt: skip
+def _marker(color: str) -> str:
+    return plots.MARKERS[plots.COLORS.index(color)]
 
 
 def _line(axes: Any, rows: Rows, name: str, color: str, **how: Any) -> None:
-    axes.plot(_column(rows, "depth"), _column(rows, name), color=color, marker="o", ms=3, **how)
+    axes.plot(
+        _column(rows, "depth"), _column(rows, name), color=color, marker=_marker(color), ms=3, **how
+    )
 
 
 def _band(axes: Any, rows: Rows, low: str, high: str, color: str, x: str = "depth") -> None:
@@ -77,15 +71,18 @@ def embeddings(rows: Rows, labels: Sequence[str]) -> Any:
             values = _column(own, "value")
             # A logarithmic axis cannot show eigenvalues of 0.
             values = np.where(values > 0, values, math.nan) if log else values
+            left_out = own[0]["ids_left_out"]
+            label = f"{label} without {left_out:,} ids never seen" if left_out else label
             axes[i].plot(_column(own, "position"), values, color=color, label=label)
         axes[i].set(title=_title(table), xlabel=f"{sorted_} (0 to 1)", ylabel=what)
         if log:
             found = _column(some, "value")
             low, high = min(found[found > 0], default=1), max(found, default=1)
-            axes[i].set(yscale="log", ylim=(min(0.1, low / 1.3), max(10, 1.3 * high)))
+            axes[i].set(ylim=(min(0.1, low / 1.3), max(10, 1.3 * high)))
+            plots.log_ticks(axes[i].yaxis)
         if quantity == "norm":
             axes[i].set_ylim(0, 1.1 * max(_column(some, "value").max(), 1))
-    _legend(fig, axes)
+    plots.legend(fig, axes)
     return fig
 
 
@@ -102,9 +99,10 @@ def condition_numbers(rows: Rows, labels: Sequence[str]) -> Any:
                 again = f"{label}, renormalized"
                 _line(panel, own, "renormalized", color, ls=":", label=again)
         panel.set(title=_title(name), xlabel=_DEPTH, ylabel="condition number")
-        panel.set(yscale="log", ylim=(1, 1.3 * max(10, top)))
+        panel.set(ylim=(1, 1.3 * max(10, top)))
+        plots.log_ticks(panel.yaxis)
     axes[-1].set_axis_off()
-    _legend(fig, axes)
+    plots.legend(fig, axes)
     return fig
 
 
@@ -159,19 +157,19 @@ def query_and_key(rows: Rows, labels: Sequence[str]) -> Any:
         above, below = axes[i], axes[i + len(chosen)]
         for own, label, color in _runs(norms, labels):
             above.plot(_column(own, "position"), _column(own, "value"), color=color, label=label)
-        for own, label, color in _runs(singular, labels):
-            label = f"{label}, cond. {own[0]['median_condition']:.3g}"
+        for own, _, color in _runs(singular, labels):
+            label = f"condition {own[0]['median_condition']:.3g}"
             below.plot(_column(own, "position"), _column(own, "value"), color=color, label=label)
             _band(below, own, "least", "greatest", color, x="position")
         above.set(title=f"layer {layer}: {_title(matrix)}", xlabel="vector, sorted (0 to 1)")
         _from_zero(above)
         below.set(xlabel="singular value, sorted (0 to 1)")
         if max(_column(singular, "greatest")) > 0:
-            below.set_yscale("log")
+            plots.log_ticks(below.yaxis)
         below.legend()
     axes[0].set_ylabel("norm along embed")
     axes[len(chosen)].set_ylabel("singular value, median and\nrange over heads")
-    _legend(fig, axes[: len(chosen)])
+    plots.legend(fig, axes[: len(chosen)])
     return fig
 
 
@@ -186,7 +184,7 @@ def angles(rows: Rows, labels: Sequence[str]) -> Any:
         between = "h and its proposal" if quantity == "proposal" else "h before and after"
         panel.set(title=block, xlabel=_DEPTH, ylabel=f"degrees: {between}")
         _from_zero(panel)
-    _legend(fig, axes)
+    plots.legend(fig, axes)
     return fig
 
 
@@ -203,7 +201,7 @@ def entropy(rows: Rows, labels: Sequence[str]) -> Any:
             panel.plot(places, means, color=color, label=label)
         panel.set(title="attention", xlabel=_DEPTH, ylabel=what)
         _from_zero(panel)
-    _legend(fig, axes)
+    plots.legend(fig, axes)
     return fig
 
 
@@ -220,7 +218,7 @@ def _by_matrix(rows: Rows, labels: Sequence[str], draw: Draw, tables: Draw, what
     axes[-1].set_xticks([0, 1], [_title(name).split()[0] for name in TABLES])
     for panel in axes:
         _from_zero(panel)
-    _legend(fig, axes)
+    plots.legend(fig, axes)
     return fig
 
 
@@ -238,7 +236,7 @@ def rotation(rows: Rows, labels: Sequence[str]) -> Any:
             some = _only(own, rate=rate)
             mean, low, high = (_column(some, name) for name in ("mean", "p10", "p90"))
             where = np.arange(len(some)) + 0.15 * plots.COLORS.index(color)
-            panel.plot(where, mean, color=color, ls="", marker="o", mfc=fill)
+            panel.plot(where, mean, color=color, ls="", marker=_marker(color), mfc=fill)
             if rate == "peak":
                 panel.vlines(where, low, high, color=color, alpha=0.4)
 
@@ -253,7 +251,7 @@ def gradient(rows: Rows, labels: Sequence[str]) -> Any:
 
     def tables(panel, own, _, color):
         values = _column(own, "radial_share")
-        panel.plot(range(len(values)), values, color=color, ls="", marker="o")
+        panel.plot(range(len(values)), values, color=color, ls="", marker=_marker(color))
 
     return _by_matrix(rows, labels, draw, tables, "radial share of |g|^2")
 

@@ -37,14 +37,16 @@ def _deciles(values: np.ndarray) -> Row:
 # ---------------------------------------------------------------------------- from parameters alone
 
 
-def embeddings(run: RunState) -> list[Row]:
+def embeddings(run: RunState, seen: np.ndarray | None) -> list[Row]:
     """For both tables: norms of rows, eigenvalues of their covariance, cosines of pairs of rows.
 
     Eigenvalues are divided by their median. Values are sorted and ``position`` goes from 0 to 1;
-    the cosines are given as 201 quantiles.
+    the cosines are given as 201 quantiles. Rows of ids that are not ``seen`` are left out; None:
+    the text is not known.
     """
     rows: list[Row] = []
-    for name, _, table in inspect.matrices(run.config.model, run.state.params):
+    left_out = None if seen is None else int(np.sum(~seen))
+    for name, _, table in inspect.matrices(run.config.model, run.state.params, seen):
         if name not in inspect.TABLES:
             break
         quantiles = np.quantile(inspect.pairwise_cosines(table), np.linspace(0, 1, _QUANTILES))
@@ -56,7 +58,8 @@ def embeddings(run: RunState) -> list[Row]:
         for quantity, values in measured.items():
             for position, value in zip(np.linspace(0, 1, len(values)), values):
                 rows.append({"run": run.label, "table": name, "quantity": quantity,
-                             "position": position, "value": value})  # fmt: skip
+                             "position": position, "value": value,
+                             "ids_left_out": left_out})  # fmt: skip
     return rows
 
 
@@ -224,14 +227,16 @@ def make_probe(config: Config) -> Callable[..., tuple[Any, Any, jax.Array]]:
     return jax.jit(probe)
 
 
-def rotation_and_gradient(run: RunState, corpus: Corpus) -> tuple[list[Row], list[Row]]:
+def rotation_and_gradient(
+    run: RunState, corpus: Corpus, seen: np.ndarray
+) -> tuple[list[Row], list[Row]]:
     """Degrees by which one step turns each vector along embed, and the parts of its gradient.
 
     The step is the next one of the run, with its optimizer's moments, at two learning rates:
     ``own`` is that which the schedule has for it, ``peak`` is optimizer.learning_rate. The latter
     also tells something where the schedule has come to 0, and makes checkpoints of different age
     comparable. Quantiles are over vectors. The radial part of a gradient is the one along its
-    vector, which a projection removes.
+    vector, which a projection removes. Of the tables, the rows of the ``seen`` ids count.
 
     Returns:
       Rows about the rotation, and about the gradient. Raises ConfigError where the step has no
@@ -247,7 +252,7 @@ def rotation_and_gradient(run: RunState, corpus: Corpus) -> tuple[list[Row], lis
         raise ConfigError("the next step has no finite loss or gradient.")
     rotation, gradient = list[Row](), list[Row]()
     trees = (state.params, after_own, after_peak, gradients)
-    for w, a, p, g in zip(*(inspect.matrices(config.model, tree) for tree in trees)):
+    for w, a, p, g in zip(*(inspect.matrices(config.model, tree, seen) for tree in trees)):
         head = {"run": run.label, "matrix": w.name, **_place(run, w.layer)}
         for which, rate, moved in (("own", own, a), ("peak", peak, p)):
             turned = inspect.angles_between(w.vectors, moved.vectors)

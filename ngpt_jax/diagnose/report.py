@@ -12,7 +12,7 @@ from ngpt_jax.config.fields import SCALES
 from ngpt_jax.config.presets import title
 from ngpt_jax.diagnose import figures, measures
 from ngpt_jax.diagnose.measures import Row
-from ngpt_jax.diagnose.run_state import RunState, load_text, read_state
+from ngpt_jax.diagnose.run_state import RunState, load_text, read_state, seen_ids
 from ngpt_jax.files import writing
 from ngpt_jax.inference.opening import read_config
 from ngpt_jax.model.inspect import BLOCKS, HEAD_KERNELS, MLP_KERNELS, TABLES
@@ -88,22 +88,24 @@ def measure(run: RunState, layers: list[int] | None, sequences: int) -> tuple[Ta
       sequences: of held-out text.
     """
     tables: Tables = {
-        "embeddings": measures.embeddings(run),
         "condition": measures.condition_numbers(run),
         "scales": measures.scales(run),
         "scale_histograms": measures.scale_histograms(run),
         "query_key": measures.query_and_key(run, layers or middle_layers(run)),
     }
-    left_out = "angles, entropy, rotation and gradient are left out"
+    seen, left_out = None, "angles, entropy, rotation and gradient are left out"
     try:
         corpus = load_text(run)
+        seen = seen_ids(run, corpus)
         tables["angles"] = measures.angles(run, corpus, sequences)
         tables["entropy"] = measures.attention_entropy(run, corpus, sequences)
         left_out = "rotation and gradient are left out"
-        tables["rotation"], tables["gradient"] = measures.rotation_and_gradient(run, corpus)
+        tables["rotation"], tables["gradient"] = measures.rotation_and_gradient(run, corpus, seen)
+        note = ""
     except ConfigError as e:
-        return tables, f"{run.label}: {left_out}: {e}"
-    return tables, ""
+        note = f"{run.label}: {left_out}: {e}"
+    tables["embeddings"] = measures.embeddings(run, seen)
+    return tables, note
 
 
 def middle_layers(run: RunState) -> list[int]:
@@ -130,6 +132,7 @@ def headlines(tables: Tables) -> dict[str, float | None]:
             values = _values(tables["condition"], column, matrix=name, head="median")
             what = f"condition number: {name.removesuffix('_kernel')}{suffix}"
             out[what] = float(np.median(values)) if values else None
+    out["token ids that the text does not have, left out"] = tables["embeddings"][0]["ids_left_out"]
     for table in TABLES:
         name = table.replace("_", " ")
         norms, eigenvalues, cosines = (

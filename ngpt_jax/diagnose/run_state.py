@@ -64,6 +64,20 @@ def load_text(run: RunState) -> Corpus:
     return corpus
 
 
+def seen_ids(run: RunState, corpus: Corpus) -> np.ndarray:
+    """Which token ids the training text has, (vocab_size,) bool; reads it until it had all.
+
+    Rows of other ids tell nothing: they stay as they began, or all move away from every token.
+    """
+    seen = np.zeros(run.config.model.vocab_size or 0, bool)
+    for sequences in corpus.train.values():
+        for chunk in sequences.stream.chunks():
+            seen[chunk] = True
+            if seen.all():
+                return seen
+    return seen
+
+
 def held_out_sequences(run: RunState, corpus: Corpus, count: int) -> Iterator[Batch]:
     """The first sequences of the first held-out set, as batches of one."""
     context, mask = run.config.model.context, run.config.data.mask_documents

@@ -177,21 +177,21 @@ def figure(
 ) -> Any:
     """Perplexity by the length of the sequence, and by the position in the longest one."""
     fig, axes = plots.figure(1, 2)
-    for place, label in enumerate(labels):
-        look: dict[str, Any] = {
-            "color": plots.COLORS[place], "marker": plots.MARKERS[place], "label": label,
-            "markersize": 4,
-        }  # fmt: skip
+    for label, look in plots.looks(labels).items():
         for axis, rows in zip(axes, (lengths, positions)):
             mine = [r for r in rows if r["run"] == label]
             x = [r["length"] if "length" in r else math.sqrt(r["first"] * r["last"]) for r in mine]
-            axis.plot(x, [r["perplexity"] for r in mine], **look)
+            y = [r["perplexity"] for r in mine]
+            axis.plot(x, y, label=label, markersize=4, **look._asdict())
     axes[0].set(xlabel="tokens of a sequence", title="whole sequences")
     axes[1].set(xlabel="position in the longest sequence", title="by position")
     for axis in axes:
         axis.axvline(context, color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", yscale="log", ylabel="perplexity a token")
-        axis.legend()
+        axis.set_ylabel("perplexity a token")
+        plots.log_ticks(axis.yaxis)
+    plots.log_ticks(axes[0].xaxis, [r["length"] for r in lengths])
+    plots.log_ticks(axes[1].xaxis)
+    plots.legend(fig, axes)
     return fig
 
 

@@ -40,15 +40,19 @@ class Matrix(NamedTuple):
     vectors: np.ndarray
 
 
-def matrices(config: ModelConfig, params: Any) -> Iterator[Matrix]:
+def matrices(config: ModelConfig, params: Any, seen: np.ndarray | None = None) -> Iterator[Matrix]:
     """Yields both tables, then every matrix of every layer; one at a time is in memory.
 
-    Rows that pad the vocabulary are left out. ``params`` are parameters or a tree like them, such
-    as gradients.
+    Args:
+      config: of the model.
+      params: parameters or a tree like them, such as gradients.
+      seen: (vocab_size,) bool, the ids whose rows of the tables are wanted; None: all but the rows
+        that pad the vocabulary.
     """
     for name in TABLES:
         axes = TABLE[name].axes
-        yield Matrix(name, None, _vectors(real_vocab(params[name], axes, config), axes))
+        rows = _vectors(real_vocab(params[name], axes, config), axes)
+        yield Matrix(name, None, rows if seen is None else rows[seen])
     for name in HEAD_KERNELS + MLP_KERNELS:
         for layer, w in enumerate(params["layers"][name]):
             yield Matrix(name, layer, _vectors(w, TABLE[name].module_axes))

@@ -1,9 +1,12 @@
 """A study from its experiment file: the runs that are due, one run again, the report."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
+from ngpt_jax.data.corpus import check_corpus
+from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.errors import tell
 from ngpt_jax.files import is_remote
 from ngpt_jax.study import plan, report, results, runner
@@ -30,12 +33,12 @@ def compare(
     rows = results.read(c.table)
     results.check_rows(experiment, study, rows, c.table)
     losses = results.losses_of(study, rows)
-    for point in plan.forecast(study, losses):  # bad fields are refused before any run starts
-        results.config_of(experiment, study, point)
     runner.lanes(study.cores)
     terminal = Terminal()
     if check:
         return runner.run_again(c, check, terminal)
+    if not report_only:
+        _check_runs(experiment, study, plan.forecast(study, losses))
     if dry_run:
         for point in plan.due(study, losses):
             print(f"due: {point.name}")
@@ -50,6 +53,19 @@ def compare(
     for line in lost:
         tell(f"error: {line}")
     return 1 if lost else 0 if complete else EXIT_RESUME
+
+
+def _check_runs(experiment: str, study: plan.Study, points: Sequence[plan.Point]) -> None:
+    """Refuses bad fields and missing text before any run starts; raises ConfigError."""
+    text_of = set[tuple[str, str]]()
+    for point in points:
+        config = results.config_of(experiment, study, point)
+        if (point.setting, point.model) not in text_of:
+            text_of.add((point.setting, point.model))
+            try:
+                check_corpus(config.data, with_tokenizer(config)[1])
+            except ConfigError as e:
+                raise ConfigError(f"{point.name}: {e}") from e
 
 
 def _run_all(c: runner.Comparison, terminal: Terminal) -> bool:

@@ -64,7 +64,10 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
         if speedups:
             plots.write_csv(out / "speedup.csv", summary.SPEEDUP_COLUMNS, speedups)
             figures.speedups(study, speedups, out / "speedup.png")
-            captions["speedup.png"] = "Speed-up at equal loss, by the baseline's budget."
+            captions["speedup.png"] = (
+                "Speed-up at equal loss, by the baseline's budget. An arrow: more (less) than where"
+                " it begins; the budgets do not reach so far."
+            )
         if cells and len(study.budgets) > 1:
             for cost, name in figures.COSTS.items():
                 if all(c[cost] for c in cells):  # else too short to be timed
@@ -73,7 +76,7 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
                     captions[f"loss_{cost}.png"] = caption
         if cells and len(study.budgets) == 1:
             figures.models(study, cells, out / "loss.png")
-            captions["loss.png"] = "Held-out loss: each seed a dot, the bar their mean."
+            captions["loss.png"] = "Held-out loss: a mark for each seed, a bar at their mean."
         if rows and study.tuned is not None:
             figures.tuning(study, rows, out / "tuning.png")
             caption = f"Tuning of {study.tuned} with the first seed; the best one ringed."

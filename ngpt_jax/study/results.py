@@ -28,6 +28,7 @@ COLUMNS: dict[str, type] = {
     "bits_per_byte": float,
     "tokens": int, "parameters": int, "flops": float,
     "seconds": float,  # of training, without evaluation and compilation
+    "other_seconds": float,  # start, compilation, evaluation, saving; none where it was stopped
     "tokens_per_second": float,  # median over the run's intervals
     "cpu": str, "cores": int, "devices": str, "python": str, "jax": str, "jaxlib": str,
     "commit": str,  # of the code, with + where it was changed since
@@ -38,6 +39,7 @@ COLUMNS: dict[str, type] = {
 # The columns that say on what a run was made.
 MACHINE = ("cpu", "cores", "devices", "python", "jax", "jaxlib")
 LOCK = ".lock"  # of a study's folder, in which several programs may write
+_LATER = {"other_seconds"}  # older tables lack it
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
 
@@ -87,10 +89,13 @@ def read(path: Path) -> list[Result]:
         with path.open(encoding="utf-8", newline="") as f:
             reader = csv.DictReader(f, strict=True)
             lines = list(reader)
-        if missing := set(COLUMNS) - set(reader.fieldnames or ()):
+        if missing := set(COLUMNS) - _LATER - set(reader.fieldnames or ()):
             raise ValueError(f"no column {min(missing)}")
         rows = [
-            {name: kind(line[name]) if line[name] else None for name, kind in COLUMNS.items()}
+            {
+                name: kind(text) if (text := line.get(name)) else None
+                for name, kind in COLUMNS.items()
+            }
             for line in lines
         ]
         for row in rows:

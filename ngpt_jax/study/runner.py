@@ -1,6 +1,7 @@
 """Runs the points of a study, each as a process of its own, side by side, until none is due."""
 
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ class Running(NamedTuple):
     process: subprocess.Popen
     locks: list[IO[str]]  # of the point and of its cores
     origin: Result
+    started: float | None = None  # time.monotonic(); None: it goes on with an earlier process's run
 
 
 def available_cores() -> list[int]:
@@ -177,7 +179,8 @@ def _try(c: Comparison, point: Point) -> Running | None:
     if cores is None or point in results.losses_of(c.study, results.read(c.table)):
         release([held, *(cores or {}).values()])
         return None
-    return start(c, point, cores, [held, *cores.values()])
+    started = None if (c.runs / point.name).exists() else time.monotonic()
+    return start(c, point, cores, [held, *cores.values()])._replace(started=started)
 
 
 def _wait(
@@ -221,19 +224,35 @@ def to_come(study: Study, rows: list[Result]) -> str:
 def _forecast(study: Study, rows: list[Result]) -> tuple[int, str]:
     """How many runs are still to come, and ", about 1:23:45 left".
 
-    The time follows from what a step took so far, without start, compilation and evaluation. It is
-    "" while no run has finished.
+    A run takes its steps times the median seconds a step of the finished runs of its setting and
+    model, and their median of ``other_seconds``: start, compilation, evaluation. Where there are
+    none, those of all runs count. What no run tells is said to be unknown.
     """
     points = plan.forecast(study, results.losses_of(study, rows))
-    speed: dict[tuple[str, str] | None, float] = {}  # None: of any run
-    for row in rows:
-        if row["status"] == "done" and row["steps"]:
-            each = row["seconds"] / row["steps"]
-            speed[row["setting"], row["model"]] = speed[None] = each
-    if not speed:
-        return len(points), ""
-    seconds = sum(p.steps * speed.get((p.setting, p.model), speed[None]) for p in points)
-    return len(points), f", about {format_duration(seconds / lanes(study.cores))} left"
+    if not points:
+        return 0, ""
+    done = [row for row in rows if row["status"] == "done" and row["steps"] and row["seconds"]]
+    if not done:
+        return len(points), ", for how long is not known before one has ended"
+    step = _medians((row, row["seconds"] / row["steps"]) for row in done)
+    other = _medians((r, x) for r in done if (x := r.get("other_seconds")) is not None)
+    seconds = sum(
+        p.steps * step.get(key, step[None]) + other.get(key, other.get(None, 0.0))
+        for p in points for key in [(p.setting, p.model)]
+    )  # fmt: skip
+    left = f", about {format_duration(seconds / lanes(study.cores))} left"
+    return len(points), left + ("" if other else " without start and evaluation (not known)")
+
+
+def _medians(
+    values: Iterable[tuple[Result, float]],
+) -> dict[tuple[str, str] | None, float]:
+    """The median of values by their rows' setting and model, and of all of them under None."""
+    groups: dict[tuple[str, str] | None, list[float]] = {}
+    for row, value in values:
+        for key in ((row["setting"], row["model"]), None):
+            groups.setdefault(key, []).append(value)
+    return {key: statistics.median(found) for key, found in groups.items()}
 
 
 def _finish(c: Comparison, run: Running, terminal: Terminal, stopping: bool) -> None:
@@ -256,7 +275,10 @@ def _result(c: Comparison, run: Running) -> Result:
     code, log = run.process.returncode, c.log_of(run.point)
     if code in (0, EXIT_DIVERGED):
         workdir, diverged = c.runs / run.point.name, code == EXIT_DIVERGED
-        return results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origin)
+        row = results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origin)
+        if run.started is not None:
+            row["other_seconds"] = round(time.monotonic() - run.started - row["seconds"], 2)
+        return row
     if code < 0:
         how = f"was ended by signal {-code} (9: out of memory?); see {log}"
     else:

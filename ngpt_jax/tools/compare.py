@@ -23,7 +23,9 @@ _EXPERIMENT = flags.DEFINE_string(
     "experiment", None, "File with get_config() and get_study()[:variant,...]."
 )
 _OUT = flags.DEFINE_string("out", None, "Folder of the results; the file's name without .py.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "List the runs that are due, and stop.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Look for their text, list the runs that are due, and stop."
+)
 _REPORT_ONLY = flags.DEFINE_bool(
     "report_only", False, "Write the report of the runs that have finished, and stop."
 )

@@ -69,7 +69,9 @@ def plot_losses(runs: dict[str, Losses], path: epath.Path) -> None:
     plots.require_matplotlib()
     fig, (axis,) = plots.figure(width=6, height=4)
     table: list[dict[str, Any]] = []
-    for color, marker, (name, losses) in zip(plots.COLORS, plots.MARKERS, runs.items()):
+    looks = plots.looks(runs)
+    for name, losses in runs.items():
+        color, marker = looks[name]
         start = f"{name}, " if len(runs) > 1 else ""
         axis.plot(*_columns(losses.train), color=color, alpha=0.45, label=f"{start}training")
         for style, (held_out, curve) in zip(itertools.cycle(_STYLES), losses.held_out.items()):
@@ -82,6 +84,7 @@ def plot_losses(runs: dict[str, Losses], path: epath.Path) -> None:
         low, high = min(ends), max(ends)
         axis.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low) + 1e-3)
     axis.set(xlabel="step", ylabel="loss, nats per token")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend()
     plots.save(fig, path)
     plots.write_csv(path.with_suffix(".csv"), ["run", "set", "step", "loss"], table)
