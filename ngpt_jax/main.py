@@ -51,17 +51,18 @@ def _default_workdir(spec: str) -> Path:
     return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
 
 
-def _next_commands(workdir: str | Path, prompt: str) -> str:
+def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, str]]) -> str:
     """What to do with a finished run, ready to paste."""
     where = shlex.quote(f"--workdir={workdir}")
     path, variants = experiment.split_spec(_CONFIG.value or "")
     spec = ":".join(filter(None, (path, ",".join(v for v in variants.split(",") if v != "gpt"))))
+    given = [f"--config.{name}={value}" for name, value in overrides]
     tools = "python -m ngpt_jax.tools"
     return "\n".join([
         "next:",
         f"  {tools}.sample {where} {shlex.quote(f'--prompt={prompt}')}",
         f"  {tools}.evaluate {where}",
-        f"  {tools}.duel {shlex.quote(f'--config={spec}')}",
+        f"  {tools}.duel {shlex.join([f'--config={spec}', *given])}",
     ])  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         print(experiment.describe(Config()))
         return 0
     if _CONFIG.value is None:
-        raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
+        raise ConfigError("Give an experiment: --config=quickstart (see --help).")
     config = experiment.load_config(_CONFIG.value, overrides)
     if _HELP_CONFIG.value or _PRINT_CONFIG.value:
         print(experiment.describe(config))
@@ -98,7 +99,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     try:
         code = loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
         if code == 0 and distributed.is_first():
-            Terminal().say(_next_commands(workdir, config.sample.prompt))
+            Terminal().say(_next_commands(workdir, config.sample.prompt, overrides))
         return code
     except (RunError, ConfigError) as e:
         tell(f"error: {e}")

@@ -487,7 +487,7 @@ def test_the_hint_names_an_extra_that_there_is():
         for extra in re.findall(r"install_hint\('(\w+)'\)", file.read_text(encoding="utf-8"))
     }
     assert named and named <= extras.keys()
-    assert install_hint("plots") == "pip install '.[plots]' in the clone of ngpt_jax"
+    assert install_hint("torch") == "pip install '.[torch]' in the clone of ngpt_jax"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ tokenizer give the same bytes, whatever the number of workers.
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -65,17 +64,17 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
         )
     if not _VERIFY.value:
-        terminal.say(f"train on it: {shlex.join(_training_command(manifest))}")
+        terminal.say(f"train on it: {_training_command(manifest)}")
     drop_unwritten()
     return 0
 
 
-def _training_command(manifest: Manifest) -> list[str]:
+def _training_command(manifest: Manifest) -> str:
     flags = {"source": manifest.format, "paths": _OUT.value, "tokenizer": _TOKENIZER.value}
     if _END.value is not None:
         flags["end_of_document"] = _END.value
-    start = ["python", "-m", "ngpt_jax.main", "--config=experiments/quickstart.py"]
-    return [*start, *(f"--config.data.{name}={value}" for name, value in flags.items())]
+    more = [f"--config.data.{name}={value}" for name, value in flags.items()]
+    return source_flags.training_command(_OUT.value or "", more)
 
 
 def _verify(out: epath.Path, terminal: Terminal) -> Manifest:

@@ -12,7 +12,6 @@ too. The same text gives the same tokenizer.
 from __future__ import annotations
 
 import os
-import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,9 +106,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     )
     if tokenizer.get_vocab_size() < _VOCAB_SIZE.value:
         terminal.say("warning: the text has no more to learn from; give more text for more tokens")
-    command_line = ["python", "-m", "ngpt_jax.main", "--config=experiments/quickstart.py"]
-    command_line += [*source_flags.training_flags(source), f"--config.data.tokenizer={out}"]
-    terminal.say(f"train with it: {shlex.join(command_line)}")
+    more = [*source_flags.training_flags(source), f"--config.data.tokenizer={out}"]
+    terminal.say(f"train with it: {source_flags.training_command(out, more)}")
     drop_unwritten()
     return 0
 

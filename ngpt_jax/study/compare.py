@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
 from ngpt_jax.errors import tell
 from ngpt_jax.files import is_remote
@@ -41,7 +40,6 @@ def compare(
             print(f"due: {point.name}")
         print(f"{len(rows)} rows; {runner.to_come(study, rows)} -> {folder}")
         return 0
-    plots.require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     complete = report_only or _run_all(c, terminal)
     rows = results.read(c.table)

@@ -21,7 +21,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/duel-N
 
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _CONFIG.value is None:
-        raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
+        raise ConfigError("Give an experiment: --config=quickstart (see --help).")
     path, variants = experiment.split_spec(_CONFIG.value)
     names = [name for name in variants.split(",") if name]
     if "gpt" in names:
