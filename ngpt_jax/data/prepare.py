@@ -53,9 +53,10 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     try:
         manifest = _verify(out, terminal) if _VERIFY.value else _prepare(out, terminal)
     except KeyboardInterrupt:
-        terminal.close()
         terminal.say("stopped; run the same command again to continue")
         return 130
+    finally:
+        terminal.close()
     for line in manifest_notes(manifest):
         terminal.say(line)
     for name, facts in manifest.sets.items():
@@ -106,13 +107,11 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     text = open_source(source, "--")
     for line in text.left_out:
         terminal.say(line)
-    manifest = prepare_folder(
+    return prepare_folder(
         text, source.held_out, tokenizer, out,
         format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
         workers=_WORKERS.value, terminal=terminal,
     )  # fmt: skip
-    terminal.close()
-    return manifest
 
 
 if __name__ == "__main__":
