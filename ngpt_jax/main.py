@@ -53,7 +53,7 @@ def _default_workdir(spec: str) -> Path:
 
 def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, str]]) -> str:
     """What to do with a finished run, ready to paste."""
-    where = shlex.quote(f"--workdir={workdir}")
+    where, prompt = shlex.quote(f"--workdir={workdir}"), prompt if prompt.strip() else "The"
     path, variants = experiment.split_spec(_CONFIG.value or "")
     spec = ":".join(filter(None, (path, ",".join(v for v in variants.split(",") if v != "gpt"))))
     given = [f"--config.{name}={value}" for name, value in overrides]
