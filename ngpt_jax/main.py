@@ -1,7 +1,7 @@
 """Trains nGPT, or the GPT baseline.
 
 Examples:
-  python -m ngpt_jax.main --config=experiments/quickstart.py
+  python -m ngpt_jax.main --config=quickstart
   python -m ngpt_jax.main --config=experiments/124m.py:gpt --workdir=runs/gpt \\
       --config.train.batch_size=32 --config.optimizer.learning_rate=1e-3
   python -m ngpt_jax.main --config=experiments/1b.py --dry_run
@@ -23,7 +23,7 @@ from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
 _CONFIG = flags.DEFINE_string(
-    "config", None, "Experiment FILE[:variant,...]; set a field with --config.section.field=value."
+    "config", None, "FILE[:variant,...], or a name; set a field with --config.section.field=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME by default.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every field as resolved, and stop.")

@@ -1,7 +1,7 @@
 """Trains nGPT and GPT side by side on the same batches: a table as they go, and a plot.
 
 Examples:
-  python -m ngpt_jax.tools.duel --config=experiments/quickstart.py
+  python -m ngpt_jax.tools.duel --config=quickstart
   python -m ngpt_jax.tools.duel --config=quickstart:debug --workdir=runs/trial
 
 GPT is the experiment's variant gpt, with its own recipe. The runs lie in WORKDIR/ngpt and
@@ -15,7 +15,7 @@ from absl import flags
 
 from ngpt_jax.config import ConfigError, command, experiment
 
-_CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...].")
+_CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...], or its name.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/duel-NAME by default.")
 
 
