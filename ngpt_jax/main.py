@@ -1,7 +1,7 @@
 """Trains nGPT, or the GPT baseline.
 
 Examples:
-  python -m ngpt_jax.main --config=experiments/quickstart.py
+  python -m ngpt_jax.main --config=quickstart
   python -m ngpt_jax.main --config=experiments/124m.py:gpt --workdir=runs/gpt \\
       --config.train.batch_size=32 --config.optimizer.learning_rate=1e-3
   python -m ngpt_jax.main --config=experiments/1b.py --dry_run
@@ -23,7 +23,7 @@ from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
 _CONFIG = flags.DEFINE_string(
-    "config", None, "Experiment FILE[:variant,...]; set a field with --config.section.field=value."
+    "config", None, "FILE[:variant,...], or a name; set a field with --config.section.field=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder; runs/NAME by default.")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "Print every field as resolved, and stop.")
@@ -51,14 +51,15 @@ def _default_workdir(spec: str) -> Path:
     return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
 
 
-def _next_commands(workdir: str | Path, prompt: str) -> str:
+def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, str]]) -> str:
     """What to do with a finished run, ready to paste."""
     path, variants = experiment.split_spec(_CONFIG.value or "")
     others = ",".join(name for name in variants.split(",") if name != "gpt")
+    given = [f"--config.{name}={value}" for name, value in overrides]
     commands = (
-        ("sample", f"--workdir={workdir}", f"--prompt={prompt.strip() or 'The'}"),
+        ("sample", f"--workdir={workdir}", f"--prompt={prompt if prompt.strip() else 'The'}"),
         ("evaluate", f"--workdir={workdir}"),
-        ("duel", f"--config={path}{others and f':{others}'}"),
+        ("duel", f"--config={path}{others and f':{others}'}", *given),
     )
     lines = (f"  python -m ngpt_jax.tools.{name} {shlex.join(args)}" for name, *args in commands)
     return "\n".join(["next:", *lines])
@@ -69,7 +70,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         print(experiment.describe(Config()))
         return 0
     if _CONFIG.value is None:
-        raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
+        raise ConfigError("Give an experiment: --config=quickstart (see --help).")
     config = experiment.load_config(_CONFIG.value, overrides)
     if _HELP_CONFIG.value or _PRINT_CONFIG.value:
         print(experiment.describe(config))
@@ -101,7 +102,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     try:
         code = loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
         if code == 0 and distributed.is_first():
-            Terminal().say(_next_commands(workdir, config.sample.prompt))
+            Terminal().say(_next_commands(workdir, config.sample.prompt, overrides))
         return code
     except (RunError, ConfigError) as e:
         tell(f"error: {e}")

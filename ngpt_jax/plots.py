@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from ngpt_jax.errors import ConfigError, install_hint
+from ngpt_jax.errors import ConfigError
 from ngpt_jax.files import write_atomically
 
 # People who cannot tell red from green can tell these (Okabe and Ito).
@@ -101,19 +101,12 @@ def run_labels(folders: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
-def require_matplotlib() -> None:
-    """Raises ConfigError where matplotlib is not installed; called before any work."""
-    try:
-        import matplotlib
-    except ImportError as e:
-        raise ConfigError(f"Plots need matplotlib: {install_hint('plots')}.") from e
-    matplotlib.use("agg")  # no display
-
-
 def figure(rows: int = 1, columns: int = 1, width: float = 4.2, height: float = 3.4) -> Any:
     """(figure, list of its axes), each ``width`` by ``height`` inches."""
+    import matplotlib
     from matplotlib import pyplot
 
+    matplotlib.use("agg")  # no display
     style: dict[Any, Any] = {
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -1,5 +1,6 @@
 """What all commands have in common, and the benchmarks of training and of its data."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,26 @@ ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem for path in (ROOT / "ngpt_jax" / "tools").glob("[a-z]*.py"))
 
 
-@pytest.mark.parametrize("name", ["main", *(f"tools.{tool}" for tool in TOOLS)])
+COMMANDS = ["main", "data.prepare", "data.train_tokenizer", *(f"tools.{tool}" for tool in TOOLS)]
+
+
+def test_the_list_has_every_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax"], cwd=ROOT, text=True, capture_output=True, check=True
+    )
+    listed = dict(re.findall(r"^  python -m (\S+) +(\S.*)$", done.stdout, re.M))
+    runs = [p for p in (ROOT / "ngpt_jax").rglob("*.py") if "command.run_command(" in p.read_text()]
+    there = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in runs}
+    assert listed.keys() == there == {f"ngpt_jax.{name}" for name in COMMANDS}
+    assert listed["ngpt_jax.main"] == "Trains nGPT, or the GPT baseline."
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_exits_with_0_and_does_not_load_jax(name):
     command = [sys.executable, "-X", "importtime", "-m", f"ngpt_jax.{name}", "--help"]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert done.returncode == 0, done.stderr
-    assert f"  python -m ngpt_jax.{name} " in done.stdout and "--" in done.stdout
+    assert re.search(rf"  python -m ngpt_jax\.{name}\s", done.stdout) and "--" in done.stdout
     loaded = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert "absl" in loaded
     assert not loaded & {"jax", "flax", "optax", "matplotlib", "tokenizers"}

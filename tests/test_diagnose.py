@@ -112,7 +112,6 @@ def test_singular_and_zero_matrices_are_told_and_drawn(tiny, tmp_path):
     run = opened(config, params)
     rows = measures.condition_numbers(run)
     assert {r["condition"] for r in rows if r["matrix"] == "query_kernel"} == {math.inf}
-    plots.require_matplotlib()
     for draw, table in (
         (drawing.condition_numbers, rows),
         (drawing.query_and_key, measures.query_and_key(run, [0, 1])),

@@ -62,14 +62,26 @@ class NotOurs(NamedTuple):
 
 HOW = {
     "python -c": "",
+    "python -m ngpt_jax ": "",
     "python experiments/prose.py": "",
     "python -m ngpt_jax.main": " --dry_run",
     "python -m ngpt_jax.main --help_config": "",
     "python -m ngpt_jax.main --config=experiments/quickstart.py": TINY,
     "python -m ngpt_jax.main --config=experiments/quickstart.py:gpt": " --dry_run",
     "python -m ngpt_jax.main --config=experiments/quickstart.py --print_config": "",
+    "python -m ngpt_jax.main --config=quickstart": TINY,
+    "python -m ngpt_jax.main --config=quickstart --workdir=runs/shakespeare_char": ByTest(
+        "test_nanogpt.py::test_characters_as_prepared_for_nanogpt"
+    ),
+    "python -m ngpt_jax.main --config=124m --workdir=runs/owt": ByTest(
+        "test_nanogpt.py::test_openwebtext_as_prepared_for_nanogpt"
+    ),
     "python -m ngpt_jax.data.prepare": "",
     "python -m ngpt_jax.data.prepare --source=text --paths=openwebtext": " --out=owt{n}",
+    "python -m ngpt_jax.data.prepare --source=hub": ByTest(
+        "test_hub.py::test_a_set_is_fetched_a_file_at_a_time_and_once"
+    ),
+    "python -m ngpt_jax.data.train_tokenizer": "",
     "python -m ngpt_jax.tools.aot": " --config=experiments/1b.py:debug,stdlib --topology=local",
     "python -m ngpt_jax.tools.aot --config=experiments/1b.py:ctx8k": ByTest(
         "test_aot.py::test_the_search_ends_at_the_most_that_leaves_some_memory"
@@ -103,10 +115,12 @@ HOW = {
         "test_convert_torch.py::test_command_on_the_authors_layout"
     ),
     "python -m ngpt_jax.tools.diagnose": " --windows=1",
+    "python -m ngpt_jax.tools.duel": TINY,
     "python -m ngpt_jax.tools.evaluate": "",
     "python -m ngpt_jax.tools.evaluate --workdir=runs/1b --tasks=hellaswag --tasks_dir=evals"
     " --harness": ByTest("test_harness.py::test_the_command_with_the_harness"),
     "python -m ngpt_jax.tools.length": " --windows=1 --factor=2",
+    "python -m ngpt_jax.tools.runs": "",
     "python -m ngpt_jax.tools.sample": " --tokens=8",
     "python tests/torture.py": ByTest(
         "test_torture.py::test_a_run_that_is_killed_again_and_again"
@@ -391,7 +405,8 @@ def prepared(server, tmp_path_factory):
     (home / "tests").symlink_to(ROOT / "tests")
     sentence = "The normalized transformer moves along a sphere, step {} of many.\n"
     book = "".join(sentence.format(i) for i in range(400))
-    for name in ("book.txt", "books/one.txt", "books/two.txt", "books/three.txt"):
+    for name in ("book.txt", "books/one.txt", "books/two.txt", "books/three.txt",
+                 "data/shakespeare_char/input.txt"):  # fmt: skip
         write(home / name, name + book)
     lines = json_lines(*(f"{i} {book[:2000]}" for i in range(40)))
     for name in ("openwebtext/a.jsonl.gz", "corpus/a.jsonl.gz",
@@ -426,7 +441,7 @@ def prepared(server, tmp_path_factory):
             "--config.data.eval_paths=val=book.txt")  # fmt: skip
         speedup.mkdir(exist_ok=True)
         (speedup / study).symlink_to(home / "runs" / kind)
-    for name in ("quickstart", "1b", "prose"):
+    for name in ("quickstart", "1b", "prose", "books", "owt"):
         (home / "runs" / name).symlink_to("ngpt")
     return home
 
@@ -487,7 +502,7 @@ def test_the_hint_names_an_extra_that_there_is():
         for extra in re.findall(r"install_hint\('(\w+)'\)", file.read_text(encoding="utf-8"))
     }
     assert named and named <= extras.keys()
-    assert install_hint("plots") == "pip install '.[plots]' in the clone of ngpt_jax"
+    assert install_hint("torch") == "pip install '.[torch]' in the clone of ngpt_jax"
 
 
 if __name__ == "__main__":

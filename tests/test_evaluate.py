@@ -1,6 +1,7 @@
 """Scores on tasks and texts: against plain loops, by hand, and against lm-evaluation-harness."""
 
 import csv
+import functools
 import gzip
 import json
 import math
@@ -19,7 +20,7 @@ from etils import epath
 import ngpt_jax
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
-from ngpt_jax.evaluation import scorers, tasks
+from ngpt_jax.evaluation import report, scorers, tasks
 from ngpt_jax.evaluation.report import examples, table_lines
 from ngpt_jax.evaluation.scorers import Likelihood, Scored
 from ngpt_jax.inference import scoring
@@ -561,6 +562,25 @@ def test_the_command_from_end_to_end(run, tmp_path, book):
     assert re.search(r"^ +measure +step 4 +untrained +chance$", done.stdout, re.M)
     assert re.search(r"^choices \(4\) +acc +0\.\d{4} ± .* 0\.4583$", done.stdout, re.M)
     assert "evaluate.json, choices.csv" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monkeypatch):
+    evaluate = functools.partial(report.evaluate, str(runs / "ngpt"), None, [])
+    table = evaluate(report.Wanted([], [], None, None, 16, False), False, str(tmp_path))
+    assert "the text is the run's held-out text" in table
+    found = json.loads((tmp_path / "evaluate.json").read_text())["text"]
+    text = str(runs / "val.txt")
+    evaluate(report.Wanted([], [], text, None, 16, False), False, str(tmp_path))
+    assert found == json.loads((tmp_path / "evaluate.json").read_text())["text"]
+    assert (found["documents"], found["tokens"]) == (1, 260)
+
+    def missing(*_):
+        raise ConfigError("no such file")
+
+    monkeypatch.setattr(scorers, "load_corpus", missing)
+    with pytest.raises(ConfigError, match="held-out text is not here .no such file.; give --text"):
+        evaluate(report.Wanted([], [], None, None, 16, False), False, str(tmp_path))
 
 
 def test_bad_input_is_told_in_a_line(run, tmp_path):

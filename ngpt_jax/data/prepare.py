@@ -13,7 +13,6 @@ tokenizer give the same bytes, whatever the number of workers.
 
 from __future__ import annotations
 
-import shlex
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -54,9 +53,10 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     try:
         manifest = _verify(out, terminal) if _VERIFY.value else _prepare(out, terminal)
     except KeyboardInterrupt:
-        terminal.close()
         terminal.say("stopped; run the same command again to continue")
         return 130
+    finally:
+        terminal.close()
     for line in manifest_notes(manifest):
         terminal.say(line)
     for name, facts in manifest.sets.items():
@@ -65,17 +65,17 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             f" ({facts.bytes:,} bytes of text) in {len(facts.shards)} shards"
         )
     if not _VERIFY.value:
-        terminal.say(f"train on it: {shlex.join(_training_command(manifest))}")
+        terminal.say(f"train on it: {_training_command(manifest)}")
     drop_unwritten()
     return 0
 
 
-def _training_command(manifest: Manifest) -> list[str]:
+def _training_command(manifest: Manifest) -> str:
     flags = {"source": manifest.format, "paths": _OUT.value, "tokenizer": _TOKENIZER.value}
     if _END.value is not None:
         flags["end_of_document"] = _END.value
-    start = ["python", "-m", "ngpt_jax.main", "--config=experiments/quickstart.py"]
-    return [*start, *(f"--config.data.{name}={value}" for name, value in flags.items())]
+    more = [f"--config.data.{name}={value}" for name, value in flags.items()]
+    return source_flags.training_command(_OUT.value or "", more)
 
 
 def _verify(out: epath.Path, terminal: Terminal) -> Manifest:
@@ -107,13 +107,11 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     text = open_source(source, "--")
     for line in text.left_out:
         terminal.say(line)
-    manifest = prepare_folder(
+    return prepare_folder(
         text, source.held_out, tokenizer, out,
         format=_FORMAT.value, shard_tokens=_SHARD_TOKENS.value or SHARD_TOKENS,
         workers=_WORKERS.value, terminal=terminal,
     )  # fmt: skip
-    terminal.close()
-    return manifest
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """The flags of the commands that read text: each field of a source is one."""
 
 import dataclasses
+import shlex
+from collections.abc import Iterable
+from pathlib import PurePosixPath
 from typing import Any
 
 from absl import flags
@@ -32,6 +35,17 @@ def text_source() -> SourceConfig:
     if source.token_dtype is not None:
         raise ConfigError("--token_dtype: training reads token ids as they are; leave it out.")
     return source
+
+
+def training_command(made: str, more: Iterable[str]) -> str:
+    """The command that trains on what was made, ready to paste.
+
+    Args:
+      made: the file or folder; it names the run.
+      more: flags.
+    """
+    command = ["python", "-m", "ngpt_jax.main", "--config=quickstart"]
+    return shlex.join([*command, f"--workdir=runs/{PurePosixPath(made).stem}", *more])
 
 
 def training_flags(source: SourceConfig) -> list[str]:

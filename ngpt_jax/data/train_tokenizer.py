@@ -12,7 +12,6 @@ too. The same text gives the same tokenizer.
 from __future__ import annotations
 
 import os
-import shlex
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +41,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         raise ConfigError("--out: name the file to write, such as book.json.")
     if os.path.exists(out):
         raise ConfigError(f"--out={out} is there already; choose another, or delete it.")
+    command.check_output(out=out)
     import tokenizers
 
     from ngpt_jax.data.preparing.progress import Progress
@@ -72,6 +72,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             split = choose_split(lambda: read_texts(text.train, fetch), source.held_out, text.field)
         for document in read_texts(text.train, fetch):
             document = split(document).get("train", "") if split else document
+            if not document:
+                continue
             read, documents = read + len(document.encode("utf-8", "replace")), documents + 1
             progress.doing(f"reading text, {read / 1e6:,.0f} MB")
             yield document
@@ -95,10 +97,10 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         ):
             tokenizer.train_from_iterator(texts(progress, folder), trainer)
     except KeyboardInterrupt:
-        terminal.close()
         terminal.say("stopped; nothing was written")
         return 130
-    terminal.close()
+    finally:
+        terminal.close()
     with writing(out):
         write_atomically(out, tokenizer.to_str())
     terminal.say(
@@ -107,9 +109,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     )
     if tokenizer.get_vocab_size() < _VOCAB_SIZE.value:
         terminal.say("warning: the text has no more to learn from; give more text for more tokens")
-    command_line = ["python", "-m", "ngpt_jax.main", "--config=experiments/quickstart.py"]
-    command_line += [*source_flags.training_flags(source), f"--config.data.tokenizer={out}"]
-    terminal.say(f"train with it: {shlex.join(command_line)}")
+    more = [*source_flags.training_flags(source), f"--config.data.tokenizer={out}"]
+    terminal.say(f"train with it: {source_flags.training_command(out, more)}")
     drop_unwritten()
     return 0
 

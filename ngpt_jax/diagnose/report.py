@@ -42,7 +42,6 @@ def diagnose(
     Returns:
       The headlines as a table, why something is missing, and what was written. Raises ConfigError.
     """
-    plots.require_matplotlib()
     found = [
         (path, read_config(flag, path, overrides), find_checkpoint(flag, path, step))
         for flag, path in folders.items()

@@ -41,7 +41,6 @@ def compare(
     Returns:
       The table and where the files lie. Raises ConfigError.
     """
-    plots.require_matplotlib()
     lengths_of(1, factor)  # refused before models are read
     folder = command.output_folder(next(iter(folders.values())), out, "length")
     labels = plots.run_labels(list(folders.values()))

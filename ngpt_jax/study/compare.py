@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus import check_corpus
 from ngpt_jax.data.tokenizers.load import with_tokenizer
@@ -44,7 +43,6 @@ def compare(
             print(f"due: {point.name}")
         print(f"{len(rows)} rows; {runner.to_come(study, rows)} -> {folder}")
         return 0
-    plots.require_matplotlib()
     folder.mkdir(parents=True, exist_ok=True)
     complete = report_only or _run_all(c, terminal)
     rows = results.read(c.table)

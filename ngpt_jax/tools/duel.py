@@ -1,7 +1,7 @@
 """Trains nGPT and GPT side by side on the same batches: a table as they go, and a plot.
 
 Examples:
-  python -m ngpt_jax.tools.duel --config=experiments/quickstart.py
+  python -m ngpt_jax.tools.duel --config=quickstart
   python -m ngpt_jax.tools.duel --config=quickstart:debug --workdir=runs/trial
 
 GPT is the experiment's variant gpt, with its own recipe. The runs lie in WORKDIR/ngpt and
@@ -15,13 +15,13 @@ from absl import flags
 
 from ngpt_jax.config import ConfigError, command, experiment
 
-_CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...].")
+_CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...], or its name.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/duel-NAME by default.")
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _CONFIG.value is None:
-        raise ConfigError("Give an experiment: --config=experiments/quickstart.py (see --help).")
+        raise ConfigError("Give an experiment: --config=quickstart (see --help).")
     path, variants = experiment.split_spec(_CONFIG.value)
     names = [name for name in variants.split(",") if name]
     if "gpt" in names:

@@ -89,6 +89,7 @@ def _take_turns(runs: Mapping[str, Run], terminal: Terminal) -> None:
         run = runs[name]
         if next(turns[name], turns) is turns:  # at its end
             del turns[name]
+            continue
         if run.logger.due(run.step) and run.logger.loss is not None:
             row = losses.setdefault(run.step, {})
             row.setdefault(name, f"{run.logger.loss:{width}.4f}")

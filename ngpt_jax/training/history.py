@@ -63,10 +63,7 @@ def plot_losses(runs: dict[str, Losses], path: epath.Path) -> None:
     Args:
       runs: by their names.
       path: of the PNG.
-
-    Raises ConfigError where matplotlib is not installed.
     """
-    plots.require_matplotlib()
     fig, (axis,) = plots.figure(width=6, height=4)
     table: list[dict[str, Any]] = []
     looks = plots.looks(runs)

@@ -140,9 +140,10 @@ def open_run(
     distributed.check_same(text=corpus.fingerprint, held_out=held_out)
 
     # 5. No other program uses the folder from here on, and all processes see it.
-    stack.callback(workdir_lib.remove_if_unused, workdir, not workdir.exists())
+    is_new = not workdir.exists()
     if (lock := _on_first(workdir, lambda: workdir_lib.lock_workdir(workdir))) is not None:
         stack.enter_context(lock)
+    stack.callback(workdir_lib.remove_if_unused, workdir, is_new)
     changed = distributed.together(check_workdir, ConfigError)  # nobody came in between
     workdir_lib.check_shared(workdir)
 

@@ -93,7 +93,7 @@ def read_config(where: str, workdir: epath.Path) -> Config:
         text = saved.read_bytes()
     try:
         return config_lib.from_saved(text.decode())
-    except (ValueError, AttributeError, TypeError, RecursionError) as e:
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as e:
         raise ConfigError(f"{saved} cannot be read ({e}); choose another folder.") from e
 
 
@@ -135,9 +135,8 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
 
 
 def remove_if_unused(workdir: epath.Path, is_new: bool) -> None:
-    """Removes the folder of a start that failed, where that start has made it."""
-    used = (workdir / "config.json").exists() or (workdir / "checkpoints").exists()
-    if is_new and not used and distributed.is_first() and workdir.exists():
+    """Removes the folder of a start that failed (its config is missing), if that start made it."""
+    if is_new and distributed.is_first() and not (workdir / "config.json").exists():
         workdir.rmtree(missing_ok=True)
 
 
