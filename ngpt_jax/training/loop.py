@@ -54,9 +54,11 @@ def train(
             saved = f"saved step {run.step}" if run.step else "stopped before the first step"
             terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
             return EXIT_RESUME
+        with terminal.doing("sampling"):
+            text = run.sample(run.state.params)
         terminal.close()  # the bar has done its work; what follows stays
         tell_results(run, terminal)
-        if text := run.sample(run.state.params):
+        if text:
             terminal.say("sample:")
             terminal.say(text)
         plot_losses({run.kind: run.workdir}, run.workdir, terminal)

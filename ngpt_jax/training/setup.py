@@ -156,14 +156,15 @@ def open_run(
     tx, _ = make_optimizer(on_mesh)
     like = layout.abstract_state(on_mesh, tx, mesh)
     progress = Progress()
-    if restored is not None:
-        state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
-    else:
-        state = layout.first_state(on_mesh, tx, mesh)
-        if (other := config.init_from) is not None:
-            params, theirs = restore_params(other, like.params)
-            check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
-            state = state._replace(params=params)
+    with terminal.doing("initializing" if restored is None else f"restoring step {restored}"):
+        if restored is not None:
+            state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
+        else:
+            state = layout.first_state(on_mesh, tx, mesh)
+            if (other := config.init_from) is not None:
+                params, theirs = restore_params(other, like.params)
+                check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
+                state = state._replace(params=params)
     step, steps = int(state.step), config.train.steps
     assert steps is not None
     if step > steps:
