@@ -271,7 +271,11 @@ def test_tiny_weights(tmp_path, weights):
         ("checkpoint.on_error", "ignore", "checkpoint.on_error must be one of stop, continue"),
         ("checkpoint.keep_every", 0, "checkpoint.keep_every must be positive"),
         ("data.packing", "first_fit", "data.packing must be one of concatenate, best_fit"),
-        ("data.source", "web", "data.source must be one of stdlib, text, tfds, array_record, bin"),
+        (
+            "data.source",
+            "web",
+            "data.source must be one of stdlib, text, tfds, hub, array_record, bin",
+        ),
     ],
 )
 def test_bad_fields(field, value, message):

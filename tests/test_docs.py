@@ -78,9 +78,7 @@ HOW = {
     ),
     "python -m ngpt_jax.data.prepare": "",
     "python -m ngpt_jax.data.prepare --source=text --paths=openwebtext": " --out=owt{n}",
-    "python -m ngpt_jax.data.prepare --source=hub": ByTest(
-        "test_hub.py::test_a_set_is_fetched_a_file_at_a_time_and_once"
-    ),
+    "python -m ngpt_jax.data.prepare --source=hub": " --out=hub{n}",
     "python -m ngpt_jax.data.train_tokenizer": "",
     "python -m ngpt_jax.tools.aot": " --config=experiments/1b.py:debug,stdlib --topology=local",
     "python -m ngpt_jax.tools.aot --config=experiments/1b.py:ctx8k": ByTest(
@@ -316,12 +314,15 @@ class Server:
 
     Args:
       cache: folder of compiled programs, which the commands share.
+      hub: address of a stand-in for the Hugging Face Hub.
 
     ``done`` lists the commands that ran.
     """
 
-    def __init__(self, cache):
+    def __init__(self, cache, hub):
         environment = {
+            "HF_ENDPOINT": hub,
+            "HF_HOME": str(cache / "hf"),
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(cache),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -387,9 +388,20 @@ def run_here(job):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("compiled"))
-    yield server
-    server.close()
+    from data_helpers import json_lines
+    from hub_server import serving
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["some words"], vocab_size=300, special_tokens=["<|endoftext|>"])
+    text = json_lines(*(f"{i} some words\n" * 200 for i in range(40))).encode()
+    with serving() as (hub, url):
+        tokenizer = {"tokenizer.json": bpe.to_str().encode()}
+        hub.add("model", "hf-internal-testing/llama-tokenizer", tokenizer)
+        hub.add("dataset", "Skylion007/openwebtext", {"train.jsonl": text})
+        server = Server(tmp_path_factory.mktemp("compiled"), url)
+        yield server
+        server.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "ngpt_jax"
 # From top to bottom. A room is a folder, or a file beside the folders; those of one line may not
 # import each other, but for a room itself.
 ROOMS = (
-    "__init__ main",  # the package itself offers ngpt_jax.load
+    "__init__ __main__ main",  # the package itself offers ngpt_jax.load
     "tools",
     "study",
     "diagnose",

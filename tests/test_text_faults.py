@@ -25,29 +25,27 @@ from data_helpers import (
 from pyarrow import parquet
 from test_prepare import contents, load, run, tokens_of
 
+from ngpt_jax import terminal as terminal_lib
 from ngpt_jax.config import DataConfig
 from ngpt_jax.data.preparing import progress as progress_lib
 from ngpt_jax.data.preparing import tokenize
 from ngpt_jax.data.preparing.folder import Stopped
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.terminal import Terminal
 
 TEXTS = [f"document {i} of some words\nand more é\n" for i in range(60)]
 
 
-class Said:
-    """A terminal that remembers; not one of a person."""
+class Said(Terminal):
+    """Plain output that is remembered."""
 
     def __init__(self):
+        super().__init__()
         self.lines = []
 
     def say(self, text):
         self.lines.append(text)
-
-    def show(self, label, share, status=None):
-        pass
-
-    def tell(self, text, seconds=0.0):
-        self.lines.append(text)
+        self._told = time.monotonic()
 
 
 # ----------------------------------------------------------------------------------- packed files
@@ -278,6 +276,7 @@ def test_a_bad_byte_of_array_record_is_told_with_its_record(tmp_path):
 
 def test_a_long_document_is_told_while_it_is_tokenized(tmp_path, monkeypatch):
     monkeypatch.setattr(progress_lib, "_LONG", 0.3)
+    monkeypatch.setattr(terminal_lib, "_SILENCE", 0.3)
     monkeypatch.setattr(tokenize, "_CHARACTERS_AT_ONCE", 2**10)
     write(tmp_path / "a.txt", "word\n" * 2**17)
     real = ByteTokenizer.encode_batch
@@ -297,11 +296,12 @@ def test_a_long_document_is_told_while_it_is_tokenized(tmp_path, monkeypatch):
 
 
 def test_silence_never_lasts_ten_seconds():
-    assert progress_lib._LONG < 10 and progress_lib._AGAIN + 0.5 < 10
+    assert progress_lib._LONG < 10 and terminal_lib._SILENCE + 0.5 < 10
 
 
 def test_long_reading_and_hashing_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(progress_lib, "_LONG", 0.2)
+    monkeypatch.setattr(terminal_lib, "_SILENCE", 0.2)
     said = Said()
     with progress_lib.Progress("verifying shards", said) as progress:
         progress.doing("hashing train-00000.bin")

@@ -148,13 +148,13 @@ def open_run(
     workdir_lib.check_shared(workdir)
 
     # 6. The state: from the newest checkpoint, which is whole, or a new one.
-    with terminal.doing("reading the newest checkpoint, or making parameters"):
-        checkpoints = Checkpoints(workdir, config.checkpoint)
-        restored = checkpoints.latest_step()
-        distributed.check_same(newest_checkpoint=restored)
-        tx, _ = make_optimizer(on_mesh)
-        like = layout.abstract_state(on_mesh, tx, mesh)
-        progress = Progress()
+    checkpoints = Checkpoints(workdir, config.checkpoint)
+    restored = checkpoints.latest_step()
+    distributed.check_same(newest_checkpoint=restored)
+    tx, _ = make_optimizer(on_mesh)
+    like = layout.abstract_state(on_mesh, tx, mesh)
+    progress = Progress()
+    with terminal.doing("initializing" if restored is None else f"restoring step {restored}"):
         if restored is not None:
             state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
         else:
