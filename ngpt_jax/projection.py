@@ -148,7 +148,7 @@ def keep_params_on_sphere(
       A :class:`optax.GradientTransformation`. ``None`` and masked leaves pass through, and
       updates get the dtype of their parameter. Norms are kept to a few 1e-7 of the radius with
       float32 parameters, of any size. With bfloat16 parameters update and sum are rounded once
-      each: the norm is off by at most 2^-9 (radius + the length of the step), and by much less
+      each: the norm is off by at most 2^-8 (radius + the length of the step), and by much less
       where vectors have many entries.
 
     Examples:

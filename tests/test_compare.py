@@ -643,7 +643,6 @@ def test_a_bound_is_an_arrow_and_no_point_of_the_line(tmp_path, monkeypatch):
     }  # fmt: skip
     drawn = []
     monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
-    plots.require_matplotlib()
     for bound, down in ((">", 0), ("<", 1)):
         changed = [s | {"bound": s["bound"] and bound} for s in found]
         figures.speedups(PLAN, changed, tmp_path / "speedup.png")

@@ -121,10 +121,13 @@ def _facts(folder: Path) -> RunFacts:
     logged = [step for curve in (losses.train, *losses.held_out.values()) for step, _ in curve[-1:]]
     step, loss = max([0, *saved, *logged]), losses.at_end()
     return RunFacts(
-        str(folder), config.model.kind, f"{num_params(config.model):,}",
-        f"{step:,} of {config.train.steps:,}", "-" if loss is None else f"{loss:.4f}",
-        _state(folder, config, step),
-    )  # fmt: skip
+        folder=str(folder),
+        kind=config.model.kind,
+        parameters=f"{num_params(config.model):,}",
+        step=f"{step:,} of {config.train.steps:,}",
+        held_out="-" if loss is None else f"{loss:.4f}",
+        state=_state(folder, config, step),
+    )
 
 
 def _state(folder: Path, config: Config, step: int) -> str:

@@ -246,7 +246,7 @@ def open_run(
     sample = functools.partial(sample_text, model, config.sample, tokenizer)
     return Run(
         state, step, steps, progress, next_batch, placer, train_step, stop_asked, evaluator, logger,
-        profile, saver, sample, terminal, workdir, model.kind,
+        profile, saver, sample, terminal, workdir, kind=model.kind,
     )  # fmt: skip
 
 
