@@ -2,9 +2,9 @@
 
 Examples:
   python -m ngpt_jax.main --config=quickstart
-  python -m ngpt_jax.main --config=experiments/124m.py:gpt --workdir=runs/gpt \\
+  python -m ngpt_jax.main --config=124m:gpt --workdir=runs/gpt \\
       --config.train.batch_size=32 --config.optimizer.learning_rate=1e-3
-  python -m ngpt_jax.main --config=experiments/1b.py --dry_run
+  python -m ngpt_jax.main --config=1b --dry_run
   python -m ngpt_jax.main --help_config
 
 The same command goes on from the newest checkpoint in its workdir. With several processes, run it

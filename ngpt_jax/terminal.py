@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from rich import console as rich_console
 from rich import progress as rich_progress
 
+_BAR = 12  # characters
 _SILENCE = 8.0  # seconds after which a line tells that work goes on
 
 
@@ -106,20 +107,22 @@ class Terminal:
         with _unread():
             if self._bar is None:
                 self._bar = rich_progress.Progress(
-                    rich_progress.TextColumn("{task.fields[label]}"),
-                    rich_progress.BarColumn(bar_width=12),
-                    rich_progress.TextColumn("{task.fields[share]}"),
-                    rich_progress.TextColumn("{task.fields[status]}"),
+                    rich_progress.TextColumn("{task.fields[label]}", markup=False),
+                    rich_progress.TextColumn("{task.fields[share]}", markup=True),
+                    rich_progress.TextColumn("{task.fields[status]}", markup=False),
                     console=self._console,
                     auto_refresh=False,
                     transient=True,
                 )
                 self._task = self._bar.add_task("", total=1.0, label="", share="", status="")
                 self._bar.start()
-            label, status = (self._label, status) if self._label else (status, "")
+            full = round(_BAR * (self._share or 0.0))
+            bar = (
+                "" if self._share is None else f"[cyan]{'━' * full}[/][dim]{'━' * (_BAR - full)}[/]"
+            )
             self._bar.update(
-                self._task, completed=self._share or 0.0, refresh=True, label=label,
-                share=self._percent(), status=status,
+                self._task, refresh=True, label=self._label, share=f"{bar} {self._percent()}",
+                status=status,
             )  # fmt: skip
 
     @contextlib.contextmanager
@@ -172,4 +175,5 @@ class Terminal:
             if self._bar:
                 with _unread():
                     self._bar.stop()
-                self._bar, self._status = None, ""
+                self._bar = None
+            self._label, self._share, self._status = "", None, ""

@@ -72,7 +72,10 @@ def evaluate(
     if wanted.text is not None:
         texts, notes = scorers.read_text(wanted.text, config.data.text_key)
     folder = command.output_folder(workdir, out, "evaluate")
-    model = open_model("workdir", workdir, step, overrides)
+    terminal = Terminal()
+    with terminal.doing("loading the model"):
+        model = open_model("workdir", workdir, step, overrides)
+    terminal.close()
     if wanted.text is None and not (wanted.tasks or wanted.names):
         texts = [model.tokenizer.decode(ids) for ids in scorers.held_out_documents(model)]
         notes = ["the text is the run's held-out text"]

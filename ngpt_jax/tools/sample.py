@@ -16,6 +16,8 @@ of the document, or where the context is full.
 (data.tokenizer), model.dtype, the mesh (one device unless some mesh.* is given).
 """
 
+import sys
+
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command
@@ -52,9 +54,13 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     check_seed("--seed", _SEED.value)
     from ngpt_jax.inference import sample
     from ngpt_jax.inference.loading import open_model
+    from ngpt_jax.terminal import Terminal
 
     prompts = sample.read_prompts(_PROMPT.value, _PROMPT_FILE.value, _STOP.value)
-    model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
+    terminal = Terminal(quiet=not sys.stdout.isatty())  # what is piped is text alone
+    with terminal.doing("loading the model"):
+        model = open_model("workdir", _WORKDIR.value, _STEP.value, overrides)
+    terminal.close()
     sample.print_texts(
         model, prompts, _TOKENS.value, temperature=_TEMPERATURE.value, top_k=_TOP_K.value,
         top_p=_TOP_P.value, min_p=_MIN_P.value, seed=_SEED.value, stop=_STOP.value,

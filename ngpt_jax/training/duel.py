@@ -34,6 +34,7 @@ def duel(configs: Mapping[str, Config], folder: epath.PathLike, stop: StopSignal
     """
     _check_same_batches(configs)
     terminal, runs = Terminal(), {}
+    losses: dict[str, float] = {}  # of the newest step of each
     with contextlib.ExitStack() as stack:
         stack.callback(stop.restore)
         stack.callback(terminal.close)
@@ -43,16 +44,21 @@ def duel(configs: Mapping[str, Config], folder: epath.PathLike, stop: StopSignal
                 run = open_run(config, path, False, stop, terminal, stack)
             except Stopped:
                 return EXIT_RESUME
-            run.logger.terminal = run.evaluator.terminal = Terminal(quiet=True)
-            run.train_step = _waiting(run.train_step)
+            run.logger.terminal = Terminal(quiet=True)
+            run.evaluator.prefix = f"{name}: "
+            run.train_step = _waiting(run.train_step, losses, name)
             runs[name] = run
-        _take_turns(runs, terminal)
+        _take_turns(runs, losses, terminal)
         terminal.close()
         if not all(run.finished() for run in runs.values()):
             terminal.say(f"{stop.name}: saved; the same command goes on from there")
             return EXIT_RESUME
         for name, run in runs.items():
             loop.tell_results(run, terminal, f"{name}: ")
+        ends = {name: run.evaluator.loss_at(run.step) or 0.0 for name, run in runs.items()}
+        best, *_, worst = sorted(ends, key=lambda name: ends[name])
+        lead = f"{best} is {ends[worst] - ends[best]:.4f} nats/token below {worst}"
+        terminal.say(f"{lead}; that is one seed of each")
         loop.plot_losses(
             {name: run.workdir for name, run in runs.items()}, epath.Path(folder), terminal
         )
@@ -72,12 +78,18 @@ def _check_same_batches(configs: Mapping[str, Config]) -> None:
         )
 
 
-def _waiting(train_step: Any) -> Callable[..., Any]:
+def _waiting(train_step: Any, losses: dict[str, float], name: str) -> Callable[..., Any]:
     """The step, which then returns only when the device is done: each model has its own clock."""
-    return lambda state, batch: jax.block_until_ready(train_step(state, batch))
+
+    def step(state: Any, batch: Any) -> Any:
+        state, metrics = jax.block_until_ready(train_step(state, batch))
+        losses[name] = float(metrics["loss"])
+        return state, metrics
+
+    return step
 
 
-def _take_turns(runs: Mapping[str, Run], terminal: Terminal) -> None:
+def _take_turns(runs: Mapping[str, Run], newest: dict[str, float], terminal: Terminal) -> None:
     """Makes all steps; the run that is behind goes first. Says a row of losses for each row."""
     turns = {name: loop.steps_of(run) for name, run in runs.items()}
     losses: dict[int, dict[str, str]] = {}
@@ -96,6 +108,7 @@ def _take_turns(runs: Mapping[str, Run], terminal: Terminal) -> None:
             if len(row) == len(runs):
                 del losses[run.step]
                 terminal.say("  ".join([f"{run.step:6}", *(row[name] for name in runs)]))
-        if terminal.wants_news():
-            now = "  ".join(f"{n} {r.logger.loss or float('nan'):.4f}" for n, r in runs.items())
-            terminal.show(f"step {run.step:>6}/{steps}", run.step / steps, now)
+        if terminal.wants_news() or run.step == steps:
+            now = "  ".join(f"{name} {newest[name]:.4f}" for name in runs if name in newest)
+            status = f"{now}  elapsed {terminal.elapsed()}"
+            terminal.show(f"step {run.step:>6}/{steps}", run.step / steps, status)

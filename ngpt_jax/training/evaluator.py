@@ -17,6 +17,7 @@ from ngpt_jax.model.params import compute_params
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.terminal import Terminal
+from ngpt_jax.training.history import held_out_title
 from ngpt_jax.training.metrics import Results, Row
 from ngpt_jax.training.step import summed_nats
 from ngpt_jax.training.workdir import RunError
@@ -36,6 +37,7 @@ class Evaluator:
       step: the step that was evaluated last; -1: none.
       results: of that evaluation.
       terminal: for the user.
+      prefix: of what is said, where several models are trained.
     """
 
     def __init__(
@@ -54,7 +56,7 @@ class Evaluator:
         """
         assert config.eval.batch_size is not None and config.train.steps is not None
         self._model, self._eval_sets = config.model, eval_sets
-        self._write, self.terminal = write, terminal
+        self._write, self.terminal, self.prefix = write, terminal, ""
         self._config, self._steps = config.eval, config.train.steps
         self._shape = config.model.context, config.eval.batch_size
         self._mask_documents = config.data.mask_documents
@@ -94,7 +96,7 @@ class Evaluator:
                 start = time.perf_counter()
                 limit = self._config.batches if step < self._steps else None
                 tokens = pipeline.num_eval_tokens(eval_set, *self._shape, limit)
-                what = f"evaluating {tokens:,} tokens of {eval_set.name}"
+                what = f"{self.prefix}evaluating {tokens:,} tokens of {eval_set.name}"
                 with self.terminal.doing(what) as show:
                     result = evaluate(
                         self._model, params, self._batches(eval_set, limit), self._placer, tokens,
@@ -104,8 +106,9 @@ class Evaluator:
                     return
                 results[eval_set.name] = result
                 if step < self._steps:  # the last results are told at the end of the run
+                    title = f"{self.prefix}{held_out_title(eval_set.name)}"
                     self.terminal.say(
-                        f"step {step:>6}/{self._steps}  held-out {eval_set.name}:"
+                        f"step {step:>6}/{self._steps}  {title}:"
                         f" {result['loss']:.4f} nats/token"
                         f"  ({tokens:,} tokens, {time.perf_counter() - start:.1f} s)"
                     )

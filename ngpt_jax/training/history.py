@@ -70,21 +70,30 @@ def plot_losses(runs: dict[str, Losses], path: epath.Path) -> None:
     for name, losses in runs.items():
         color, marker = looks[name]
         start = f"{name}, " if len(runs) > 1 else ""
-        axis.plot(*_columns(losses.train), color=color, alpha=0.45, label=f"{start}training")
+        dot = marker if len(losses.train) == 1 else ""  # a line of one point is invisible
+        axis.plot(*_columns(losses.train), dot, color=color, alpha=0.45, label=f"{start}training")
         for style, (held_out, curve) in zip(itertools.cycle(_STYLES), losses.held_out.items()):
-            label = f"{start}held-out {held_out}"
+            label = f"{start}{held_out_title(held_out)}"
             axis.plot(*_columns(curve), color=color, marker=marker, linestyle=style, label=label)
         for kind, curve in {"training": losses.train, **losses.held_out}.items():
             table += [{"run": name, "set": kind, "step": s, "loss": loss} for s, loss in curve]
-    ends = [loss for losses in runs.values() for _, loss in losses.train[len(losses.train) // 10 :]]
+    curves = [curve for losses in runs.values() for curve in losses.held_out.values()]
+    curves += [losses.train[len(losses.train) // 10 :] for losses in runs.values()]
+    ends = [loss for curve in curves for _, loss in curve]
     if ends:  # the first steps would squeeze the rest
         low, high = min(ends), max(ends)
         axis.set_ylim(low - 0.08 * (high - low), high + 0.15 * (high - low) + 1e-3)
     axis.set(xlabel="step", ylabel="loss, nats per token")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.legend()
     plots.save(fig, path)
     plots.write_csv(path.with_suffix(".csv"), ["run", "set", "step", "loss"], table)
+
+
+def held_out_title(name: str) -> str:
+    """A held-out set for people; "held_out" is the share of a text that is held out."""
+    return "held-out text" if name == "held_out" else f"held-out {name}"
 
 
 def _columns(curve: Curve) -> tuple[list[int], list[float]]:

@@ -79,7 +79,7 @@ class Logger:
         self._pending: list[dict[str, jax.Array]] = []  # of steps that are not yet fetched
         self.loss: float | None = None
         self._last: jax.Array | None = None  # loss of the last step that is known to be finished
-        self._status = ""  # of the last row
+        self._rate, self._end = "", 0.0  # as of the last row: tokens/s, and the end of the run
         self._restart()
 
     def _restart(self) -> None:
@@ -122,8 +122,8 @@ class Logger:
         with self.clock:
             for number, of_step in enumerate(self._pending, start=step - len(self._pending) + 1):
                 jax.block_until_ready(of_step)
+                self._last = of_step["loss"]
                 if self.terminal.wants_news():
-                    self._last = of_step["loss"]
                     self._show_at(number)
             fetched = [
                 {name: float(x) for name, x in metrics.items()}
@@ -176,11 +176,12 @@ class Logger:
         return f"step {step:>6}/{self._steps}"
 
     def _show_at(self, step: int) -> None:
-        status = self._status
-        if not status and self._last is not None:  # no row yet
-            status = f"loss {float(self._last):.4f}"
+        loss = "" if self._last is None else f"loss {float(self._last):.4f}"
+        left = max(0.0, self._end - time.monotonic())
+        eta = f"eta {format_duration(left)}" if self._end else ""
         elapsed = f"elapsed {self.terminal.elapsed()}"
-        self.terminal.show(self._label(step), step / self._steps, f"{status}  {elapsed}")
+        shown = "  ".join(filter(None, (loss, self._rate, eta, elapsed)))
+        self.terminal.show(self._label(step), step / self._steps, shown)
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
@@ -189,5 +190,5 @@ class Logger:
         eta = f"eta {format_duration(row['eta_seconds'])}"
         more = f"  grad {row['grad_norm']:.3f}  lr {row['learning_rate']:.2e}"
         self.terminal.tell(f"{self._label(step)}  loss {loss}  {rate}  {eta}{more}{skipped}")
-        self._status = f"loss {loss}  {rate}  {eta}{skipped}"
+        self._rate, self._end = rate + skipped, time.monotonic() + row["eta_seconds"]
         self._show_at(step)

@@ -103,7 +103,7 @@ def tell_results(run: Run, terminal: Terminal, start: str = "") -> None:
     """Says the held-out results, each line after ``start``."""
     for name, result in run.evaluator.results.items():
         terminal.say(
-            f"{start}held-out {name}: {result['loss']:.4f} nats/token,"
+            f"{start}{history.held_out_title(name)}: {result['loss']:.4f} nats/token,"
             f" {result['bits_per_byte']:.4f} bits/byte ({result['tokens']:,.0f} tokens)"
         )
 
