@@ -42,7 +42,7 @@ def test_a_duel_is_two_runs_and_goes_on_where_it_was_stopped(small, tmp_path, mo
     for (step, *shown), *both in zip(found, *losses.values(), strict=True):
         assert both == [(int(step), pytest.approx(float(text), abs=1e-4)) for text in shown]
     for kind in KINDS:
-        assert f"\n{kind}: held-out held_out: " in out
+        assert f"\n{kind}: held-out text: " in out
     assert lines[-1] == f"losses: {tmp_path}/whole/loss.png"
     assert (tmp_path / "whole/loss.png").read_bytes().startswith(b"\x89PNG")
     rows = list(csv.DictReader((tmp_path / "whole/loss.csv").open()))

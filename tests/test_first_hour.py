@@ -103,7 +103,7 @@ def test_own_text_own_tokenizer_training_and_sampling_in_three_commands(start, b
         "--config.data.tokenizer=book.json",
     ]  # fmt: skip
     out = start(*train, "--config=quickstart:debug", *SMALL)
-    assert "held-out held_out: " in out and out.splitlines()[-4] == "next:"
+    assert "held-out text: " in out and out.splitlines()[-4] == "next:"
     assert (start.folder / "runs/book/loss.png").exists()
     sample = pasted(out, "ngpt_jax.tools.sample")
     assert start(*sample, "--tokens=8").startswith("def ")
@@ -232,7 +232,7 @@ def test_the_plot_at_the_end_and_a_plot_that_fails(small, tmp_path, monkeypatch,
             assert loop.train(config, tmp_path) == 0
         said = capsys.readouterr().out
         assert "warning: loss.png cannot be written: " in said
-        assert "held-out held_out: " in said and "losses: " not in said
+        assert "held-out text: " in said and "losses: " not in said
 
 
 def test_losses_are_read_from_what_a_crash_has_left(tmp_path):

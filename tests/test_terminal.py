@@ -85,7 +85,7 @@ def test_the_bar_is_never_ahead_of_finished_steps(logger):
     logger.write_row(4, None)
     assert [label for label, _, _ in shown] == [f"step      {n}/8" for n in (1, 2, 3, 4, 4)]
     assert [share for _, share, _ in shown[:4]] == [n / 8 for n in (1, 2, 3, 4)]
-    assert re.match(r"loss 2\.1250  [\d,]+ tokens/s  eta .*  elapsed 0:0\d$", shown[-1][2])
+    assert re.match(r"loss 1\.0000  [\d,]+ tokens/s  eta .*  elapsed 0:0\d$", shown[-1][2])
     step(logger, 5)
     assert shown[-1][:2] == ("step      4/8", 0.5)
 
@@ -145,8 +145,8 @@ def test_a_run_says_no_line_twice(small, tmp_path, capsys):
     assert loop.train(small(**{"sample.tokens": 3}), tmp_path) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line, count in Counter(lines).items() if count > 1] == []
-    for start in ("step     12/12", "held-out held_out: ", "losses: ", "sample:"):
+    for start in ("step     12/12", "held-out text: ", "losses: ", "sample:"):
         assert sum(line.startswith(start) for line in lines) == 1, start
     order = [line.split(":")[0].split("/")[0] for line in lines[-6:]]
-    assert order[0] == "step     12" and order[1] == "held-out held_out"
+    assert order[0] == "12 steps made in 0" and order[1] == "held-out text"
     assert lines[-1] == f"losses: {tmp_path}/loss.png"

@@ -160,7 +160,7 @@ def test_metrics_and_the_files_of_a_run(small, tmp_path, capsys):
     # A finished run is shown again, not trained again.
     loop.train(config, tmp_path)
     again = capsys.readouterr().out
-    end = "\nheld-out held_out: "
+    end = "\nheld-out text: "
     assert out.split(end)[1] == again.split(end)[1]
     assert "the end" in again
 
