@@ -59,7 +59,7 @@ def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, 
     commands = (
         ("sample", f"--workdir={workdir}", f"--prompt={prompt if prompt.strip() else 'The'}"),
         ("evaluate", f"--workdir={workdir}"),
-        ("duel", f"--config={path}{others and f':{others}'}", *given),
+        ("duel", f"--config={path}{others and f':{others}'}", f"--workdir={workdir}-duel", *given),
     )
     lines = (f"  python -m ngpt_jax.tools.{name} {shlex.join(args)}" for name, *args in commands)
     return "\n".join(["next:", *lines])

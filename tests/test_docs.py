@@ -322,6 +322,7 @@ class Server:
     def __init__(self, cache, hub):
         environment = {
             "HF_ENDPOINT": hub,
+            "HF_HUB_OFFLINE": "0",  # which another test of this process may have set
             "HF_HOME": str(cache / "hf"),
             "PYTHONPATH": str(ROOT),
             "JAX_COMPILATION_CACHE_DIR": str(cache),

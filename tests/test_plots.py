@@ -2,17 +2,18 @@
 
 import itertools
 
+import matplotlib
 import pytest
 
 from ngpt_jax import plots
 
+matplotlib.use("agg")  # no display
+from matplotlib import pyplot
+
 
 @pytest.fixture(autouse=True)
 def no_open_figures():
-    plots.require_matplotlib()
     yield
-    from matplotlib import pyplot
-
     pyplot.close("all")
 
 

@@ -64,6 +64,14 @@ class Session:
             return self.process.wait(seconds)
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_ignored():
+    """Under nohup SIGHUP is ignored, and children inherit that."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def terminal():
     """terminal(*command) -> Session, which does not outlive the test."""
