@@ -110,7 +110,8 @@ def test_own_text_own_tokenizer_training_and_sampling_in_three_commands(start, b
     evaluate = pasted(out, "ngpt_jax.tools.evaluate")
     assert "held-out text" in start(*evaluate)
     duel = pasted(out, "ngpt_jax.tools.duel")
-    assert duel[2:] == ["--config=quickstart:debug", *train[4:], *SMALL]
+    name, workdir = "--config=quickstart:debug", "--workdir=runs/book-duel"
+    assert duel[2:] == [name, workdir, *train[4:], *SMALL]
 
 
 def test_the_tokenizer_learns_from_the_training_text_alone_and_always_the_same(start, tmp_path):
