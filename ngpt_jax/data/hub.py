@@ -5,7 +5,6 @@ The environment of huggingface_hub counts: HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -15,7 +14,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from etils import epath
+
 from ngpt_jax.config import ConfigError
+from ngpt_jax.data.manifest import sha256_of
 from ngpt_jax.data.text.units import Doing
 from ngpt_jax.files import reason, write_atomically
 
@@ -178,7 +180,7 @@ def _fetch(
                 repo.name, path, revision=repo.commit, repo_type=repo.kind, local_dir=folder
             )
         )
-        if len(digest) == 64 and _sha256(file) != digest:
+        if len(digest) == 64 and sha256_of(epath.Path(file)) != digest:
             file.unlink()
             raise ConnectionError(f"{path} is not what the hub says it is")
         return file
@@ -212,11 +214,6 @@ def _size_of(folder: Path) -> int:
             with contextlib.suppress(OSError):
                 total += os.stat(os.path.join(where, name)).st_size
     return total
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 _WORD = {"dataset": "data set", "model": "repository"}

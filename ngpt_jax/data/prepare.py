@@ -13,6 +13,7 @@ tokenizer give the same bytes, whatever the number of workers.
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -97,10 +98,7 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     from ngpt_jax.data.text.sources import open_source
     from ngpt_jax.data.tokenizers.load import load_tokenizer
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signals.Listener(interrupt, "received: stopping; what is done is kept")
+    signals.Listener(signal.default_int_handler, "received: stopping; what is done is kept")
     source = source_flags.text_source()
     named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
     tokenizer = load_tokenizer(named, "--")

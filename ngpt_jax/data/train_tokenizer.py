@@ -12,6 +12,7 @@ too. The same text gives the same tokenizer.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,13 +49,11 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     from ngpt_jax.data.text.held_out import choose_split
     from ngpt_jax.data.text.sources import open_source
     from ngpt_jax.data.text.units import Unit, read_texts
+    from ngpt_jax.data.tokenizers.base import utf8
     from ngpt_jax.files import write_atomically, writing
     from ngpt_jax.terminal import Terminal
 
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signals.Listener(interrupt, "received: stopping")
+    signals.Listener(signal.default_int_handler, "received: stopping")
     terminal, source = Terminal(), source_flags.text_source()
     text = open_source(source, "--")
     for line in text.left_out:
@@ -74,7 +73,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
             document = split(document).get("train", "") if split else document
             if not document:
                 continue
-            read, documents = read + len(document.encode("utf-8", "replace")), documents + 1
+            read, documents = read + len(utf8(document)), documents + 1
             progress.doing(f"reading text, {read / 1e6:,.0f} MB")
             yield document
             if read >= limit:
