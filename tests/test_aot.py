@@ -70,7 +70,7 @@ def test_auto_that_finds_no_kernel_on_a_tpu_is_an_error(tiny):
         report_lib.report_of(tiny(), topology_devices("v5e:2x2"))
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4by4", "h100:8"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4by4", "h100", "h100:0", "h100:2x2x2"])
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ConfigError, match="is not known; it is GENERATION:SHAPE with one of v4"):
         topology_devices(name)

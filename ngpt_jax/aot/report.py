@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from ngpt_jax.aot import hlo
+from ngpt_jax.aot.topologies import GPU_COMPILER_OPTIONS
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.files import write_atomically
 from ngpt_jax.model.params import num_params
@@ -44,7 +45,9 @@ def compile_step(config: Config, mesh: Mesh, lowered_to: str | None = None) -> C
     lowered = layout.lower_train_step(config, mesh)
     if lowered_to:
         write_atomically(Path(lowered_to), lowered.as_text())
-    return CompiledStep(lowered, lowered.compile(), time.perf_counter() - start)
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    compiled = lowered.compile(GPU_COMPILER_OPTIONS if gpu else None)
+    return CompiledStep(lowered, compiled, time.perf_counter() - start)
 
 
 def report_of(config: Config, devices: list[Any], lowered_to: str | None = None) -> dict[str, Any]:
@@ -125,7 +128,7 @@ def analyze(config: Config, mesh: Mesh, step: CompiledStep) -> dict[str, Any]:
         and {kind: dataclasses.asdict(c) for kind, c in program.collectives.items()},
         "collective_bytes": program and sum(c.bytes for c in program.collectives.values()),
         "bytes_accessed": program and program.bytes_accessed,
-        "bytes_accessed_loops_once": step.compiled.cost_analysis().get("bytes accessed"),
+        "bytes_accessed_loops_once": (step.compiled.cost_analysis() or {}).get("bytes accessed"),
         "unknown_loops": program and list(program.unknown_loops),
         "model_flops": model_flops,
         "flops": flops,
