@@ -40,7 +40,7 @@ _GPUS = {
     "b200": Gpu("NVIDIA B200", 10, 148, 128, 1.965, 233472, 132644864, 191514411008, 7672320000000),
 }
 # Autotuning measures kernels on the device, which is not there.
-GPU_COMPILER_OPTIONS = {"xla_gpu_autotune_level": "0"}
+GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
 
 
 def topology_devices(name: str, slices: int = 1) -> list[Any]:
