@@ -1,78 +1,9 @@
 """Weights for inference: scales multiplied in, in the compute dtype, one tree for each layer."""
 
-import dataclasses
-import math
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.attention import softmax_scale
-from ngpt_jax.model.params import (
-    FOLDED_MARK,
-    TABLE,
-    compute_params,
-    param_tree,
-    refuse_folded,
-    scale_factor,
-)
-
-
-def folded_config(config: ModelConfig) -> ModelConfig:
-    """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
-    folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
-    if not (folded or config.normalize_on_read):
-        return config
-    dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
-    return dataclasses.replace(config, folded=folded, normalize_on_read=False, param_dtype=dtype)
-
-
-def fold(config: ModelConfig, params: Any) -> Any:
-    """Multiplies scales into the matrices. The logits stay the same but for rounding.
-
-    (h W_u) s_u = h (W_u s_u) and (h W_nu) s_nu sqrt(d) = h (W_nu s_nu sqrt(d)) (equations 20, 21);
-    s_z goes into the output table (3). With c the factor on q k^T, sqrt(d_k) in nGPT,
-    c (q s_qk) . (k s_qk) = (q s_qk^2 c) . k (15, 16). alpha_a and alpha_m stay, because they scale
-    states and not weights.
-
-    Args:
-      config: resolved, of these parameters. Raises ConfigError if they are folded already.
-      params: the parameters. A model without scales to fold, such as GPT, gets them back unchanged.
-
-    Returns:
-      The parameters of :func:`folded_config`, in at least float32. The projection and training
-      know them by the name FOLDED_MARK and refuse them.
-    """
-    refuse_folded(config)
-    assert config.kv_heads is not None and config.head_dim is not None
-    new = folded_config(config)
-    if new == config:
-        return params
-
-    def read(w: jax.Array, p: Any) -> jax.Array:
-        normalized = config.normalize_on_read and p.is_matrix
-        return sphere.promote(sphere.normalize(w, p.axes.index("embed")) if normalized else w)
-
-    top = jax.tree.map(read, params, param_tree(config))
-    layers = top["layers"]
-
-    def take(tree: dict[str, Any], name: str) -> jax.Array:
-        return tree.pop(name) * scale_factor(config, name)
-
-    if "s_u" in layers:  # (layers, embed, mlp) * (layers, 1, mlp)
-        layers["up_kernel"] *= take(layers, "s_u")[:, None]
-    if "s_v" in layers:
-        layers["gate_kernel"] *= take(layers, "s_v")[:, None] * math.sqrt(config.width)
-    if "s_z" in top:
-        top["output_embedding"] *= take(top, "s_z")[:, None]
-    if new.folded:
-        shape = (config.layers, config.kv_heads, config.head_dim)
-        s_qk = take(layers, "s_qk") if "s_qk" in layers else jnp.ones(shape, new.param_dtype)
-        factor = jnp.square(s_qk) * softmax_scale(config)
-        layers[FOLDED_MARK] = jnp.repeat(factor, config.heads // config.kv_heads, axis=1)
-    return top
+from ngpt_jax.model.folding import compute_params
 
 
 def for_inference(config: ModelConfig, params: Any) -> Any:
@@ -80,8 +11,7 @@ def for_inference(config: ModelConfig, params: Any) -> Any:
 
     A step of decoding then reads each weight once. It need not slice or cast any.
     """
-    params = params if config.folded else fold(config, params)
-    params = compute_params(folded_config(config), params)
+    params = compute_params(config, params)
     stacked = params["layers"]
     layers = [{name: w[i] for name, w in stacked.items()} for i in range(config.layers)]
     return params | {"layers": layers}

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.decoding.cache import Caches
-from ngpt_jax.decoding.folding import folded_config
 from ngpt_jax.model.embedding import embed_tokens
+from ngpt_jax.model.folding import folded_config
 from ngpt_jax.model.norms import rms_norm
 from ngpt_jax.model.rotary import rope_tables
 from ngpt_jax.model.transformer import Attend, Block

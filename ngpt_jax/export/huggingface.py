@@ -39,12 +39,12 @@ from ngpt_jax.config.fields import SCALES
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.data.tokenizers.base import check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
-from ngpt_jax.decoding import folding
 from ngpt_jax.export import hf_tokenizer
 from ngpt_jax.export.folders import Imported, new_output
 from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import LoadedModel
+from ngpt_jax.model import folding
 from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.training.workdir import versions

@@ -21,6 +21,7 @@ from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.inference import arguments, opening, scoring
 from ngpt_jax.inference.arguments import Ids, Prompt
 from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.model.folding import folded_config
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
@@ -261,7 +262,7 @@ def _padded(length: int) -> int:
 
 def _shardings(config: Any, mesh: Mesh) -> Any:
     """Shardings for the weights of folding.for_inference: as in training, with a tree a layer."""
-    folded = folding.folded_config(config)
+    folded = folded_config(config)
     placed = layout.param_shardings(folded, mesh)
 
     def of_layer(sharding: NamedSharding) -> NamedSharding:

@@ -76,8 +76,7 @@ def kernel_of(config: ModelConfig, length: int) -> str:
     """
     if config.attention != "auto":
         return config.attention
-    mesh = jax.sharding.get_abstract_mesh()
-    device = getattr(mesh, "abstract_device", None) or jax.devices()[0]
+    mesh, device = jax.sharding.get_abstract_mesh(), rules.current_device()
     capability = getattr(device, "compute_capability", None)
     config = dataclasses.replace(config, context=length)
     kernel, why = choose_kernel(config, mesh, device.platform, capability)

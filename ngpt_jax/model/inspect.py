@@ -17,7 +17,7 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.config.facts import check_seed
 from ngpt_jax.model.attention import softmax_scale
-from ngpt_jax.model.params import TABLE, compute_params, real_vocab, scale_factor, stored_scales
+from ngpt_jax.model.params import TABLE, real_vocab, scale_factor, stored_scales
 from ngpt_jax.model.transformer import Batch, Transformer
 
 TABLES, HEAD_KERNELS, MLP_KERNELS = (
@@ -177,9 +177,8 @@ def radial_and_tangential(w: np.ndarray, gradient: np.ndarray) -> Parts:
 
 
 def _forward(config: ModelConfig, params: Any, batch: Batch, *collections: str) -> Any:
-    variables = {"params": compute_params(config, params)}
     _, sown = Transformer(config).apply(
-        variables, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
+        {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
         method="hidden_and_table", mutable=list(collections),
     )  # fmt: skip
     return sown

@@ -157,20 +157,6 @@ def refuse_folded(config: ModelConfig) -> None:
         )
 
 
-def compute_params(config: ModelConfig, params: Any) -> Any:
-    """Parameters as the network reads them: matrices rounded to the compute dtype.
-
-    They are cast once for all passes of a step, and gradients with respect to the result have the
-    compute dtype too. With ``normalize_on_read`` parameters are returned as they are: a matrix is
-    normalized first, and rounded where it is read.
-    """
-    if config.normalize_on_read:
-        return params
-    return jax.tree.map(
-        lambda w, p: w.astype(config.dtype) if p.is_matrix else w, params, param_tree(config)
-    )
-
-
 def real_vocab(leaf: Any, axes: Axes, config: ModelConfig) -> Any:
     """A parameter without the rows that pad the vocabulary."""
     if "vocab" not in axes:

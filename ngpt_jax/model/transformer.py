@@ -121,18 +121,12 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
 
 
-def add(h: jax.Array, f: jax.Array, alpha: None) -> jax.Array:
-    """h + f in the dtype of h."""
-    del alpha
-    return (h + f).astype(h.dtype)
+def _joins() -> bool:
+    """Whether q with k, and up with gate, are one product each.
 
-
-# model.residual -> the function (h, f, alpha) that moves the hidden state h by a branch's output f.
-RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
-    "add": add,
-    "lerp": norms.lerp,
-    "slerp": sphere.slerp,
-}
+    A GPU then reads x once and launches fewer kernels. On TPUs, XLA would lay the halves out anew.
+    """
+    return rules.platform() == "gpu"
 
 
 class Block(nn.Module):
@@ -176,11 +170,9 @@ class Block(nn.Module):
         c = self.config
         x = self._rms_norm(h, "attention_norm")
         f, cache = self._attention(x, tables, segment_ids, attend)
-        if c.residual != "add" and not self.after_first:
-            # In nGPT h is a unit vector already. In the first block this norm takes the radial part
-            # of this step out of the gradient of the input table, as in the authors' code.
-            h = norms.unit(h)
-        middle = self._step(h, f, "alpha_a")
+        # In nGPT h is a unit vector already. In the first block its norm takes the radial part of
+        # this step out of the gradient of the input table, as in the authors' code.
+        middle = self._step(h, f, "alpha_a", normalize_h=not self.after_first)
         self._sow_angles("attention", h, f, middle)
         f = self._mlp(self._rms_norm(middle, "mlp_norm"))
         h = self._step(middle, f, "alpha_m")
@@ -192,14 +184,18 @@ class Block(nn.Module):
     def _rms_norm(self, x: jax.Array, name: str) -> jax.Array:
         return norms.rms_norm(x, gain(self, self.config, name), self.config.rms_eps)
 
-    def _step(self, h: jax.Array, f: jax.Array, name: str) -> jax.Array:
+    def _step(self, h: jax.Array, f: jax.Array, name: str, normalize_h: bool = False) -> jax.Array:
+        """The hidden state h, normalized first or not, moved by a branch's output f."""
         c = self.config
-        assert c.residual is not None
         alpha = scale(self, c, name)
-        alpha = alpha if alpha is None else jnp.abs(alpha)
-        if c.branch_norm == "unit":
-            f = norms.unit(sphere.promote(f))
-        return RESIDUALS[c.residual](h, f, alpha)
+        if alpha is None:
+            return (h + f).astype(h.dtype)
+        alpha = jnp.abs(alpha)
+        if c.residual == "lerp" and c.branch_norm == "unit":
+            return norms.residual_step(h, f, alpha, normalize_h)
+        h = norms.unit(h) if normalize_h else h
+        f = norms.unit(sphere.promote(f)) if c.branch_norm == "unit" else f
+        return norms.lerp(h, f, alpha) if c.residual == "lerp" else sphere.slerp(h, f, alpha)
 
     def _sow_angles(self, name: str, h: jax.Array, f: jax.Array, moved: jax.Array) -> None:
         """Sows the angles (B, T, 2) from h to f and from h to moved, in radians, if asked for.
@@ -210,10 +206,14 @@ class Block(nn.Module):
             a, b, c = (sphere.normalize(sphere.promote(x)) for x in (h, f, moved))
             self.sow("angles", name, jnp.stack([sphere.angle(a, b), sphere.angle(a, c)], axis=-1))
 
-    def _linear(self, x: jax.Array, name: str, contracted: int = 1, factor: Any = None) -> Any:
-        """The product of x (B, T, ...) and a matrix, which is gathered over fsdp for it."""
-        c, axes = self.config, TABLE[name].module_axes
-        w = matrix(self, c, name, factor)
+    def _linear(self, x: jax.Array, name: str, contracted: int = 1) -> Any:
+        """The product of x (B, T, ...) and a matrix."""
+        w = matrix(self, self.config, name)
+        return self._product(x, w, TABLE[name].module_axes, contracted)
+
+    def _product(self, x: jax.Array, w: jax.Array, axes: tuple[str, ...], contracted: int = 1):
+        """The product of x (B, T, ...) and w, which is gathered over fsdp for it."""
+        c = self.config
 
         def product(x, w):
             return linear(x, rules.gather(w, axes), contracted)
@@ -229,8 +229,7 @@ class Block(nn.Module):
         self, x: jax.Array, tables, segment_ids, attend: Attend | None
     ) -> tuple[jax.Array, Any]:
         c = self.config
-        q = self._linear(x, "query_kernel")
-        k = self._linear(x, "key_kernel")
+        q, k = self._query_key(x)
         v = self._linear(x, "value_kernel")
         q, k = self._rms_norm(q, "query_norm"), self._rms_norm(k, "key_norm")
         q, k = apply_rope(q, tables), apply_rope(k, tables)
@@ -253,14 +252,37 @@ class Block(nn.Module):
         out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed"), cache
 
+    def _query_key(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), as one product if possible.
+
+        One product reads x once; its result holds for each key head the queries that it serves,
+        then itself. Where the mesh does not divide the key heads, there are two products.
+        """
+        c = self.config
+        assert c.kv_heads and c.head_dim
+        if not _joins() or c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor"):
+            return self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
+        w_q, w_k = (matrix(self, c, name) for name in ("query_kernel", "key_kernel"))
+        w = jnp.concatenate(
+            [w_q.reshape(c.width, c.kv_heads, -1, c.head_dim), w_k[:, :, None]], axis=2
+        )
+        both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
+        q, k = both[..., :-1, :], both[..., -1, :]
+        return q.reshape(*q.shape[:2], c.heads, c.head_dim), k
+
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
         s_u, s_v = scale(self, c, "s_u"), scale(self, c, "s_v")  # equations 20, 21
         if s_v is not None:
             s_v = s_v * math.sqrt(c.width)  # SiLU depends on the size of its input
-        u = self._linear(x, "up_kernel", factor=s_u)
-        v = self._linear(x, "gate_kernel", factor=s_v)
-        hidden = rules.constrain(u * nn.silu(v), "batch", "length", "mlp")
+        up, gate = matrix(self, c, "up_kernel", s_u), matrix(self, c, "gate_kernel", s_v)
+        if _joins():
+            both = self._product(x, jnp.stack([up, gate], axis=1), ("embed", "joined", "mlp"))
+            hidden = norms.joined_swiglu(both)
+        else:
+            axes = ("embed", "mlp")
+            hidden = norms.swiglu(self._product(x, up, axes), self._product(x, gate, axes))
+        hidden = rules.constrain(hidden, "batch", "length", "mlp")
         out = self._linear(hidden, "down_kernel")
         return rules.constrain(out, "batch", "length", "embed")
 

@@ -9,6 +9,7 @@ the projection onto the sphere needs no communication.
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -26,6 +27,7 @@ PARAMETERS: Rules = {
     "kv_heads": ("tensor",),  # where it divides; else every device holds all of them
     "head_dim": ("fsdp",),
     "mlp": ("tensor", "fsdp"),
+    "joined": (),  # several matrices in one
     "vocab": ("tensor", "fsdp"),
 }
 
@@ -48,6 +50,17 @@ def current_mesh() -> AbstractMesh | None:
     """The mesh set with ``jax.set_mesh``; None where there is none, or only one device."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def current_device() -> Any:
+    """A device of the current mesh, which need not exist; without a mesh one of the process."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return getattr(mesh, "abstract_device", None) or jax.devices()[0]
+
+
+def platform() -> str:
+    """Of the devices: cpu, gpu or tpu."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(name := current_device().platform, name)
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, *names: str) -> int:

@@ -13,7 +13,7 @@ from ngpt_jax.config import Config, ConfigError, ModelConfig
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.model import inspect
-from ngpt_jax.model.params import compute_params
+from ngpt_jax.model.folding import compute_params
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.terminal import Terminal

@@ -1,5 +1,6 @@
 """The training step, as pure functions of a state and a batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,8 +10,9 @@ import optax
 
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model.folding import fold, folded_config, round_matrices
 from ngpt_jax.model.loss import cross_entropy
-from ngpt_jax.model.params import compute_params, param_tree, scale_factor, stored_scales, unit_axes
+from ngpt_jax.model.params import param_tree, scale_factor, stored_scales, unit_axes
 from ngpt_jax.model.transformer import Batch, Transformer, init_params
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
@@ -31,11 +33,18 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
 
 
-def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
-    """The sum of -log p(target) in nats over the batch's targets, with their weights."""
+def summed_nats(config: ModelConfig, weights: Any, batch: Batch) -> jax.Array:
+    """The sum of -log p(target) in nats over the batch's targets, with their weights.
+
+    Args:
+      config: of the model, folded or not.
+      weights: from folding.compute_params.
+      batch: see transformer.Batch.
+    """
+    config = folded_config(config)
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
-        {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
+        {"params": weights}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
         method="hidden_and_table",
     )  # fmt: skip
     h, table = outputs
@@ -86,29 +95,36 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     if "weights" in batch:
         tokens = jnp.maximum(jnp.sum(batch["weights"], dtype=dtype), 1)
 
-    def mean_nats(compute, batch):
-        return summed_nats(model, compute, batch) / tokens
+    def mean_nats(weights, batch):
+        return summed_nats(model, weights, batch) / tokens
 
-    compute = compute_params(model, params)
+    # Scales are multiplied in once for all microbatches; so is the way back through the product.
+    folded, through_fold = jax.vjp(functools.partial(fold, model), params)
+    weights = round_matrices(folded_config(model), folded)
     value_and_grad = jax.value_and_grad(mean_nats)
+
+    def of_params(grads):
+        (grads,) = through_fold(jax.tree.map(lambda g, w: g.astype(w.dtype), grads, folded))
+        return grads
+
     if microbatches == 1:
-        loss, grads = value_and_grad(compute, batch)
-        return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+        loss, grads = value_and_grad(weights, batch)
+        return loss, of_params(grads)
 
     def cut(x):  # (B, T) -> (microbatches, B / microbatches, T), each with rows of every device
         parts = jnp.moveaxis(x.reshape(-1, microbatches, x.shape[1]), 1, 0)
         return rules.constrain(parts, None, "batch", "length")
 
     def add(total, microbatch):
-        out = value_and_grad(compute, microbatch)
+        out = value_and_grad(weights, microbatch)
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, out), None
 
     def zero(w, p):
         return rules.lay_out(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), p.axes)
 
-    zeros = jnp.zeros((), dtype), jax.tree.map(zero, params, param_tree(model))
+    zeros = jnp.zeros((), dtype), jax.tree.map(zero, folded, param_tree(folded_config(model)))
     (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
-    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    return loss, of_params(grads)
 
 
 def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:

@@ -1,0 +1,95 @@
+"""The weights that the network computes with: scales multiplied into the matrices."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ngpt_jax import sphere
+from ngpt_jax.config import ModelConfig
+from ngpt_jax.model.attention import softmax_scale
+from ngpt_jax.model.params import (
+    FOLDED_MARK,
+    TABLE,
+    param_tree,
+    refuse_folded,
+    scale_factor,
+)
+
+
+def folded_config(config: ModelConfig) -> ModelConfig:
+    """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
+    folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
+    if not (folded or config.normalize_on_read):
+        return config
+    dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
+    return dataclasses.replace(config, folded=folded, normalize_on_read=False, param_dtype=dtype)
+
+
+def fold(config: ModelConfig, params: Any) -> Any:
+    """Multiplies scales into the matrices. The logits stay the same but for rounding.
+
+    (h W_u) s_u = h (W_u s_u) and (h W_nu) s_nu sqrt(d) = h (W_nu s_nu sqrt(d)) (equations 20, 21);
+    s_z goes into the output table (3). With c the factor on q k^T, sqrt(d_k) in nGPT,
+    c (q s_qk) . (k s_qk) = (q s_qk^2 c) . k (15, 16). alpha_a and alpha_m stay, because they scale
+    states and not weights.
+
+    Args:
+      config: resolved, of these parameters. Raises ConfigError if they are folded already.
+      params: the parameters. A model without scales to fold, such as GPT, gets them back unchanged.
+
+    Returns:
+      The parameters of :func:`folded_config`, in at least float32. The projection and training
+      know them by the name FOLDED_MARK and refuse them.
+    """
+    refuse_folded(config)
+    assert config.kv_heads is not None and config.head_dim is not None
+    new = folded_config(config)
+    if new == config:
+        return params
+
+    def read(w: jax.Array, p: Any) -> jax.Array:
+        normalized = config.normalize_on_read and p.is_matrix
+        return sphere.promote(sphere.normalize(w, p.axes.index("embed")) if normalized else w)
+
+    top = jax.tree.map(read, params, param_tree(config))
+    layers = top["layers"]
+
+    def take(tree: dict[str, Any], name: str) -> jax.Array:
+        return tree.pop(name) * scale_factor(config, name)
+
+    if "s_u" in layers:  # (layers, embed, mlp) * (layers, 1, mlp)
+        layers["up_kernel"] *= take(layers, "s_u")[:, None]
+    if "s_v" in layers:
+        layers["gate_kernel"] *= take(layers, "s_v")[:, None] * math.sqrt(config.width)
+    if "s_z" in top:
+        top["output_embedding"] *= take(top, "s_z")[:, None]
+    if new.folded:
+        shape = (config.layers, config.kv_heads, config.head_dim)
+        s_qk = take(layers, "s_qk") if "s_qk" in layers else jnp.ones(shape, new.param_dtype)
+        factor = jnp.square(s_qk) * softmax_scale(config)
+        layers[FOLDED_MARK] = jnp.repeat(factor, config.heads // config.kv_heads, axis=1)
+    return top
+
+
+def round_matrices(config: ModelConfig, params: Any) -> Any:
+    """Parameters with the matrices in the compute dtype.
+
+    They are cast once for all passes of a step, and gradients with respect to the result have the
+    compute dtype too.
+    """
+    return jax.tree.map(
+        lambda w, p: w.astype(config.dtype) if p.is_matrix else w, params, param_tree(config)
+    )
+
+
+def compute_params(config: ModelConfig, params: Any) -> Any:
+    """Parameters of :func:`folded_config` with the matrices in the compute dtype.
+
+    A scaled matrix is rounded once, after its scale is multiplied in. ``params`` may be folded
+    already.
+    """
+    params = params if config.folded else fold(config, params)
+    return round_matrices(folded_config(config), params)
