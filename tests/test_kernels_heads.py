@@ -107,7 +107,7 @@ def test_the_rule_keeps_its_arguments_alone():
     assert {x.shape for x in kept} <= {x.shape for x in arguments if x is not None}
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
     case=st.sampled_from(CASES),
     shape=st.tuples(
@@ -124,9 +124,9 @@ def test_the_kernel_agrees_with_the_rule(case, shape, per_row, dtype):
 @pytest.mark.parametrize(
     ("case", "shape"),
     [  # more tokens than a program has, more heads, both, and a group larger than a program's
-        (CASES[0], (2, 40, 2, 1, 64)),
-        (CASES[3], (1, 9, 8, 1, 256)),
-        (CASES[2], (1, 10, 6, 3, 200)),
+        (CASES[0], (2, 70, 2, 1, 64)),
+        (CASES[3], (1, 17, 8, 1, 256)),
+        (CASES[2], (1, 20, 6, 3, 200)),
         (CASES[3], (2, 5, 2, 9, 32)),
     ],
 )

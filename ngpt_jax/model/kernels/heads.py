@@ -19,9 +19,9 @@ from jax.experimental.pallas import triton as plgpu
 from ngpt_jax.model import heads
 from ngpt_jax.model.heads import Pair
 
-_WARPS = 4
-_TILE = 1024  # elements, so that each tile takes 8 registers of a thread
-_HEADS = 8  # of a program, where there are as many
+_WARPS = 8  # at most
+_ELEMENTS = 256  # of a tile for each warp: 8 registers of a thread, and nothing spills
+_HEADS = 8  # of a program at most, if a key head and its group are not more
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -95,6 +95,10 @@ class _Plan(NamedTuple):
     width: int  # of a tile
 
     @property
+    def warps(self) -> int:
+        return max(1, self.tokens * self.width // _ELEMENTS)
+
+    @property
     def programs(self) -> int:
         return self.sequences * self.blocks * self.parts
 
@@ -102,7 +106,7 @@ class _Plan(NamedTuple):
 def _plan(qk: jax.Array) -> _Plan:
     b, t, kv_heads, members, head_dim = qk.shape
     width = pl.next_power_of_2(head_dim // 2)
-    tokens = min(pl.next_power_of_2(t), _TILE // width)
+    tokens = min(pl.next_power_of_2(t), _WARPS * _ELEMENTS // width)
     divisors = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
     taken = max(n for n in divisors if n == 1 or n * members <= _HEADS)
     return _Plan(
@@ -173,7 +177,7 @@ def _call(
             [jax.ShapeDtypeStruct((*qk.shape[:2], 2 * n, half), qk.dtype) for n in outputs],
             [s and s[1] for s in sums],
         ],
-        compiler_params=plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.warps, num_stages=1),
         interpret=interpret,
         name=name,
     )(lines, list(tables), scales)
