@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from ngpt_jax.model import heads
-from ngpt_jax.model.heads import Pair
+Pair = tuple[jax.Array, jax.Array]  # a head's halves: tiles of float32
 
 _WARPS = 8  # at most
 _ELEMENTS = 256  # of a tile for each warp: 8 registers of a thread, and nothing spills
@@ -191,7 +190,7 @@ def _forward_kernel(arrays, tables, scales, outputs, sums, *, plan, form, eps):
     def rotate(member, kind, head, carry):
         scale = _read_scale(scales[kind], head, there)
         x = _read(qk, member, mask)
-        out = heads.forward(x, cos, sin, scale, form, eps, plan.head_dim)
+        out = _forward(x, cos, sin, scale, form, eps, plan.head_dim)
         _write(outputs[kind], head, out, mask)
         return carry
 
@@ -205,7 +204,7 @@ def _backward_kernel(arrays, tables, scales, outputs, sums, *, plan, form, eps):
     def rotate(member, kind, head, totals):
         scale = _read_scale(scales[kind], head, there)
         x, g = _read(qk, member, mask), _read(cotangents[kind], head, mask)
-        dx, dscale = heads.backward(x, g, cos, sin, scale, form, eps, plan.head_dim)
+        dx, dscale = _backward(x, g, cos, sin, scale, form, eps, plan.head_dim)
         _write(dqk, member, dx, mask)
         if dscale is None:
             return totals
@@ -272,3 +271,71 @@ def _read_scale(ref: Any, head: Any, there: jax.Array) -> Pair | None:
 def _write_sums(ref: Any, head: Any, halves: Pair, there: jax.Array) -> None:
     for i, x in enumerate(halves):
         plgpu.store(_line(ref, head, i), x, mask=there)
+
+
+def _forward(
+    x: Pair,
+    cos: jax.Array,
+    sin: jax.Array,
+    scale: Pair | None,
+    form: str,
+    eps: float,
+    head_dim: int,
+) -> Pair:
+    """The result for one head of each token, as :mod:`ngpt_jax.model.heads` defines it."""
+    if form == "none":
+        return _turn(x, cos, sin)
+    if form == "unit_after_rope":
+        return _times(_normalized(_turn(x, cos, sin), form, eps, head_dim)[0], scale)
+    return _turn(_times(_normalized(x, form, eps, head_dim)[0], scale), cos, sin)
+
+
+def _backward(
+    x: Pair,
+    g: Pair,
+    cos: jax.Array,
+    sin: jax.Array,
+    scale: Pair | None,
+    form: str,
+    eps: float,
+    head_dim: int,
+) -> tuple[Pair, Pair | None]:
+    """The gradients of :func:`_forward` for x, and for scale before the sum over tokens.
+
+    With y = Norm(x) the gradient for x is (g - y <y, g>) / ||x||, and likewise for RMSNorm.
+    """
+    if form == "none":
+        return _turn(g, cos, -sin), None
+    if form == "unit_after_rope":
+        x = _turn(x, cos, sin)
+    else:
+        g = _turn(g, cos, -sin)
+    y, inverse = _normalized(x, form, eps, head_dim)
+    (a, b), dscale = y, None if scale is None else (g[0] * y[0], g[1] * y[1])
+    ga, gb = _times(g, scale)
+    along = jnp.sum(a * ga + b * gb, axis=-1, keepdims=True)
+    if form == "rms_before_rope":
+        along = along / head_dim
+    dx = inverse * (ga - a * along), inverse * (gb - b * along)
+    return (_turn(dx, cos, -sin) if form == "unit_after_rope" else dx), dscale
+
+
+def _turn(x: Pair, cos: jax.Array, sin: jax.Array) -> Pair:
+    a, b = x
+    return a * cos - b * sin, b * cos + a * sin
+
+
+def _times(x: Pair, scale: Pair | None) -> Pair:
+    return x if scale is None else (x[0] * scale[0], x[1] * scale[1])
+
+
+def _normalized(x: Pair, form: str, eps: float, head_dim: int) -> tuple[Pair, jax.Array]:
+    """The vectors divided by their norm, and what they were multiplied by."""
+    a, b = x
+    square = jnp.sum(a * a + b * b, axis=-1, keepdims=True)
+    if form == "rms_before_rope":
+        inverse = jax.lax.rsqrt(square / head_dim + eps)
+    else:
+        there = square >= jnp.finfo(square.dtype).tiny
+        inverse = jnp.where(there, jax.lax.rsqrt(jnp.where(there, square, 1)), 0)
+    return (a * inverse, b * inverse), inverse
