@@ -1,8 +1,8 @@
 """Kernels that go over rows: one description of loads, masks, loops and sums for all of them.
 
-A program of the grid takes some rows, one tile of them at a time. A tile is as wide as the next
-power of two of the rows' length; what lies beyond a row or after the last row reads as zero and is
-not written.
+A program of the grid takes some rows, one after the other. The tile that holds a row is as wide as
+the next power of two: what lies beyond the row, or after the last row, reads as zero and is not
+written.
 """
 
 import functools
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-Tile = jax.Array  # (rows at once, width) float32
-_ROWS = 32  # of a program with sums: the sums are then 1/40 of the bytes of a backward pass
-_PROGRAMS = 1024  # at least, where there are rows enough: they fill the largest of today's GPUs
+Tile = jax.Array  # (1, width) float32
+_ROWS = 16  # at most, of a program with sums: these are then 1/20 of the bytes of a backward pass
+_PROGRAMS = 1024  # at least, where there are rows enough, to fill a GPU of 132 cores
+_COLUMNS = 256  # of a warp, 8 of a thread: loads of 16 bytes in bfloat16, and no register spills
 
 
 def over_rows(
@@ -31,8 +32,8 @@ def over_rows(
     """One kernel that computes rows from rows.
 
     Args:
-      body: (a tile of each array of rows, each vector as (1, width)) -> (a tile of each output,
-        tiles to be summed over all rows), all float32. It sums along axis 1.
+      body: (a tile of each array of rows, a tile of each vector) -> (a tile of each output, tiles
+        to be summed over all rows), all float32 (1, width).
       rows: arrays (n, d) of any floating dtype up to float32.
       vectors: arrays (d,), float32, the same for all rows.
       dtypes: of the outputs (n, d).
@@ -45,38 +46,35 @@ def over_rows(
     """
     n, d = rows[0].shape
     width = pl.next_power_of_2(d)
-    tile, warps = _tile(width)
-    steps = min(_ROWS, pl.next_power_of_2(pl.cdiv(n, _PROGRAMS))) // tile if sums else 1
-    steps = max(steps, 1)
-    programs = pl.cdiv(n, tile * steps)
+    per_program = min(_ROWS, pl.next_power_of_2(pl.cdiv(n, _PROGRAMS))) if sums else 1
+    programs = pl.cdiv(n, per_program)
 
     def kernel(*refs):
         inputs, refs = refs[: len(rows)], refs[len(rows) :]
         constants, refs = refs[: len(vectors)], refs[len(vectors) :]
         outputs, totals = refs[: len(dtypes)], refs[len(dtypes) :]
-        first = pl.program_id(0) * tile * steps
-        row = jax.lax.broadcasted_iota(jnp.int32, (tile, width), 0)
-        there = jax.lax.broadcasted_iota(jnp.int32, (tile, width), 1) < d
-        line = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) < d
-        constants = [plgpu.load(ref.at[:, :], mask=line, other=0) for ref in constants]
+        first = pl.program_id(0) * per_program
+        there = jax.lax.broadcasted_iota(jnp.int32, (1, width), 1) < d
 
-        def step(i, partial):
-            mask = there & (first + i * tile + row < n)
-            here = (pl.ds(i * tile, tile), slice(None))
-            tiles = [
-                plgpu.load(ref.at[here], mask=mask, other=0).astype(jnp.float32) for ref in inputs
-            ]
-            results, terms = body(*tiles, *constants)
+        def load(ref, row, mask):
+            tile = plgpu.load(ref.at[pl.ds(row, 1), :], mask=mask, other=0)
+            return tile.astype(jnp.float32)
+
+        def step(row, partial):
+            mask = there & (first + row < n)
+            tiles = [load(ref, row, mask) for ref in inputs]
+            # Read again for each row, from cache: kept in registers they would take many.
+            results, terms = body(*tiles, *(load(ref, 0, there) for ref in constants))
             for ref, result in zip(outputs, results):
-                plgpu.store(ref.at[here], result.astype(ref.dtype), mask=mask)
-            return tuple(p + jnp.sum(t, 0, keepdims=True) for p, t in zip(partial, terms))
+                plgpu.store(ref.at[pl.ds(row, 1), :], result.astype(ref.dtype), mask=mask)
+            return tuple(p + term for p, term in zip(partial, terms))
 
-        zero = (jnp.zeros((1, width), jnp.float32),) * sums
-        partial = jax.lax.fori_loop(0, steps, step, zero) if steps > 1 else step(0, zero)
+        partial = (jnp.zeros((1, width), jnp.float32),) * sums
+        partial = jax.lax.fori_loop(0, per_program, step, partial)
         for ref, value in zip(totals, partial):
-            plgpu.store(ref.at[:, :], value, mask=line)
+            plgpu.store(ref.at[:, :], value, mask=there)
 
-    block = pl.BlockSpec((tile * steps, width), lambda i: (i, 0))
+    block = pl.BlockSpec((per_program, width), lambda i: (i, 0))
     vector = pl.BlockSpec((1, width), lambda i: (0, 0))
     partial = pl.BlockSpec((1, width), lambda i: (i, 0))
     results = pl.pallas_call(
@@ -86,17 +84,14 @@ def over_rows(
         out_specs=[block] * len(dtypes) + [partial] * sums,
         out_shape=[jax.ShapeDtypeStruct((n, d), dtype) for dtype in dtypes]
         + [jax.ShapeDtypeStruct((programs, d), jnp.float32)] * sums,
-        compiler_params=plgpu.CompilerParams(num_warps=warps, num_stages=1),
+        compiler_params=plgpu.CompilerParams(
+            num_warps=min(16, max(1, width // _COLUMNS)), num_stages=1
+        ),
         interpret=interpret,
         name=name,
     )(*rows, *(v[None] for v in vectors))
     outputs, partials = results[: len(dtypes)], results[len(dtypes) :]
     return outputs, [jnp.sum(p, 0) for p in partials]
-
-
-def _tile(width: int) -> tuple[int, int]:
-    """Rows at once and warps of a program."""
-    return 1, min(8, max(1, width // 256))
 
 
 def flat(x: jax.Array) -> jax.Array:
@@ -105,7 +100,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 
 def inverse_norm(x: Tile) -> Tile:
-    """1 / ||x|| of each row (rows, 1); 0 where the squared norm is below the smallest normal."""
+    """1 / ||x|| as (1, 1); 0 where the squared norm is below the smallest normal number."""
     square = jnp.sum(x * x, 1, keepdims=True)
     there = square >= jnp.finfo(jnp.float32).tiny
     return jnp.where(there, jax.lax.rsqrt(jnp.where(there, square, 1)), 0)

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-_COLUMNS = 1024  # of a program
+_COLUMNS = 1024  # of a program: with 4 warps 8 of a thread, loads of 16 bytes in bfloat16
 _WARPS = 4
 
 
 def swiglu(uv: jax.Array, *, interpret: bool = False) -> jax.Array:
-    """u * SiLU(v), computed in float32.
+    """u SiLU(v), computed in float32.
 
-    The backward kernel reads uv and the cotangent and writes that of uv as one array.
+    The backward kernel reads uv and the cotangent, and writes the cotangent of uv as one array.
 
     Args:
       uv: (..., 2, m), bfloat16, float16 or float32: u and v.
@@ -29,12 +29,10 @@ def swiglu(uv: jax.Array, *, interpret: bool = False) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _swiglu(uv, interpret):
-    def kernel(uv_ref, out_ref):
-        u, v = _load(uv_ref, m, 0), _load(uv_ref, m, 1)
-        _store(out_ref, m, 0, u * (v * _sigmoid(v)))
+    def body(u, v):
+        return [u * (v * _sigmoid(v))]
 
-    n, _, m = uv.shape
-    return _call(kernel, [uv], 1, "swiglu", interpret).reshape(n, m)
+    return _call(body, [uv], 1, "swiglu", interpret)[:, 0]
 
 
 def _forward(uv, interpret):
@@ -42,14 +40,11 @@ def _forward(uv, interpret):
 
 
 def _backward(interpret, uv, g):
-    def kernel(uv_ref, g_ref, out_ref):
-        u, v, g = _load(uv_ref, m, 0), _load(uv_ref, m, 1), _load(g_ref, m, 0)
+    def body(u, v, g):
         sigmoid = _sigmoid(v)
-        _store(out_ref, m, 0, g * (v * sigmoid))
-        _store(out_ref, m, 1, g * u * (sigmoid * (1 + v * (1 - sigmoid))))
+        return [g * (v * sigmoid), g * u * (sigmoid * (1 + v * (1 - sigmoid)))]
 
-    m = uv.shape[-1]
-    return (_call(kernel, [uv, g[:, None]], 2, "swiglu_backward", interpret),)
+    return (_call(body, [uv, g[:, None]], 2, "swiglu_backward", interpret),)
 
 
 _swiglu.defvjp(_forward, _backward)
@@ -59,17 +54,42 @@ def _sigmoid(v):
     return 1 / (1 + jnp.exp(-v))
 
 
-def _call(kernel, inputs, parts, name, interpret):
-    """The kernel over blocks of inputs (n, 1 or 2, m); its output is (n, parts, m)."""
+def _call(body, inputs, parts, name, interpret):
+    """(n, parts, m) from inputs (n, 1 or 2, m), elementwise.
+
+    Args:
+      body: (a float32 tile of each part of each input) -> a tile of each part of the output.
+      inputs: the output has the dtype of the first.
+      parts: 1 or 2.
+      name: of the kernel in the compiled program.
+      interpret: run it without a GPU.
+    """
     n, _, m = inputs[0].shape
     columns = min(_COLUMNS, pl.next_power_of_2(m))
+    blocks = pl.cdiv(m, columns)  # of a row; neighbours in memory are neighbours in the grid
+
+    def kernel(*refs):
+        *refs, out = refs
+        column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, columns), 2)
+        there = pl.program_id(0) % blocks * columns + column < m
+
+        def part(ref, i):
+            return ref.at[:, pl.ds(i, 1), :]
+
+        tiles = [
+            plgpu.load(part(ref, i), mask=there, other=0).astype(jnp.float32)
+            for ref in refs
+            for i in range(ref.shape[1])
+        ]
+        for i, tile in enumerate(body(*tiles)):
+            plgpu.store(part(out, i), tile.astype(out.dtype), mask=there)
 
     def block(parts):
-        return pl.BlockSpec((1, parts, columns), lambda i, j: (i, 0, j))
+        return pl.BlockSpec((1, parts, columns), lambda i: (i // blocks, 0, i % blocks))
 
     return pl.pallas_call(
         kernel,
-        grid=(n, pl.cdiv(m, columns)),
+        grid=(n * blocks,),
         in_specs=[block(x.shape[1]) for x in inputs],
         out_specs=block(parts),
         out_shape=jax.ShapeDtypeStruct((n, parts, m), inputs[0].dtype),
@@ -77,20 +97,3 @@ def _call(kernel, inputs, parts, name, interpret):
         interpret=interpret,
         name=name,
     )(*inputs)
-
-
-def _place(ref, m, part):
-    """Where the block's columns of a part lie, and which of them there are."""
-    columns = ref.shape[-1]
-    column = jax.lax.broadcasted_iota(jnp.int32, (1, 1, columns), 2)
-    return ref.at[:, pl.ds(part, 1), :], pl.program_id(1) * columns + column < m
-
-
-def _load(ref, m, part):
-    place, there = _place(ref, m, part)
-    return plgpu.load(place, mask=there, other=0).astype(jnp.float32)
-
-
-def _store(ref, m, part, value):
-    place, there = _place(ref, m, part)
-    plgpu.store(place, value.astype(ref.dtype), mask=there)
