@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ngpt_jax.aot import topologies
+from ngpt_jax.aot import hlo, topologies
 from ngpt_jax.model.kernels import residual, rms, swiglu
 
 EPS = 1e-6
@@ -76,18 +76,20 @@ KERNELS = {
 }
 
 
-def arguments(name, n, d, dtype):
-    """Random arguments of a kernel; rows in the dtype, vectors in float32.
-
-    They are multiples of 1/16 up to 4, so that sums of two are exact in bfloat16.
-    """
-    rng = np.random.default_rng(n * d)
-    shapes = {"row": (n, d), "pair": (n, 2, d), "vector": (d,)}
+def shapes(name, n, d, dtype):
+    """Shapes of a kernel's arguments; rows in the dtype, vectors in float32."""
+    shape = {"row": (n, d), "pair": (n, 2, d), "vector": (d,)}
     kinds = KERNELS[name][2].split()
-    values = [
-        np.clip(np.round(16 * rng.standard_normal(shapes[kind])) / 16, -4, 4) for kind in kinds
+    return [jax.ShapeDtypeStruct(shape[k], "float32" if k == "vector" else dtype) for k in kinds]
+
+
+def arguments(name, n, d, dtype):
+    """Random multiples of 1/16 up to 4, so that the sum of two is exact in bfloat16."""
+    rng = np.random.default_rng(n * d)
+    return [
+        jnp.asarray(np.clip(np.round(16 * rng.standard_normal(x.shape)) / 16, -4, 4), x.dtype)
+        for x in shapes(name, n, d, dtype)
     ]
-    return [jnp.asarray(x, "float32" if k == "vector" else dtype) for x, k in zip(values, kinds)]
 
 
 def results(function, args, cotangents):
@@ -205,15 +207,26 @@ def test_other_kernels_are_finite_at_every_size():
 
 @pytest.fixture(scope="module")
 def h100():
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if not any(importlib.util.find_spec(plugin) for plugin in plugins):
         pytest.skip("needs the CUDA plugin of jax")
     return jax.sharding.SingleDeviceSharding(topologies.topology_devices("h100:1")[0])
+
+
+# name -> rows that the forward and backward kernels move, with two copies of the result.
+MOVED = {
+    "residual_step": [3, 6],
+    "residual_step_of_norm": [3, 6],
+    "rms_norm": [2, 4],
+    "add_rms_norm": [4, 5],
+    "swiglu": [3, 5],
+}
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernels_compile_for_a_gpu(name, h100):
     kernel = functools.partial(KERNELS[name][0], copies=2, interpret=False)
-    args = arguments(name, 4096, 768, "bfloat16")
+    args = shapes(name, 1 << 15, 768, "bfloat16")
     out = jax.eval_shape(kernel, *args)
     described = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=h100), (args, out)
@@ -221,5 +234,11 @@ def test_kernels_compile_for_a_gpu(name, h100):
     lowered = jax.jit(lambda args, g: results(kernel, args, g)).lower(*described)
     text = lowered.compile(compiler_options=topologies.GPU_COMPILER_OPTIONS).as_text()
     found = re.findall(r'name = "([^"]*)"', text)
-    name = name.removesuffix("_of_norm")
-    assert sorted(found) == [name, f"{name}_backward"]
+    own_name = name.removesuffix("_of_norm")
+    assert sorted(found) == [own_name, f"{own_name}_backward"]
+    traffic = hlo.analyze(text).traffic
+    moved = [size for call, (_, size) in traffic.items() if call.startswith("pallas_call")]
+    row = (1 << 15) * 768 * 2
+    # Besides rows, partial sums for vectors.
+    pairs = zip(sorted(moved), MOVED[name], strict=True)
+    assert all(rows <= x / row < rows + 0.13 for x, rows in pairs)

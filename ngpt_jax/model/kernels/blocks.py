@@ -39,7 +39,7 @@ def over_rows(
       dtypes: of the outputs (n, d).
       sums: how many sums there are.
       name: of the kernel in the compiled program.
-      interpret: run it without a GPU.
+      interpret: run it on any platform.
 
     Returns:
       The outputs (n, d), and the sums (d,) in float32.

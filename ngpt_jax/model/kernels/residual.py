@@ -28,8 +28,9 @@ def residual_step(
       alpha: (d,) float32.
       normalize_h: whether x is Norm(h).
       copies: how often the result is returned. With one copy for each use of it, the backward
-        kernel adds their cotangents, and no pass over them is needed for the sum.
-      interpret: run the kernels without a GPU.
+        kernel adds their cotangents, and no pass over them is needed for the sum. A copy without
+        a use costs reading zeros.
+      interpret: run the kernels on any platform.
 
     Returns:
       The result in the dtype of h, ``copies`` times.

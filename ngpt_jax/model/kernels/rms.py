@@ -19,7 +19,7 @@ def rms_norm(
       eps: added to the mean square.
       copies: how often the result is returned: once for each use of it, so that the backward
         kernel adds their cotangents.
-      interpret: run the kernels without a GPU.
+      interpret: run the kernels on any platform.
 
     Returns:
       The result in the dtype of x, ``copies`` times.

@@ -18,7 +18,7 @@ def swiglu(uv: jax.Array, *, interpret: bool = False) -> jax.Array:
 
     Args:
       uv: (..., 2, m), bfloat16, float16 or float32: u and v.
-      interpret: run the kernels without a GPU.
+      interpret: run the kernels on any platform.
 
     Returns:
       (..., m) in the dtype of uv.
@@ -62,7 +62,7 @@ def _call(body, inputs, parts, name, interpret):
       inputs: the output has the dtype of the first.
       parts: 1 or 2.
       name: of the kernel in the compiled program.
-      interpret: run it without a GPU.
+      interpret: run it on any platform.
     """
     n, _, m = inputs[0].shape
     columns = min(_COLUMNS, pl.next_power_of_2(m))
