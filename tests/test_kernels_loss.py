@@ -155,7 +155,7 @@ def test_on_meshes():
 
 def on_meshes():
     """With four devices: the kernel under fsdp and context, and a vocabulary cut over tensor."""
-    from ngpt_jax.parallel import rules  # noqa: PLC0415
+    from ngpt_jax.parallel import rules
 
     keys = jax.random.split(jax.random.key(0), 2)
     hidden = jax.random.normal(keys[0], (4, 8, 16))

@@ -92,17 +92,15 @@ def _scan_chunks(hidden, table, targets, weights, static, cut=False):
                 logits, y, w, vocab_size, hidden.dtype, interpret=interpret
             )
             return gradients(carry, jnp.sum(nats * w), d_logits, h)
+        row, here = local_rows(y, table.shape[0]) if cut else (y, None)
+        picked = jnp.take_along_axis(logits, row[:, None], axis=-1)
         if padded:  # a finite number, whose differences are no NaN
             logits = jnp.where(ids < vocab_size, logits, jnp.finfo(dtype).min)
         top, total = _max_and_sum(logits)
         if cut:
-            row, here = local_rows(y, table.shape[0])
-            picked = jnp.take_along_axis(logits, row[:, None], axis=-1)
             picked = jnp.where(here[:, None], picked, 0)
             own, top = top, jax.lax.pmax(top, "tensor")
             total, picked = jax.lax.psum((total * jnp.exp(own - top), picked), "tensor")
-        else:
-            picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
         log_total = jnp.log(total) + top
         nats = jnp.sum((log_total - picked)[:, 0] * w)
         if not with_grads:
