@@ -9,12 +9,14 @@ vocabulary, the loop communicates a maximum and two sums for each token, and not
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ngpt_jax.model.embedding import gather_rows, local_rows, scatter_rows, table_spec
+from ngpt_jax.model.kernels.cross_entropy import cross_entropy_gradient
 from ngpt_jax.parallel import rules
 
 
@@ -24,54 +26,96 @@ def num_chunks(batch: int, length: int, chunk: int) -> int:
     return next(n for n in range(min(wanted, length), length + 1) if length % n == 0)
 
 
-def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads, cut=False):
+def _max_and_sum(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maximum m of each row and the sum of exp(logit - m), each (N, 1); all logits finite.
+
+    In one pass over the logits on NVIDIA GPUs. Elsewhere in two: a TPU takes the maximum while it
+    writes the product, and CPUs vectorize no sum of pairs (the loss takes 1.5 times as long).
+    """
+    return jax.lax.platform_dependent(logits, cuda=_one_pass, default=_two_passes)
+
+
+def _two_passes(logits):
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    return top, jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
+
+
+def _one_pass(logits):
+    def add(a, b):  # two pairs of a maximum, and a sum relative to it
+        (top_a, sum_a), (top_b, sum_b) = a, b
+        less = jnp.exp(-jnp.abs(top_a - top_b))
+        total = jnp.where(top_a > top_b, sum_a + sum_b * less, sum_a * less + sum_b)
+        return jnp.maximum(top_a, top_b), total
+
+    nothing = jnp.array(jnp.finfo(logits.dtype).min), jnp.zeros((), logits.dtype)
+    top, total = jax.lax.reduce((logits, jnp.ones_like(logits)), nothing, add, (1,))
+    return top[:, None], total[:, None]
+
+
+class _Static(NamedTuple):
+    """The arguments of the loss that are no arrays, and whether gradients are wanted."""
+
+    vocab_size: int
+    chunk: int
+    kernels: str
+    interpret: bool
+    with_grads: bool
+
+
+def _scan_chunks(hidden, table, targets, weights, static, cut=False):
     """On one device: the summed nats and, ``with_grads``, the gradients of hidden and table.
 
     With ``cut`` the table is this device's shard of the rows along ``tensor``, and the gradient of
     hidden is the contribution of these rows.
     """
-    batch, length, width = hidden.shape
-    n = num_chunks(batch, length, chunk)
+    vocab_size, chunk, kernels, interpret, with_grads = static
+    tokens, width = targets.size, hidden.shape[-1]
+    n = num_chunks(1, tokens, chunk)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     ids = jnp.arange(table.shape[0])
     if cut:
         ids = ids + jax.lax.axis_index("tensor") * table.shape[0]
     padded = cut or table.shape[0] > vocab_size
+    # Between the sums and the gradient the devices of a cut vocabulary communicate.
+    fused = kernels == "pallas" and with_grads and not cut and dtype == jnp.float32
 
-    def all_devices(reduce, x):
-        return reduce(x, "tensor") if cut else x
-
-    def split(x):  # (B, T, ...) -> (n, B T/n, ...); every chunk has a part of every row
-        parts = jnp.moveaxis(x.reshape(batch, n, length // n, *x.shape[2:]), 1, 0)
-        return parts.reshape(n, batch * (length // n), *x.shape[2:])
+    def gradients(carry, nats, d_logits, h):
+        sum_nats, d_table = carry
+        d_table = d_table + jnp.matmul(d_logits.T, h, preferred_element_type=dtype)
+        return (sum_nats + nats, d_table), d_logits @ table
 
     def body(carry, chunk_inputs):
         h, y, w = chunk_inputs  # (tokens, embed), (tokens,), (tokens,)
         logits = jnp.matmul(h, table.T, preferred_element_type=dtype)  # (tokens, vocab)
-        logits = jnp.where(ids < vocab_size, logits, -jnp.inf) if padded else logits
-        top = all_devices(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
-        total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
+        if fused:
+            nats, d_logits = cross_entropy_gradient(
+                logits, y, w, vocab_size, hidden.dtype, interpret=interpret
+            )
+            return gradients(carry, jnp.sum(nats * w), d_logits, h)
+        row, here = local_rows(y, table.shape[0]) if cut else (y, None)
+        picked = jnp.take_along_axis(logits, row[:, None], axis=-1)
+        if padded:  # a finite number, whose differences are no NaN
+            logits = jnp.where(ids < vocab_size, logits, jnp.finfo(dtype).min)
+        top, total = _max_and_sum(logits)
         if cut:
-            row, here = local_rows(y, table.shape[0])
-            picked = jnp.take_along_axis(logits, row[:, None], axis=-1)
             picked = jnp.where(here[:, None], picked, 0)
-        else:
-            picked = jnp.take_along_axis(logits, y[:, None], axis=-1)
-        total, picked = all_devices(jax.lax.psum, (total, picked))
+            own, top = top, jax.lax.pmax(top, "tensor")
+            total, picked = jax.lax.psum((total * jnp.exp(own - top), picked), "tensor")
         log_total = jnp.log(total) + top
         nats = jnp.sum((log_total - picked)[:, 0] * w)
         if not with_grads:
             return carry + nats, None
-        sum_nats, d_table = carry
         hit = ids == y[:, None]
         d_logits = (jnp.exp(logits - log_total) - hit) * w[:, None]
-        d_logits = d_logits.astype(hidden.dtype)
-        d_table = d_table + jnp.matmul(d_logits.T, h, preferred_element_type=dtype)
-        return (sum_nats + nats, d_table), d_logits @ table
+        return gradients(carry, nats, d_logits.astype(hidden.dtype), h)
 
     zero = jnp.zeros((), dtype)
     carry = (zero, jnp.zeros(table.shape, dtype)) if with_grads else zero
-    inputs = (split(hidden), split(targets), split(weights.astype(dtype)))
+    inputs = (
+        hidden.reshape(n, tokens // n, width),
+        targets.reshape(n, tokens // n),
+        weights.astype(dtype).reshape(n, tokens // n),
+    )
     if n == 1:  # without the cost of a loop
         carry, d_hidden = body(carry, jax.tree.map(lambda x: x[0], inputs))
         d_hidden = None if d_hidden is None else d_hidden[None]
@@ -80,15 +124,13 @@ def _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads,
     if not with_grads:
         return carry, None
     nats, d_table = carry
-    d_hidden = jnp.moveaxis(d_hidden.reshape(n, batch, length // n, width), 0, 1)
-    d_hidden = d_hidden.reshape(batch, length, width)
-    return nats, (d_hidden, d_table.astype(table.dtype))
+    return nats, (d_hidden.reshape(hidden.shape), d_table.astype(table.dtype))
 
 
-def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
+def _on_mesh(hidden, table, targets, weights, static):
     mesh = rules.current_mesh()
     if mesh is None:
-        return _scan_chunks(hidden, table, targets, weights, vocab_size, chunk, with_grads)
+        return _scan_chunks(hidden, table, targets, weights, static)
     cut = rules.axis_size(mesh, "tensor") > 1
     token_spec = rules.activation_spec(("batch", "length"), targets.shape, mesh)
     rows_spec = table_spec(table.shape, mesh)
@@ -96,11 +138,9 @@ def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
 
     def on_device(hidden, table, targets, weights):
         whole = gather_rows(table, mesh)
-        nats, grads = _scan_chunks(
-            hidden, whole, targets, weights, vocab_size, chunk, with_grads, cut
-        )
+        nats, grads = _scan_chunks(hidden, whole, targets, weights, static, cut)
         nats = jax.lax.psum(nats, axes) if axes else nats
-        if not with_grads:
+        if not static.with_grads:
             return nats, None
         d_hidden, d_table = grads
         d_hidden = jax.lax.psum(d_hidden, "tensor") if cut else d_hidden
@@ -109,7 +149,7 @@ def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
         return nats, jax.lax.optimization_barrier((d_hidden, scatter_rows(d_table, axes, mesh)))
 
     hidden_spec = P(*token_spec, None)
-    out_specs = (P(), (hidden_spec, rows_spec) if with_grads else None)
+    out_specs = (P(), (hidden_spec, rows_spec) if static.with_grads else None)
     return jax.shard_map(
         on_device,
         in_specs=(hidden_spec, rows_spec, token_spec, token_spec),
@@ -118,7 +158,7 @@ def _on_mesh(hidden, table, targets, weights, vocab_size, chunk, with_grads):
     )(hidden, table, targets, weights)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def cross_entropy(
     hidden: jax.Array,
     table: jax.Array,
@@ -126,6 +166,8 @@ def cross_entropy(
     weights: jax.Array,
     vocab_size: int,
     chunk: int,
+    kernels: str = "xla",
+    interpret: bool = False,
 ) -> jax.Array:
     """Weighted sum of -log softmax(hidden table^T)[target], in nats.
 
@@ -136,20 +178,24 @@ def cross_entropy(
       weights: (B, T), 0 for a target that does not count. Not differentiated.
       vocab_size: rows of the table in use. The others get no probability and no gradient.
       chunk: tokens on each device whose logits are in memory at one time.
+      kernels: xla, or pallas: a fused kernel for NVIDIA GPUs makes the gradient of the logits.
+        float64 and a vocabulary that is cut over ``tensor`` are computed as with xla.
+      interpret: run the kernel without a GPU.
 
     Returns:
       A scalar in at least float32. Products run in the dtype of ``hidden`` and accumulate
       in at least float32.
     """
-    return _on_mesh(hidden, table, targets, weights, vocab_size, chunk, False)[0]
+    static = _Static(vocab_size, chunk, kernels, interpret, with_grads=False)
+    return _on_mesh(hidden, table, targets, weights, static)[0]
 
 
-def _forward(hidden, table, targets, weights, vocab_size, chunk):
-    return _on_mesh(hidden, table, targets, weights, vocab_size, chunk, True)
+def _forward(hidden, table, targets, weights, *options):
+    return _on_mesh(hidden, table, targets, weights, _Static(*options, with_grads=True))
 
 
-def _backward(vocab_size, chunk, grads, cotangent):
-    del vocab_size, chunk
+def _backward(vocab_size, chunk, kernels, interpret, grads, cotangent):
+    del vocab_size, chunk, kernels, interpret
     d_hidden, d_table = ((g * cotangent).astype(g.dtype) for g in grads)
     return d_hidden, d_table, None, None
 
