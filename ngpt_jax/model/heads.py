@@ -35,8 +35,9 @@ def rotate(
     Args:
       x: (B, T, heads, head_dim).
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2), at least float32.
-      scale: (heads, head_dim) or (head_dim,), at least float32. None: no factor, and no RMSNorm.
-      form: unit_after_rope, rms_before_rope or none. With none there is no scale.
+      scale: (heads, head_dim) or (head_dim,), at least float32. None: no factor.
+      form: unit_after_rope, rms_before_rope or none. The second
+        needs a scale, the third has none.
       eps: for rms_before_rope.
     """
     return _rotated(x, cos, sin, scale, form, eps)
@@ -71,7 +72,8 @@ def rotate_heads(
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2), at least float32.
       q_scale: (kv_heads, group, head_dim) or (head_dim,), at least float32. None: no factor.
       k_scale: (kv_heads, head_dim) or (head_dim,), at least float32. None: no factor.
-      form: unit_after_rope, rms_before_rope or none. With none there are no scales.
+      form: unit_after_rope, rms_before_rope or none. The second
+        needs both scales, the third has none.
       eps: for rms_before_rope.
 
     Returns:

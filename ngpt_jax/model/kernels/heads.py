@@ -45,7 +45,8 @@ def rotate_heads(
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2) float32.
       q_scale: (kv_heads, group, head_dim) or (head_dim,) float32. None: no factor.
       k_scale: (kv_heads, head_dim) or (head_dim,) float32. None: no factor.
-      form: unit_after_rope, rms_before_rope or none. With none there are no scales.
+      form: unit_after_rope, rms_before_rope or none. The second
+        needs both scales, the third has none.
       eps: for rms_before_rope.
       interpret: run it without a GPU.
 
