@@ -127,6 +127,11 @@ class ModelConfig:
         "auto", one_of("auto", "splash", "cudnn", "xla"), NEUTRAL,
         "kernel. splash: TPU; cudnn: NVIDIA GPU; xla: any device; auto: by the devices",
     )  # fmt: skip
+    kernels: str = field(
+        "auto", one_of("auto", "pallas", "xla"), NEUTRAL,
+        "what computes the steps between the products. pallas: fused kernels for NVIDIA GPUs; xla:"
+        " any device; auto: pallas where it was tried",
+    )  # fmt: skip
     loss_chunk: int = field(
         2048, POSITIVE, NEUTRAL, "tokens per device whose logits exist at one time in the loss"
     )

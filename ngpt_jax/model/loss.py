@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from ngpt_jax.model.embedding import gather_rows, local_rows, scatter_rows, table_spec
-from ngpt_jax.model.kernels.cross_entropy import cross_entropy_gradient
 from ngpt_jax.parallel import rules
 
 
@@ -88,6 +87,9 @@ def _scan_chunks(hidden, table, targets, weights, static, cut=False):
         h, y, w = chunk_inputs  # (tokens, embed), (tokens,), (tokens,)
         logits = jnp.matmul(h, table.T, preferred_element_type=dtype)  # (tokens, vocab)
         if fused:
+            # Imported here because Pallas takes a second to load.
+            from ngpt_jax.model.kernels.cross_entropy import cross_entropy_gradient
+
             nats, d_logits = cross_entropy_gradient(
                 logits, y, w, vocab_size, hidden.dtype, interpret=interpret
             )

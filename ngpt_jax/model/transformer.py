@@ -17,11 +17,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model import norms
+from ngpt_jax.model import fused, heads, norms
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_factor
-from ngpt_jax.model.rotary import apply_rope, rope_tables
+from ngpt_jax.model.rotary import rope_tables
 from ngpt_jax.parallel import rules
 
 # inputs and targets (B, T) int32.
@@ -102,11 +102,6 @@ def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
     return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
 
-def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """x times a factor, in the dtype of x."""
-    return (sphere.promote(x) * factor).astype(x.dtype)
-
-
 def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """The product of x (B, T, ...) and a kernel, over the last axes of x.
 
@@ -119,14 +114,6 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     size = math.prod(kernel.shape[:contracted])
     flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
-
-
-def _joins() -> bool:
-    """Whether q with k, and up with gate, are one product each.
-
-    A GPU then reads x once and launches fewer kernels. On TPUs, XLA would lay the halves out anew.
-    """
-    return rules.platform() == "gpu"
 
 
 class Block(nn.Module):
@@ -172,30 +159,34 @@ class Block(nn.Module):
         f, cache = self._attention(x, tables, segment_ids, attend)
         # In nGPT h is a unit vector already. In the first block its norm takes the radial part of
         # this step out of the gradient of the input table, as in the authors' code.
-        middle = self._step(h, f, "alpha_a", normalize_h=not self.after_first)
+        read, middle = self._step(h, f, "alpha_a", normalize_h=not self.after_first)
         self._sow_angles("attention", h, f, middle)
-        f = self._mlp(self._rms_norm(middle, "mlp_norm"))
-        h = self._step(middle, f, "alpha_m")
+        f = self._mlp(self._rms_norm(read, "mlp_norm"))
+        h, _ = self._step(middle, f, "alpha_m")
         self._sow_angles("mlp", middle, f, h)
         h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
         return h.astype(c.dtype), cache  # (carry, to stack or None): the form nn.scan wants
 
     def _rms_norm(self, x: jax.Array, name: str) -> jax.Array:
-        return norms.rms_norm(x, gain(self, self.config, name), self.config.rms_eps)
+        c = self.config
+        return norms.rms_norm(x, gain(self, c, name), c.rms_eps)
 
-    def _step(self, h: jax.Array, f: jax.Array, name: str, normalize_h: bool = False) -> jax.Array:
-        """The hidden state h, normalized first or not, moved by a branch's output f."""
+    def _step(
+        self, h: jax.Array, f: jax.Array, name: str, normalize_h: bool = False
+    ) -> tuple[jax.Array, jax.Array]:
+        """The hidden state h, normalized first or not, moved by a branch's output f; twice."""
         c = self.config
         alpha = scale(self, c, name)
         if alpha is None:
-            return (h + f).astype(h.dtype)
+            return ((h + f).astype(h.dtype),) * 2
         alpha = jnp.abs(alpha)
         if c.residual == "lerp" and c.branch_norm == "unit":
-            return norms.residual_step(h, f, alpha, normalize_h)
+            return fused.residual_step(c, h, f, alpha, normalize_h)
         h = norms.unit(h) if normalize_h else h
         f = norms.unit(sphere.promote(f)) if c.branch_norm == "unit" else f
-        return norms.lerp(h, f, alpha) if c.residual == "lerp" else sphere.slerp(h, f, alpha)
+        move = norms.lerp if c.residual == "lerp" else sphere.slerp
+        return (move(h, f, alpha),) * 2
 
     def _sow_angles(self, name: str, h: jax.Array, f: jax.Array, moved: jax.Array) -> None:
         """Sows the angles (B, T, 2) from h to f and from h to moved, in radians, if asked for.
@@ -229,18 +220,8 @@ class Block(nn.Module):
         self, x: jax.Array, tables, segment_ids, attend: Attend | None
     ) -> tuple[jax.Array, Any]:
         c = self.config
-        q, k = self._query_key(x)
+        q, k = self._query_key(x, tables)
         v = self._linear(x, "value_kernel")
-        q, k = self._rms_norm(q, "query_norm"), self._rms_norm(k, "key_norm")
-        q, k = apply_rope(q, tables), apply_rope(k, tables)
-        if c.qk_norm and c.qk_form == "unit_after_rope":
-            q, k = norms.unit(q), norms.unit(k)
-        if c.folded:
-            factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
-            q = _scaled(q, rules.gather(factor, TABLE[FOLDED_MARK].module_axes))
-        elif (s_qk := scale(self, c, "s_qk")) is not None:
-            # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
-            k = _scaled(k, jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes)))
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
         if attend is None:
@@ -252,23 +233,42 @@ class Block(nn.Module):
         out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed"), cache
 
-    def _query_key(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), as one product if possible.
+    def _query_key(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array]:
+        """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), ready for attention.
 
-        One product reads x once; its result holds for each key head the queries that it serves,
-        then itself. Where the mesh does not divide the key heads, there are two products.
+        As one product its result holds for each key head the queries that it serves, then itself.
+        Where the mesh does not divide the key heads, there are two products.
         """
         c = self.config
         assert c.kv_heads and c.head_dim
-        if not _joins() or c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor"):
-            return self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
+        form, q_scale, k_scale = self._scales_of_heads()
+        divided = c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor") == 0
+        if not (fused.joins_products(c) and divided):
+            q, k = self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
+            q = heads.rotate(q, *tables, q_scale, form, c.rms_eps)
+            return q, heads.rotate(k, *tables, k_scale, form, c.rms_eps)
         w_q, w_k = (matrix(self, c, name) for name in ("query_kernel", "key_kernel"))
-        w = jnp.concatenate(
-            [w_q.reshape(c.width, c.kv_heads, -1, c.head_dim), w_k[:, :, None]], axis=2
-        )
+        w_q = w_q.reshape(c.width, c.kv_heads, -1, c.head_dim)
+        w = jnp.concatenate([w_q, w_k[:, :, None]], axis=2)
         both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
-        q, k = both[..., :-1, :], both[..., -1, :]
+        if q_scale is not None and q_scale.ndim > 1:  # (heads, head_dim)
+            q_scale = q_scale.reshape(c.kv_heads, -1, c.head_dim)
+        q, k = fused.rotate_heads(c, both, tables, q_scale, k_scale, form)
         return q.reshape(*q.shape[:2], c.heads, c.head_dim), k
+
+    def _scales_of_heads(self) -> tuple[str, jax.Array | None, jax.Array | None]:
+        """The form of :func:`heads.rotate`, and the scales of q and k, None for none."""
+        c = self.config
+        if c.qk_norm and c.qk_form == "rms_before_rope":
+            return "rms_before_rope", gain(self, c, "query_norm"), gain(self, c, "key_norm")
+        q_scale = k_scale = None
+        if c.folded:
+            q_scale = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
+            q_scale = rules.gather(q_scale, TABLE[FOLDED_MARK].module_axes)
+        elif (s_qk := scale(self, c, "s_qk")) is not None:
+            # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
+            k_scale = jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes))
+        return "unit_after_rope" if c.qk_norm else "none", q_scale, k_scale
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
@@ -276,9 +276,9 @@ class Block(nn.Module):
         if s_v is not None:
             s_v = s_v * math.sqrt(c.width)  # SiLU depends on the size of its input
         up, gate = matrix(self, c, "up_kernel", s_u), matrix(self, c, "gate_kernel", s_v)
-        if _joins():
+        if fused.joins_products(c):
             both = self._product(x, jnp.stack([up, gate], axis=1), ("embed", "joined", "mlp"))
-            hidden = norms.joined_swiglu(both)
+            hidden = fused.joined_swiglu(c, both)
         else:
             axes = ("embed", "mlp")
             hidden = norms.swiglu(self._product(x, up, axes), self._product(x, gate, axes))

@@ -58,9 +58,14 @@ def current_device() -> Any:
     return getattr(mesh, "abstract_device", None) or jax.devices()[0]
 
 
+def platform_of(device: Any) -> str:
+    """cpu, gpu or tpu."""
+    return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
 def platform() -> str:
-    """Of the devices: cpu, gpu or tpu."""
-    return {"cuda": "gpu", "rocm": "gpu"}.get(name := current_device().platform, name)
+    """Of the current devices: cpu, gpu or tpu."""
+    return platform_of(current_device())
 
 
 def axis_size(mesh: Mesh | AbstractMesh | None, *names: str) -> int:

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model import fused
 from ngpt_jax.model.attention import choose_kernel
 from ngpt_jax.model.params import axis_sizes, param_tree
 from ngpt_jax.optim.recipes import make_optimizer
@@ -31,7 +32,8 @@ def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
     device = mesh.devices.flat[0]
     capability = getattr(device, "compute_capability", None)
     kernel, reason = choose_kernel(config.model, mesh, device.platform, capability)
-    model = dataclasses.replace(config.model, attention=kernel)
+    kernels, _ = fused.choose_kernels(config.model, device)
+    model = dataclasses.replace(config.model, attention=kernel, kernels=kernels)
     return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
 
 

@@ -10,6 +10,7 @@ import optax
 
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model import fused
 from ngpt_jax.model.folding import fold, folded_config, round_matrices
 from ngpt_jax.model.loss import cross_entropy
 from ngpt_jax.model.params import param_tree, scale_factor, stored_scales, unit_axes
@@ -50,7 +51,10 @@ def summed_nats(config: ModelConfig, weights: Any, batch: Batch) -> jax.Array:
     h, table = outputs
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
-    return cross_entropy(h, table, targets, weights, config.vocab_size, config.loss_chunk)
+    return cross_entropy(
+        h, table, targets, weights, config.vocab_size, config.loss_chunk,
+        config.kernels, fused.interpreted(),
+    )  # fmt: skip
 
 
 def make_train_step(

@@ -1,0 +1,143 @@
+"""The steps of a block between its products: in XLA's form, or as one fused kernel each.
+
+The XLA forms stand in :mod:`.norms` and :mod:`.heads`. The kernels stand in :mod:`.kernels`, give
+the same results but for rounding, and move fewer bytes on NVIDIA GPUs. On a mesh a kernel runs
+inside ``shard_map``, on each device's rows, heads and hidden units.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ngpt_jax.config import ConfigError, ModelConfig
+from ngpt_jax.model import heads, norms
+from ngpt_jax.parallel import rules
+
+Axes = tuple[str | None, ...]
+
+# Devices on which every kernel ran and agreed with its XLA form: device_kind -> when. Only there
+# does kernels=auto take the kernels. None yet: they were compiled for GPUs and run interpreted.
+VERIFIED: dict[str, str] = {}
+
+_HIDDEN: Axes = ("batch", "length", "embed")
+
+
+def choose_kernels(config: ModelConfig, device: jax.Device) -> tuple[str, str]:
+    """``xla`` or ``pallas`` for a model on devices like this one, and the reason.
+
+    Raises ConfigError where ``model.kernels`` asks for kernels that do not run there.
+    """
+    platform = rules.platform_of(device)
+    if config.kernels == "auto":
+        if platform == "gpu" and config.dtype != "float64" and device.device_kind in VERIFIED:
+            return "pallas", f"they agreed on {device.device_kind}, {VERIFIED[device.device_kind]}"
+        return "xla", f"the kernels have never run on {device.device_kind}"
+    if config.kernels == "pallas" and platform != "gpu":
+        raise ConfigError(
+            "model.kernels = pallas cannot be used: the kernels are for NVIDIA GPUs, and the"
+            f" devices are of type {platform}; set it to auto or xla."
+        )
+    if config.kernels == "pallas" and config.dtype == "float64":
+        raise ConfigError(
+            "model.kernels = pallas cannot be used: the kernels know no float64; set it to auto or"
+            " xla."
+        )
+    return config.kernels, "as configured"
+
+
+def joins_products(config: ModelConfig) -> bool:
+    """Whether q with k, and up with gate, are one product each.
+
+    A GPU then reads x once and launches fewer kernels. On TPUs, XLA would lay the halves out anew.
+    """
+    return config.kernels == "pallas" or rules.platform() == "gpu"
+
+
+def residual_step(
+    config: ModelConfig, h: jax.Array, f: jax.Array, alpha: jax.Array, normalize_h: bool
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`norms.residual_step`, twice the same: the next branch reads one, the next step one.
+
+    The kernel then adds the gradients of both.
+    """
+    if config.kernels != "pallas":
+        return (norms.residual_step(h, f, alpha, normalize_h),) * 2
+    from ngpt_jax.model.kernels import residual
+
+    def step(h, f, alpha):
+        return residual.residual_step(
+            h, f, alpha, normalize_h=normalize_h, copies=2, interpret=interpreted()
+        )
+
+    return _on_shards(step, (_HIDDEN, _HIDDEN, (None,)), (_HIDDEN, _HIDDEN), h, f, alpha)
+
+
+def rotate_heads(
+    config: ModelConfig,
+    qk: jax.Array,
+    tables: tuple[jax.Array, jax.Array],
+    q_scale: jax.Array | None,
+    k_scale: jax.Array | None,
+    form: str,
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`heads.rotate_heads`."""
+    if config.kernels != "pallas":
+        return heads.rotate_heads(qk, *tables, q_scale, k_scale, form, config.rms_eps)
+    from ngpt_jax.model.kernels import heads as kernel
+
+    def rotate(qk, cos, sin, q_scale, k_scale):
+        return kernel.rotate_heads(
+            qk, cos, sin, q_scale, k_scale, form=form, eps=config.rms_eps, interpret=interpreted()
+        )
+
+    rows = ("batch", "length", None)[-tables[0].ndim :]
+    keys: Axes = ("batch", "length", "kv_heads", None)
+    both: Axes = (*keys[:3], None, None)
+
+    def of_scale(scale: jax.Array | None) -> Axes | None:  # (head_dim,), or one for each head
+        if scale is None or scale.ndim == 1:
+            return scale if scale is None else (None,)
+        return ("kv_heads", *(None,) * (scale.ndim - 1))
+
+    return _on_shards(
+        rotate, (both, rows, rows, of_scale(q_scale), of_scale(k_scale)), (both, keys),
+        qk, *tables, q_scale, k_scale,
+    )  # fmt: skip
+
+
+def joined_swiglu(config: ModelConfig, up_gate: jax.Array) -> jax.Array:
+    """:func:`norms.joined_swiglu`."""
+    if config.kernels != "pallas":
+        return norms.joined_swiglu(up_gate)
+    from ngpt_jax.model.kernels import swiglu
+
+    def kernel(up_gate):
+        return swiglu.swiglu(up_gate, interpret=interpreted())
+
+    axes: Axes = ("batch", "length", None, "mlp")
+    return _on_shards(kernel, (axes,), ("batch", "length", "mlp"), up_gate)
+
+
+def interpreted() -> bool:
+    """Whether kernels run interpreted: slowly and without a GPU, for tests."""
+    return rules.platform() == "cpu"
+
+
+def _on_shards(f: Callable[..., Any], in_axes: Any, out_axes: Any, *args: Any) -> Any:
+    """f on each device's shards of arrays whose axes have these names; None: no such argument."""
+    mesh = rules.current_mesh()
+    if mesh is None:
+        return f(*args)
+    in_specs = tuple(
+        None if a is None else rules.activation_spec(axes, a.shape, mesh)
+        for axes, a in zip(in_axes, args, strict=True)
+    )
+    shapes = jax.eval_shape(f, *args)
+
+    def spec(axes: Axes, shape: Any) -> Any:
+        return rules.activation_spec(axes, shape.shape, mesh)
+
+    several = isinstance(shapes, tuple)
+    out_specs = tuple(map(spec, out_axes, shapes)) if several else spec(out_axes, shapes)
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
