@@ -5,11 +5,13 @@ the passes. They give first derivatives backward; :mod:`ngpt_jax.sphere` has all
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ngpt_jax import sphere
+from ngpt_jax.parallel import rules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -40,6 +42,15 @@ def _unit_backward(axis, x, g):
 
 
 unit.defvjp(_unit_forward, _unit_backward)
+
+
+def _on_gpus_apart(x: Any) -> Any:
+    """x, behind a barrier on GPUs.
+
+    Without it XLA for GPUs stores float32 values of the forward pass for the backward rules, and
+    the float32 result beside the rounded one. TPUs have no use for it: it only hinders fusion.
+    """
+    return jax.lax.optimization_barrier(x) if rules.platform() == "gpu" else x
 
 
 def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
@@ -75,8 +86,7 @@ def residual_step(
     h32, f32 = sphere.promote(h), sphere.promote(f)
     p, q, inverse, _, _ = _step_factors(h32, f32, alpha, normalize_h)
     moved = (inverse * (p * ((1 - alpha) * h32) + q * (alpha * f32))).astype(h.dtype)
-    # Without the barrier XLA stores the float32 result as well, for its readers.
-    return moved
+    return _on_gpus_apart(moved)
 
 
 def _step_factors(h, f, alpha, normalize_h):
@@ -97,7 +107,7 @@ def _step_forward(h, f, alpha, normalize_h):
 
 
 def _step_backward(normalize_h, kept, g):
-    h, f, alpha = kept
+    h, f, alpha = _on_gpus_apart(kept)
     h32, f32, g = (sphere.promote(x) for x in (h, f, g))
     p, q, inverse, of_h, of_f = _step_factors(h32, f32, alpha, normalize_h)
     a, b = (1 - alpha) * h32, alpha * f32
@@ -194,8 +204,7 @@ def joined_swiglu(up_gate: jax.Array) -> jax.Array:
 
 
 def _joined_swiglu_backward(up_gate, g):
-    # The barrier keeps XLA from storing the forward pass's sigmoid, in float32, for here.
-    up_gate = jax.lax.optimization_barrier(up_gate)
+    up_gate = _on_gpus_apart(up_gate)
     d_u, d_v = _swiglu_gradients(up_gate[..., 0, :], up_gate[..., 1, :], g)
     # Not jnp.stack: XLA would store the sigmoid for its two operands.
     first = jax.lax.broadcasted_iota(jnp.int32, up_gate.shape, up_gate.ndim - 2) == 0
