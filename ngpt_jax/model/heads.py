@@ -90,7 +90,7 @@ def _rotate_heads_forward(qk, cos, sin, q_scale, k_scale, form, eps):
 
 
 def _rotate_heads_backward(form, eps, residuals, g):
-    qk, cos, sin, *scales = residuals
+    qk, cos, sin, *scales = norms.on_gpus_apart(residuals)
     (q, q_scale), (k, k_scale) = _parts(qk, *scales)
     gq, gk = g
     dq, dq_scale = _gradients(q, cos, sin, q_scale, gq.reshape(q.shape), form, eps)

@@ -44,7 +44,7 @@ def _unit_backward(axis, x, g):
 unit.defvjp(_unit_forward, _unit_backward)
 
 
-def _on_gpus_apart(x: Any) -> Any:
+def on_gpus_apart(x: Any) -> Any:
     """x, behind a barrier on GPUs.
 
     Without it XLA for GPUs stores float32 values of the forward pass for the backward rules, and
@@ -86,7 +86,7 @@ def residual_step(
     h32, f32 = sphere.promote(h), sphere.promote(f)
     p, q, inverse, _, _ = _step_factors(h32, f32, alpha, normalize_h)
     moved = (inverse * (p * ((1 - alpha) * h32) + q * (alpha * f32))).astype(h.dtype)
-    return _on_gpus_apart(moved)
+    return on_gpus_apart(moved)
 
 
 def _step_factors(h, f, alpha, normalize_h):
@@ -107,7 +107,7 @@ def _step_forward(h, f, alpha, normalize_h):
 
 
 def _step_backward(normalize_h, kept, g):
-    h, f, alpha = _on_gpus_apart(kept)
+    h, f, alpha = on_gpus_apart(kept)
     h32, f32, g = (sphere.promote(x) for x in (h, f, g))
     p, q, inverse, of_h, of_f = _step_factors(h32, f32, alpha, normalize_h)
     a, b = (1 - alpha) * h32, alpha * f32
@@ -204,7 +204,7 @@ def joined_swiglu(up_gate: jax.Array) -> jax.Array:
 
 
 def _joined_swiglu_backward(up_gate, g):
-    up_gate = _on_gpus_apart(up_gate)
+    up_gate = on_gpus_apart(up_gate)
     d_u, d_v = _swiglu_gradients(up_gate[..., 0, :], up_gate[..., 1, :], g)
     # Not jnp.stack: XLA would store the sigmoid for its two operands.
     first = jax.lax.broadcasted_iota(jnp.int32, up_gate.shape, up_gate.ndim - 2) == 0
