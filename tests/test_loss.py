@@ -6,7 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from ngpt_jax.model.loss import cross_entropy, num_chunks
+from ngpt_jax.model.loss import (
+    _one_pass,
+    _two_passes,
+    auto_chunk,
+    cross_entropy,
+    num_chunks,
+)
 
 B, T, D, V, PADDED = 3, 12, 8, 29, 32
 
@@ -43,6 +49,29 @@ def test_chunks_divide_the_length_and_bound_the_tokens():
     assert num_chunks(8, 256, 512) == 4
     assert num_chunks(2, 7, 4) == 7  # 7 is prime
     assert num_chunks(8, 256, 1) == 256
+
+
+def test_chunks_follow_from_the_memory():
+    h100, v5e = 84_942_979_072, 16 * 2**30
+    assert auto_chunk(32_000, 32_768, h100, "gpu") == 8192
+    assert auto_chunk(16_000, 32_768, h100, "gpu") == 16_384  # cut over two devices
+    assert auto_chunk(32_000, 4096, h100, "gpu") == 4096
+    assert auto_chunk(32_000, 8192, v5e, "tpu") == 1024
+    assert auto_chunk(32_000, 8192, None, "gpu") == 1024
+    assert auto_chunk(10**9, 8192, v5e, "tpu") == 1
+    assert auto_chunk(384, 2048, None, "cpu") == 2048  # the quickstart
+    assert auto_chunk(32_000, 2048, None, "cpu") == 256
+
+
+@pytest.mark.parametrize("masked", [[], [0], [28], range(28), range(1, 29)])
+def test_maximum_and_sum_in_one_pass(masked):
+    """The form for NVIDIA GPUs against that of other devices; masked logits are the lowest."""
+    logits = 50 * jax.random.normal(jax.random.key(0), (5, 29))
+    logits = logits.at[:, jnp.array(list(masked), int)].set(jnp.finfo(jnp.float32).min)
+    for scale in (0, 1, 1e-30, 1e30):
+        x = jnp.maximum(scale * logits, jnp.finfo(jnp.float32).min)
+        for a, b in zip(_one_pass(x), _two_passes(x)):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
 
 
 def test_large_logits_do_not_overflow():
