@@ -16,6 +16,13 @@ _FREE = frozenset(
 )
 
 
+# Where only a slice of the result is read, only that slice of the operands is.
+_ELEMENTWISE = frozenset(
+    "abs add and clamp compare convert divide exponential log maximum minimum multiply negate or "
+    "power rsqrt select sqrt subtract tanh".split()
+)
+
+
 def moved(i: Instruction) -> float:
     """HBM bytes of one execution: all of the operands and the result, but of slices their part.
 
@@ -55,8 +62,8 @@ def moved(i: Instruction) -> float:
 def read(p: Instruction, root: Instruction) -> float:
     """Bytes of its parameter ``p`` that the fusion with this root reads; inf: all of it.
 
-    A fusion that slices its parameter reads the slices alone, and one that updates its parameter
-    in place does not read it.
+    A fusion that slices its parameter, or what it computes from it entry by entry, reads the slices
+    alone, and one that updates its parameter in place does not read it.
 
     >>> from ngpt_jax.aot.hlo_text import parse
     >>> fused = parse('''
@@ -64,7 +71,8 @@ def read(p: Instruction, root: Instruction) -> float:
     ...   %p = f32[100]{0} parameter(0)
     ...   %i = s32[] parameter(1)
     ...   %q = f32[100]{0} parameter(2)
-    ...   %s = f32[5]{0} dynamic-slice(%p, %i), dynamic_slice_sizes={5}
+    ...   %n = f32[100]{0} negate(%p)
+    ...   %s = f32[5]{0} dynamic-slice(%n, %i), dynamic_slice_sizes={5}
     ...   ROOT %u = f32[100]{0} dynamic-update-slice(%q, %s, %i)
     ... }''').entry
     >>> [read(p, fused.root) for p in fused.parameters.values()]
@@ -73,7 +81,10 @@ def read(p: Instruction, root: Instruction) -> float:
     total = math.inf if p is root else 0.0
     for u in p.users:
         places = [n for n, operand in enumerate(u.operands) if operand is p]
-        if u.opcode in ("bitcast", "pad"):  # slices of what is padded do not read the padding
+        if u.opcode in _ELEMENTWISE:
+            # What is handed to a collective is computed whole.
+            total += read(u, root) * p.size / u.size or math.inf
+        elif u.opcode in ("bitcast", "pad"):  # slices of what is padded do not read the padding
             total += read(u, root) * p.size / u.size
         elif u.opcode in SLICES and places == [0]:
             total += u.size
