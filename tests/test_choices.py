@@ -16,9 +16,8 @@ from ngpt_jax import sphere
 from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.presets import PRESETS
-from ngpt_jax.decoding import folding
 from ngpt_jax.diagnose import report, run_state
-from ngpt_jax.model import inspect
+from ngpt_jax.model import folding, inspect
 from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS
 from ngpt_jax.optim.recipes import make_optimizer

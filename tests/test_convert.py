@@ -24,9 +24,9 @@ from ngpt_jax.config.fields import SCALES
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TIKTOKEN_FORMATS, TiktokenFormat
-from ngpt_jax.decoding import folding
 from ngpt_jax.export import folders, hf_tokenizer, huggingface, reference_checkpoint
 from ngpt_jax.inference import loading, opening
+from ngpt_jax.model import folding
 from ngpt_jax.model.params import num_params, param_tree, real_vocab
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.training import layout

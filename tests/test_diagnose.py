@@ -24,7 +24,8 @@ from ngpt_jax.diagnose import measures, report
 from ngpt_jax.diagnose.run_state import RunState, load_text, read_state, seen_ids
 from ngpt_jax.inference import opening
 from ngpt_jax.model import inspect as d
-from ngpt_jax.model.params import compute_params, param_tree
+from ngpt_jax.model.folding import round_matrices
+from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.training import evaluator, loop
@@ -313,7 +314,7 @@ def test_angles_and_entropies_of_a_model_by_hand(tiny, fields, off):
     segments = np.array([[0] * 11, [0] * 4 + [1] * 7], np.int32)
     positions = np.array([np.arange(11), [*range(4), *range(7)]], np.int32)
     batch = {"inputs": tokens, "segment_ids": segments, "positions": positions}
-    read = compute_params(model, params)
+    read = round_matrices(model, params)
     _, angles, entropies = by_hand(model, read, tokens, segments, positions)
 
     @jax.jit

@@ -24,6 +24,7 @@ from ngpt_jax.decoding.step import read_next
 from ngpt_jax.inference import opening
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
+from ngpt_jax.model import folding as folding_lib
 from ngpt_jax.model.params import FOLDED_MARK, param_tree, unit_axes
 from ngpt_jax.model.transformer import Transformer, init_params, output_logits
 from ngpt_jax.optim.recipes import make_optimizer
@@ -58,7 +59,7 @@ def logits_of(config, params, tokens):
 
 def decoded_logits(config, params, tokens, cut, pieces):
     """Logits of every token by prefill and decoding; row b begins at cut[b]."""
-    weights, folded = folding.for_inference(config, params), folding.folded_config(config)
+    weights, folded = folding.for_inference(config, params), folding_lib.folded_config(config)
     first = jnp.asarray(cut)
 
     @jax.jit
@@ -135,7 +136,7 @@ def test_decoding_with_grouped_queries_and_other_shapes(tiny, x64, fields):
 def test_folded_weights_give_the_logits_of_raw_ones(tiny, dtype):
     config, golden, params = load_golden(tiny, "ngpt", "pert", dtype="float32")
     config = dataclasses.replace(config.model, dtype=dtype)
-    folded, weights = folding.folded_config(config), folding.fold(config, params)
+    folded, weights = folding_lib.folded_config(config), folding_lib.fold(config, params)
     assert jax.tree.structure(weights) == jax.tree.structure(param_tree(folded))
     x = golden["x"].astype(np.int32)
     raw, own = logits_of(config, params, x)[..., :97], logits_of(folded, weights, x)[..., :97]
@@ -147,8 +148,8 @@ def test_folded_weights_give_the_logits_of_raw_ones(tiny, dtype):
 
 def test_folded_weights_are_refused_by_training_and_projection(tiny):
     config = tiny()
-    model = folding.folded_config(config.model)
-    weights = folding.fold(config.model, init_params(config.model, jax.random.key(0)))
+    model = folding_lib.folded_config(config.model)
+    weights = folding_lib.fold(config.model, init_params(config.model, jax.random.key(0)))
     assert FOLDED_MARK in weights["layers"]
     axes = unit_axes(config.model)  # the projection takes them for trees like the raw one alone
     for project in (functools.partial(project_params, axes=axes), keep_params_on_sphere(axes).init):
@@ -158,7 +159,7 @@ def test_folded_weights_are_refused_by_training_and_projection(tiny):
         lambda: make_optimizer(dataclasses.replace(config, model=model)),
         lambda: init_params(model, jax.random.key(0)),
         lambda: unit_axes(model),
-        lambda: folding.fold(model, weights),
+        lambda: folding_lib.fold(model, weights),
     ):
         with pytest.raises(ConfigError, match=r"model\.folded: .* train from the raw ones"):
             refused()

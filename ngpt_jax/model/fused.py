@@ -81,9 +81,18 @@ def rotate_heads(
     k_scale: jax.Array | None,
     form: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """:func:`heads.rotate_heads`."""
-    if config.kernels != "pallas":
-        return heads.rotate_heads(qk, *tables, q_scale, k_scale, form, config.rms_eps)
+    """:func:`heads.rotate_heads`, with queries and ``q_scale`` as (..., heads, head_dim)."""
+    batch, length, kv_heads, _, head_dim = qk.shape
+    if q_scale is not None and q_scale.ndim > 1:
+        q_scale = q_scale.reshape(kv_heads, -1, head_dim)
+    if config.kernels == "pallas" and form != "none":  # RoPE alone is one pass in XLA too
+        q, k = _rotate_on_shards(config, qk, tables, q_scale, k_scale, form)
+    else:
+        q, k = heads.rotate_heads(qk, *tables, q_scale, k_scale, form, config.rms_eps)
+    return q.reshape(batch, length, -1, head_dim), k
+
+
+def _rotate_on_shards(config, qk, tables, q_scale, k_scale, form):
     from ngpt_jax.model.kernels import heads as kernel
 
     def rotate(qk, cos, sin, q_scale, k_scale):
@@ -91,15 +100,14 @@ def rotate_heads(
             qk, cos, sin, q_scale, k_scale, form=form, eps=config.rms_eps, interpret=interpreted()
         )
 
-    rows = ("batch", "length", None)[-tables[0].ndim :]
-    keys: Axes = ("batch", "length", "kv_heads", None)
-    both: Axes = (*keys[:3], None, None)
-
     def of_scale(scale: jax.Array | None) -> Axes | None:  # (head_dim,), or one for each head
         if scale is None or scale.ndim == 1:
             return scale if scale is None else (None,)
         return ("kv_heads", *(None,) * (scale.ndim - 1))
 
+    rows = ("batch", "length", None)[-tables[0].ndim :]
+    keys: Axes = ("batch", "length", "kv_heads", None)
+    both: Axes = (*keys[:3], None, None)
     return _on_shards(
         rotate, (both, rows, rows, of_scale(q_scale), of_scale(k_scale)), (both, keys),
         qk, *tables, q_scale, k_scale,

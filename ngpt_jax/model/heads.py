@@ -118,9 +118,9 @@ def _rotated(x, cos, sin, scale, form, eps) -> jax.Array:
     if form == "rms_before_rope":
         x = norms.rms_norm(x, scale, eps)
     x = apply_rope(x, (cos, sin))
-    if form == "unit_after_rope":
-        x = norms.unit(x)
-        x = x if scale is None else x * scale
+    x = norms.unit(x) if form == "unit_after_rope" else x
+    if form != "rms_before_rope" and scale is not None:
+        x = x * scale
     return x.astype(dtype)
 
 

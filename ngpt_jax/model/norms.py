@@ -1,7 +1,8 @@
-"""The elementwise steps of a block, each with a backward rule of its own.
+"""Norms, the residual step and SwiGLU, each with a rule of its own for gradients.
 
-The rules keep inputs in their own dtype and compute the rest again, so that little is kept between
-the passes. They give first derivatives backward; :mod:`ngpt_jax.sphere` has all.
+The rules of all but :func:`unit` keep their inputs as they are and compute the rest again, so that
+little is kept between the passes. They give first derivatives backward only;
+:mod:`ngpt_jax.sphere` has all.
 """
 
 import functools
@@ -14,12 +15,12 @@ from ngpt_jax import sphere
 from ngpt_jax.parallel import rules
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     """Norm(x): unit vectors in the dtype of x, computed in at least float32.
 
-    The backward rule is (g - y <y, g>) / ||x|| with y = Norm(x). It keeps x alone and computes y
-    again. Autodiff would form ||x||^-3, which overflows long before the gradient does.
+    The backward rule is (g - y <y, g>) / ||x|| with y = Norm(x). Autodiff would form ||x||^-3,
+    which overflows long before the gradient does.
 
     :func:`sphere.normalize` is for vectors of any size and reads them twice. Here a vector whose
     squared norm is below the smallest normal number, or above the largest number of its dtype
@@ -30,18 +31,14 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     return (x32 * _inverse_root(_sum(x32 * x32, axis))).astype(x.dtype)
 
 
-def _unit_forward(x, axis):
-    return unit(x, axis), x
-
-
-def _unit_backward(axis, x, g):
-    x32, g = sphere.promote(x), sphere.promote(g)
+@unit.defjvp
+def _unit_jvp(axis, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    x32, dx = sphere.promote(x), sphere.promote(dx)
     inverse = _inverse_root(_sum(x32 * x32, axis))
-    radial = inverse * _sum(x32 * g, axis)
-    return ((inverse * (g - radial * (inverse * x32))).astype(x.dtype),)
-
-
-unit.defvjp(_unit_forward, _unit_backward)
+    y = x32 * inverse
+    dy = inverse * (dx - y * _sum(y * dx, axis))
+    return y.astype(x.dtype), dy.astype(x.dtype)
 
 
 def on_gpus_apart(x: Any) -> Any:

@@ -102,6 +102,11 @@ def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
     return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
 
+def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x times a factor, in the dtype of x."""
+    return (sphere.promote(x) * factor).astype(x.dtype)
+
+
 def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """The product of x (B, T, ...) and a kernel, over the last axes of x.
 
@@ -114,6 +119,20 @@ def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     size = math.prod(kernel.shape[:contracted])
     flat = x.reshape(-1, size) @ kernel.reshape(size, -1)
     return flat.reshape(*x.shape[:2], *kernel.shape[contracted:])
+
+
+def add(h: jax.Array, f: jax.Array, alpha: None) -> jax.Array:
+    """h + f in the dtype of h."""
+    del alpha
+    return (h + f).astype(h.dtype)
+
+
+# model.residual -> the function (h, f, alpha) that moves the hidden state h by a branch's output f.
+RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
+    "add": add,
+    "lerp": norms.lerp,
+    "slerp": sphere.slerp,
+}
 
 
 class Block(nn.Module):
@@ -177,16 +196,16 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The hidden state h, normalized first or not, moved by a branch's output f; twice."""
         c = self.config
+        assert c.residual is not None
         alpha = scale(self, c, name)
-        if alpha is None:
-            return ((h + f).astype(h.dtype),) * 2
-        alpha = jnp.abs(alpha)
+        alpha = alpha if alpha is None else jnp.abs(alpha)
         if c.residual == "lerp" and c.branch_norm == "unit":
             return fused.residual_step(c, h, f, alpha, normalize_h)
-        h = norms.unit(h) if normalize_h else h
-        f = norms.unit(sphere.promote(f)) if c.branch_norm == "unit" else f
-        move = norms.lerp if c.residual == "lerp" else sphere.slerp
-        return (move(h, f, alpha),) * 2
+        if c.residual != "add" and normalize_h:
+            h = norms.unit(h)
+        if c.branch_norm == "unit":
+            f = norms.unit(sphere.promote(f))
+        return (RESIDUALS[c.residual](h, f, alpha),) * 2
 
     def _sow_angles(self, name: str, h: jax.Array, f: jax.Array, moved: jax.Array) -> None:
         """Sows the angles (B, T, 2) from h to f and from h to moved, in radians, if asked for.
@@ -241,34 +260,40 @@ class Block(nn.Module):
         """
         c = self.config
         assert c.kv_heads and c.head_dim
-        form, q_scale, k_scale = self._scales_of_heads()
-        divided = c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor") == 0
-        if not (fused.joins_products(c) and divided):
-            q, k = self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
-            q = heads.rotate(q, *tables, q_scale, form, c.rms_eps)
-            return q, heads.rotate(k, *tables, k_scale, form, c.rms_eps)
-        w_q, w_k = (matrix(self, c, name) for name in ("query_kernel", "key_kernel"))
-        w_q = w_q.reshape(c.width, c.kv_heads, -1, c.head_dim)
-        w = jnp.concatenate([w_q, w_k[:, :, None]], axis=2)
-        both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
-        if q_scale is not None and q_scale.ndim > 1:  # (heads, head_dim)
-            q_scale = q_scale.reshape(c.kv_heads, -1, c.head_dim)
-        q, k = fused.rotate_heads(c, both, tables, q_scale, k_scale, form)
-        return q.reshape(*q.shape[:2], c.heads, c.head_dim), k
-
-    def _scales_of_heads(self) -> tuple[str, jax.Array | None, jax.Array | None]:
-        """The form of :func:`heads.rotate`, and the scales of q and k, None for none."""
-        c = self.config
+        factors = self._factors_of_heads()
         if c.qk_norm and c.qk_form == "rms_before_rope":
-            return "rms_before_rope", gain(self, c, "query_norm"), gain(self, c, "key_norm")
-        q_scale = k_scale = None
+            form = c.qk_form
+            scales = gain(self, c, "query_norm"), gain(self, c, "key_norm")
+        else:
+            form, scales = "unit_after_rope" if c.qk_norm else "none", factors
+            factors = None, None
+        divided = c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor") == 0
+        if fused.joins_products(c) and divided:
+            w_q, w_k = (matrix(self, c, name) for name in ("query_kernel", "key_kernel"))
+            w_q = w_q.reshape(c.width, c.kv_heads, -1, c.head_dim)
+            w = jnp.concatenate([w_q, w_k[:, :, None]], axis=2)
+            both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
+            q, k = fused.rotate_heads(c, both, tables, *scales, form)
+        else:
+            q, k = self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
+            q, k = (
+                heads.rotate(y, *tables, y_scale, form, c.rms_eps)
+                for y, y_scale in zip((q, k), scales)
+            )
+        q, k = (y if f is None else _scaled(y, f) for y, f in zip((q, k), factors))
+        return q, k
+
+    def _factors_of_heads(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """What multiplies q (heads, head_dim) and k (kv_heads, head_dim) after RoPE; None: 1."""
+        c = self.config
         if c.folded:
-            q_scale = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
-            q_scale = rules.gather(q_scale, TABLE[FOLDED_MARK].module_axes)
-        elif (s_qk := scale(self, c, "s_qk")) is not None:
-            # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
-            k_scale = jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes))
-        return "unit_after_rope" if c.qk_norm else "none", q_scale, k_scale
+            factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
+            return rules.gather(factor, TABLE[FOLDED_MARK].module_axes), None
+        s_qk = scale(self, c, "s_qk")
+        if s_qk is None:
+            return None, None
+        # The same s_qk scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2).
+        return None, jnp.square(rules.gather(s_qk, TABLE["s_qk"].module_axes))
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config

@@ -13,7 +13,7 @@ from ngpt_jax.config import Config, ConfigError, ModelConfig
 from ngpt_jax.data import pipeline
 from ngpt_jax.data.token_files import EvalSet
 from ngpt_jax.model import inspect
-from ngpt_jax.model.folding import compute_params
+from ngpt_jax.model.folding import compute_params, folded_config
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.mesh import BatchPlacer
 from ngpt_jax.terminal import Terminal
@@ -25,7 +25,9 @@ from ngpt_jax.training.workdir import RunError
 # One program each for all runs of a process.
 _summarize = jax.jit(inspect.summarize, static_argnums=0)
 _summed_nats = jax.jit(
-    lambda model, params, batch: summed_nats(model, compute_params(model, params), batch),
+    lambda model, params, batch: summed_nats(
+        folded_config(model), compute_params(model, params), batch
+    ),
     static_argnums=0,
 )
 

@@ -34,18 +34,11 @@ def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
 
 
-def summed_nats(config: ModelConfig, weights: Any, batch: Batch) -> jax.Array:
-    """The sum of -log p(target) in nats over the batch's targets, with their weights.
-
-    Args:
-      config: of the model, folded or not.
-      weights: from folding.compute_params.
-      batch: see transformer.Batch.
-    """
-    config = folded_config(config)
+def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
+    """The sum of -log p(target) in nats over the batch's targets, with their weights."""
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
-        {"params": weights}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
+        {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
         method="hidden_and_table",
     )  # fmt: skip
     h, table = outputs
@@ -99,12 +92,15 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     if "weights" in batch:
         tokens = jnp.maximum(jnp.sum(batch["weights"], dtype=dtype), 1)
 
-    def mean_nats(weights, batch):
-        return summed_nats(model, weights, batch) / tokens
-
-    # Scales are multiplied in once for all microbatches; so is the way back through the product.
+    # Scales are multiplied in once for all microbatches, and the gradients go back through the
+    # products once.
+    network = folded_config(model)
     folded, through_fold = jax.vjp(functools.partial(fold, model), params)
-    weights = round_matrices(folded_config(model), folded)
+    weights = round_matrices(network, folded)
+
+    def mean_nats(weights, batch):
+        return summed_nats(network, weights, batch) / tokens
+
     value_and_grad = jax.value_and_grad(mean_nats)
 
     def of_params(grads):
@@ -126,7 +122,7 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     def zero(w, p):
         return rules.lay_out(jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32)), p.axes)
 
-    zeros = jnp.zeros((), dtype), jax.tree.map(zero, folded, param_tree(folded_config(model)))
+    zeros = jnp.zeros((), dtype), jax.tree.map(zero, folded, param_tree(network))
     (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
     return loss, of_params(grads)
 
