@@ -22,6 +22,7 @@ from ngpt_jax.decoding.step import decode
 from ngpt_jax.errors import install_hint
 from ngpt_jax.files import write_atomically
 from ngpt_jax.inference.loading import weight_shardings
+from ngpt_jax.parallel import rules
 from ngpt_jax.training import layout
 
 
@@ -80,6 +81,7 @@ def compile_generation(
         rows = jax.ShapeDtypeStruct((texts.rows,), jnp.int32)
         tokens = rows.update(shape=(texts.rows, texts.width))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), texts.rows))
+        keys = keys.update(sharding=rules.replicated(mesh))
         prompts = tokens, rows, texts.slots, keys
         read = functools.partial(prefill.lower, model, weights, *prompts)
         if name == "prefill":
