@@ -150,7 +150,9 @@ def analyze(
     kernels = found.kernels if found else hlo.kernels_of_lowered(step.lowered.as_text())
     memory = step.compiled.memory_analysis()
     tokens, model_flops, flops = _work(config, mesh, program, texts)
-    peak = memory.peak_memory_in_bytes or _peak(memory)
+    peak = memory.peak_memory_in_bytes
+    if gpu or not peak:  # a GPU's temporaries are one piece of memory, gaps included
+        peak = max(peak, _allocated(memory))
     report = run_facts(config, mesh, program, texts) | {
         "kernels": {name: dataclasses.asdict(k) for name, k in kernels.items()},
         "launches": found and found.launches if gpu else None,
@@ -236,7 +238,7 @@ def _work(
     return texts.rows * length, share * of_a_row, share * of_a_row
 
 
-def _peak(memory: Any) -> int:
-    """Of a backend that does not tell it: arguments and temporaries, and results of their own."""
+def _allocated(memory: Any) -> int:
+    """Bytes of arguments, temporaries, and results that do not lie in arguments."""
     own = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + max(own, 0)

@@ -105,32 +105,33 @@ def _times(r: dict[str, Any]) -> dict[str, str]:
     if "mfu_bound" not in r:
         return {}
     of, decode = _OF[r["program"]], r["program"] == "decode"
+    small = r["step_seconds_bound"] < LEAST_STEP and not decode
 
     def share(mfu: float | None) -> str:
-        return "" if mfu is None or mfu > 1 or decode else f" (MFU {mfu:.0%})"
+        return "" if mfu is None or mfu > 1 or decode or small else f" (MFU {mfu:.0%})"
 
     least = [
         f"{name} {_format_seconds(s)}{share(r['mfu_bounds'].get(name))}"
         for name, s in r["least_seconds"].items()
     ]
-    total = f"{_format_seconds(r['step_seconds_sum'])}{share(r['mfu_sum'])}"
+    rows = {"least time": ", ".join(least)}
+    if small:
+        small_text = "none: the model is so small that starting a step takes longer than its work"
+        return rows | {"estimate": small_text}
     left_out = ["memory and network"] if r["unreadable"] else []
     left_out += ["the starts of kernels"] if decode else []
     if any(c["across"] for c in (r["collectives"] or {}).values()):
         left_out.append("the network between hosts, whose speed is not known")
-    bound = (
-        f"at least {_format_seconds(r['step_seconds_bound'])} {of} ({r['bound_by']}), at most"
-        f" {r['tokens_per_second_bound']:,.0f} tokens/s"
-        + ("" if decode else f", MFU at most {r['mfu_bound']:.0%}")
-        + ", by published peaks and perfect overlap"
-        + (f"; left out: {', '.join(left_out)}" if left_out else "")
-    )
-    if r["step_seconds_bound"] < LEAST_STEP and not decode:
-        bound = "none: the model is so small that starting a step takes longer than its work"
-    return {
-        "least time": ", ".join(least),
+    total = f"{_format_seconds(r['step_seconds_sum'])}{share(r['mfu_sum'])}"
+    return rows | {
         "one after another": f"{total}, {r['tokens_per_second_sum']:,.0f} tokens/s",
-        "estimate": bound,
+        "estimate": (
+            f"at least {_format_seconds(r['step_seconds_bound'])} {of} ({r['bound_by']}), at most"
+            f" {r['tokens_per_second_bound']:,.0f} tokens/s"
+            + ("" if decode else f", MFU at most {r['mfu_bound']:.0%}")
+            + ", by published peaks and perfect overlap"
+            + (f"; left out: {', '.join(left_out)}" if left_out else "")
+        ),
     }
 
 
