@@ -176,7 +176,7 @@ def test_times_have_a_unit_that_fits_and_tiny_steps_no_estimate(tiny, monkeypatc
     assert "µs" in shown and "estimate" in shown and "none: the model is so small" in shown
     assert "tokens/s" not in shown and "MFU" not in shown
     times = {"compute": 12.3456, "memory": 0.5, "network": 0.0012345, "others": 3.45e-8}
-    shown = show(report | {"least_seconds": times, "step_seconds_bound": 12.3456})
+    shown = show(report | {"least_seconds": times, "step_seconds_bound": 12.3456, "mfu_bounds": {}})
     assert "compute 12.3 s, memory 500 ms, network 1.23 ms, others 0.0345 µs" in shown
     assert "at least 12.3 s a step" in shown and "tokens/s, MFU at most" in shown
 
@@ -187,7 +187,7 @@ def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
     unknown = show(facts | {"peak_bytes": None, "chip_bytes": None})
     assert unknown.endswith("DOES NOT FIT")
     known = show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
-    assert known.endswith("DOES NOT FIT: needs 48.00 GiB a chip, the chip has 16 GiB")
+    assert known.endswith("DOES NOT FIT: needs 48.00 GiB a device, the device has 16 GiB")
 
 
 @pytest.mark.parametrize(
