@@ -32,8 +32,10 @@ class Part(NamedTuple):
     launches: int
 
 
-def path_of(i: Instruction) -> str:
+def path_of(i: Instruction, steps: int = 3) -> str:
     """The path of an instruction's operation; "" where the text has none.
+
+    Of a copy without a path it is the path of what uses it, within so many steps.
 
     >>> from ngpt_jax.aot.hlo_text import parse
     >>> main = parse('''
@@ -48,14 +50,15 @@ def path_of(i: Instruction) -> str:
     >>> path_of(main.root), path_of(main.instructions["x"])
     ('jit(f)/layers/layers._mlp/neg', '')
     """
-    found = re.search(r'op_name="([^"]*/[^"]*)"', i.text)
-    if found or i.opcode != "fusion":
-        return found[1] if found else ""
-    root = i.called()[0].root
-    for inner in (root, *root.operands, *i.called()[0].instructions.values()):
-        if path := path_of(inner):
-            return path
-    return ""
+    if found := re.search(r'op_name="([^"]*/[^"]*)"', i.text):
+        return found[1]
+    inside: list[Instruction] = []
+    if i.opcode == "fusion":
+        (fused,) = i.called()
+        inside = [fused.root, *fused.root.operands, *fused.instructions.values()]
+    users = i.users if steps and i.opcode != "parameter" else []
+    paths = (*(path_of(x, 0) for x in inside), *(path_of(u, steps - 1) for u in users))
+    return next(filter(None, paths), "")
 
 
 def part_of(i: Instruction) -> str:
