@@ -9,7 +9,9 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from ngpt_jax.aot import programs, search
 from ngpt_jax.aot import report as report_lib
+from ngpt_jax.aot.show import show
 from ngpt_jax.aot.topologies import topology_devices
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.experiment import load_config
@@ -44,7 +46,7 @@ def test_the_step_is_the_one_that_training_runs(tiny, tmp_path, monkeypatch):
     report = report_lib.report_of(config, jax.devices(), str(tmp_path / "lowered.txt"))
     assert report["fits"]
     assert [(tmp_path / "lowered.txt").read_text()] == texts
-    assert "attention" in report_lib.show(report)
+    assert "attention" in show(report)
 
 
 @libtpu
@@ -57,11 +59,14 @@ def test_a_small_model_compiles_for_a_tpu_with_splash(tiny):
     })  # fmt: skip
     report = report_lib.report_of(config, devices)
     assert report["attention"] == "splash"
-    assert sum(report["attention_kernels"].values()) == 4  # forward twice, dq, dkv
+    kernels = report["kernels"].values()
+    assert sum(k["instructions"] for k in kernels) == 4  # forward twice, dq, dkv
+    assert sum(k["count"] for k in kernels) == 8  # in each of two layers
+    assert report["launches"] is None  # a TPU runs one program
     assert report["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "context": 1}
     assert 0 < report["peak_bytes"] < 2**28
     assert report["collectives"]["all-gather"]["bytes"] > 2 * 2 * 512 * 128  # two bf16 tables
-    assert "of 16 GiB" in report_lib.show(report)
+    assert "of 16 GiB" in show(report)
 
 
 @libtpu
@@ -70,7 +75,9 @@ def test_auto_that_finds_no_kernel_on_a_tpu_is_an_error(tiny):
         report_lib.report_of(tiny(), topology_devices("v5e:2x2"))
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4by4", "h100", "h100:0", "h100:2x2x2"])
+@pytest.mark.parametrize(
+    "name", ["v9:2x2", "v5e", "v5e:4by4", "h100", "h100:0", "h100:3x", "h100:2x2x2", "a10:1"]
+)
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ConfigError, match="is not known; it is GENERATION:SHAPE with one of v4"):
         topology_devices(name)
@@ -102,7 +109,7 @@ def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
     config = tiny()
     mesh = make_mesh(config, jax.devices()[:1])
     config, _ = layout.for_mesh(config, mesh)
-    step = report_lib.compile_step(config, mesh)
+    step = programs.compile_step(config, mesh)
 
     class Unreadable:
         memory_analysis = step.compiled.memory_analysis
@@ -118,9 +125,9 @@ def test_a_program_that_jaxlib_cannot_read_is_reported_as_far_as_known(tiny):
     assert report["collectives"] is None
     assert {k for k in whole if report[k] != whole[k]} == {
         "unreadable", "collectives", "collective_bytes", "bytes_accessed", "unknown_loops",
-        "arithmetic_intensity", "custom_calls",
+        "arithmetic_intensity", "custom_calls", "parts", "largest",
     }  # fmt: skip
-    assert "not known: jaxlib cannot read" in report_lib.show(report)
+    assert "not known: jaxlib cannot read" in show(report)
 
 
 DEBUG = ("1b", "0_5b", "124m", "quickstart")
@@ -154,7 +161,7 @@ def test_the_command_on_debug_variants(name, topology):
         cwd=ROOT, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "peak memory a chip" in done.stdout and " 0 ms" not in done.stdout
+    assert "memory a device" in done.stdout and " 0 ms" not in done.stdout
     assert "tokens/s" not in done.stdout  # of a model so small a bound tells nothing
 
 
@@ -164,12 +171,12 @@ def test_times_have_a_unit_that_fits_and_tiny_steps_no_estimate(tiny, monkeypatc
     config, _ = layout.for_mesh(config, mesh)
     chip = throughput.Chip("cpu", 1e15, 16, 1e12, 1e12)
     monkeypatch.setattr(throughput, "chip_of", lambda device: chip)
-    report = report_lib.analyze(config, mesh, report_lib.compile_step(config, mesh))
-    shown = report_lib.show(report)
-    assert "µs, memory" in shown and "estimate            none: the model is so small" in shown
+    report = report_lib.analyze(config, mesh, programs.compile_step(config, mesh))
+    shown = show(report)
+    assert "µs" in shown and "estimate" in shown and "none: the model is so small" in shown
     assert "tokens/s" not in shown and "MFU" not in shown
     times = {"compute": 12.3456, "memory": 0.5, "network": 0.0012345, "others": 3.45e-8}
-    shown = report_lib.show(report | {"least_seconds": times, "step_seconds_bound": 12.3456})
+    shown = show(report | {"least_seconds": times, "step_seconds_bound": 12.3456, "mfu_bounds": {}})
     assert "compute 12.3 s, memory 500 ms, network 1.23 ms, others 0.0345 µs" in shown
     assert "at least 12.3 s a step" in shown and "tokens/s, MFU at most" in shown
 
@@ -177,10 +184,10 @@ def test_times_have_a_unit_that_fits_and_tiny_steps_no_estimate(tiny, monkeypatc
 def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
     config = tiny()
     facts = report_lib.run_facts(config, make_mesh(config, jax.devices()[:1])) | {"fits": False}
-    unknown = report_lib.show(facts | {"peak_bytes": None, "chip_bytes": None})
+    unknown = show(facts | {"peak_bytes": None, "chip_bytes": None})
     assert unknown.endswith("DOES NOT FIT")
-    known = report_lib.show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
-    assert known.endswith("DOES NOT FIT: needs 48.00 GiB a chip, the chip has 16 GiB")
+    known = show(facts | {"peak_bytes": 3 * 2**34, "chip_bytes": 2**34})
+    assert known.endswith("DOES NOT FIT: needs 48.00 GiB a device, the device has 16 GiB")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,10 @@ def test_a_step_that_does_not_fit_is_told_as_far_as_known(tiny):
         (["--search", "--lowered=x.txt"], "leave out --windows and --lowered"),
         (["--topology=local", "--slices=2"], "--slices is for TPU topologies"),
         (["--json=nowhere/x.json"], "--json=nowhere/x.json: there is no folder nowhere"),
+        (["--topology=h100:8", "--slices=2"], "--slices is for TPU topologies"),
+        (["--program=decode", "--search"], "--search and --windows are for training"),
+        (["--rows=4"], "--rows, --prompt and --tokens are for --program=prefill or decode"),
+        (["--program=decode", "--tokens=64"], "--tokens=64 leaves no room for a prompt"),
         (["--topology=v9:4"], "--topology = 'v9:4' is not known"),
         ([], "Give an experiment"),
     ],
@@ -205,9 +216,15 @@ def test_flags_that_do_not_fit_together_are_refused(flags, message):
     assert message in done.stderr
 
 
-def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
-    device = SimpleNamespace(device_kind="TPU v5e", platform="tpu")
-    limit = report_lib.USABLE * 16 * report_lib.GIB
+@pytest.mark.parametrize(("kind", "memory", "share"), [
+    ("TPU v5e", 16, 0.97), ("NVIDIA H100 80GB HBM3", 79.1, 0.75),
+])  # fmt: skip
+def test_the_search_ends_at_the_most_that_leaves_some_memory(
+    kind, memory, share, tiny, monkeypatch
+):
+    platform = "tpu" if "TPU" in kind else "gpu"
+    device = SimpleNamespace(device_kind=kind, platform=platform)
+    limit = share * memory * report_lib.GIB
 
     def report_of(config, devices):
         windows = config.train.batch_size
@@ -217,5 +234,14 @@ def test_the_search_ends_at_the_most_that_leaves_some_memory(tiny, monkeypatch):
             "n": windows,
         }
 
+    monkeypatch.delenv(report_lib.FRACTION, raising=False)
     monkeypatch.setattr(report_lib, "report_of", report_of)
-    assert report_lib.search(tiny(), [device])["n"] == 20
+    assert search.search(tiny(), [device])["n"] == 20
+
+
+def test_the_share_of_a_gpu_is_the_one_that_jax_will_take(monkeypatch):
+    monkeypatch.setenv(report_lib.FRACTION, "0.95")
+    assert (report_lib.usable("gpu"), report_lib.usable("tpu")) == (0.95, 0.97)
+    monkeypatch.setenv(report_lib.FRACTION, "much")
+    with pytest.raises(ConfigError, match="must be a number, got 'much'"):
+        report_lib.usable("gpu")

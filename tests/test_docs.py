@@ -81,6 +81,9 @@ HOW = {
     "python -m ngpt_jax.data.prepare --source=hub": " --out=hub{n}",
     "python -m ngpt_jax.data.train_tokenizer": "",
     "python -m ngpt_jax.tools.aot": " --config=experiments/1b.py:debug,stdlib --topology=local",
+    "python -m ngpt_jax.tools.aot --config=experiments/124m.py --topology=h100:8": ByTest(
+        "test_aot_gpu.py::test_eight_h100_on_two_hosts"
+    ),
     "python -m ngpt_jax.tools.aot --config=experiments/1b.py:ctx8k": ByTest(
         "test_aot.py::test_the_search_ends_at_the_most_that_leaves_some_memory"
     ),
@@ -465,7 +468,7 @@ def test_every_command_is_known(path):
     for variables, command in map(split_environment, commands(path)):
         assert {*variables} <= {"XLA_FLAGS"}
         if command[:2] == ["pip", "install"]:  # .ci/run installs what the tests need
-            wanted = re.fullmatch(r"\.(?:\[([\w,]+)\])?|uv", command[2])
+            wanted = re.fullmatch(r"\.(?:\[([\w,]+)\])?|uv|nvidia-cudnn-cu13", command[2])
             assert {*(wanted[1] or "test").split(",")} <= {*project["optional-dependencies"]}
             continue
         found = how(command)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ngpt_jax.aot.hlo import Collective, Program, analyze, kernels_of_lowered
+from ngpt_jax.aot.hlo import Collective, Kernel, Program, analyze, kernels_of_lowered
 
 ROOT = Path(__file__).parents[1]
 
@@ -369,7 +369,7 @@ def test_custom_calls_and_kernels():
         ROOT %mine.12 = f32[10]{{0}} {call}"tpu_custom_call"
     """)
     assert figures.custom_calls == {"AllocateBuffer": 1, "tpu_custom_call": 3}
-    assert figures.kernels == {"flash_fwd": 2, "mine": 1}
+    assert figures.kernels == {"flash_fwd": Kernel(2, 2), "mine": Kernel(1, 1)}
     assert figures.traffic == dict.fromkeys(("flash.3", "again", "mine.12"), (1, 80.0))
 
 
@@ -429,5 +429,7 @@ def test_what_goes_to_other_slices_is_a_send():
 def test_kernels_are_named_before_compilation():
     call = '%1 = stablehlo.custom_call @tpu_custom_call(%0) {{kernel_name = "{}", x = 1}}'
     text = "\n".join([call.format("forward"), call.format("backward"), call.format("forward")])
-    assert kernels_of_lowered(text) == {"forward": 2, "backward": 1}
+    assert kernels_of_lowered(text) == {
+        "forward": Kernel(2, None), "backward": Kernel(1, None),
+    }  # fmt: skip
     assert kernels_of_lowered("%1 = stablehlo.custom_call @Sharding(%0)") == {}

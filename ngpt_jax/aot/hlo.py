@@ -8,10 +8,12 @@ each were taken.
 
 import re
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from ngpt_jax.aot.hlo_text import Computation, Instruction, Module, parse
-from ngpt_jax.aot.hlo_traffic import moved
+from ngpt_jax.aot.hlo_traffic import launches, moved
+from ngpt_jax.aot.replica_groups import joins_hosts
 
 COLLECTIVES = frozenset(
     "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute "
@@ -25,6 +27,13 @@ class Collective:
     instructions: int  # in the text
     count: int  # executions
     bytes: float  # of operands or result, the larger, on one device over all executions
+    across: float = 0.0  # those of the bytes whose group has devices on several hosts
+
+
+@dataclass(frozen=True)
+class Kernel:
+    instructions: int  # in the text
+    count: int | None  # executions; None where not known
 
 
 @dataclass(frozen=True)
@@ -32,9 +41,11 @@ class Program:
     collectives: dict[str, Collective]  # by kind: "all-gather" etc.; "send" goes to other slices
     bytes_accessed: float  # read from and written to HBM by one device
     custom_calls: dict[str, int]  # instructions in the text by target
-    kernels: dict[str, int]  # instructions in the text by name of the Pallas kernel
+    kernels: dict[str, Kernel]  # by name: those of Pallas, and cuDNN's attention
+    launches: int  # executions of instructions that launch a kernel (hlo_traffic.launches)
     unknown_loops: tuple[str, ...]  # the text does not tell their trip count: counted once
     traffic: dict[str, tuple[int, float]]  # executions and bytes_accessed by instruction
+    instructions: dict[str, Instruction] = field(repr=False)  # those of ``traffic``
 
 
 class _Counts:
@@ -44,11 +55,21 @@ class _Counts:
         self.collectives: dict[str, Counter[float]] = defaultdict(Counter)
         self.traffic: dict[str, Counter[float]] = defaultdict(Counter)
         self.names: dict[str, set[str]] = defaultdict(set)  # of instructions, by collective
-        self.unknown_loops: dict[str, None] = {}
+        self.across: dict[str, float] = defaultdict(float)  # bytes between hosts, by collective
+        self.launches: Counter[str] = Counter()
+        self.instructions: dict[str, Instruction] = {}
+        self.unknown_loops: dict[str, Instruction] = {}
 
 
-def analyze(text: str) -> Program:
+def analyze(text: str, hosts: Sequence[int] = (), one_pass: bool = False) -> Program:
     """Figures of the program whose compiled text this is.
+
+    Args:
+      text: of the compiled program.
+      hosts: the host of each device, in the order in which the program numbers devices; empty:
+        all are on one.
+      one_pass: count one pass of the outermost loop of unknown length alone, where there is one.
+        Such a loop draws tokens.
 
     >>> program = analyze('''
     ... ENTRY %main (x: f32[8]) -> f32[32] {
@@ -56,25 +77,42 @@ def analyze(text: str) -> Program:
     ...   ROOT %g = f32[32]{0} all-gather(%x), dimensions={0}
     ... }''')
     >>> program.collectives
-    {'all-gather': Collective(instructions=1, count=1, bytes=128.0)}
-    >>> program.bytes_accessed, program.traffic
-    (160.0, {'g': (1, 160.0)})
+    {'all-gather': Collective(instructions=1, count=1, bytes=128.0, across=0.0)}
+    >>> program.bytes_accessed, program.traffic, program.launches
+    (160.0, {'g': (1, 160.0)}, 1)
     """
     module, counts = parse(text), _Counts()
     find_late(module)
-    _visit(module.entry, 1, counts)
+    _visit(module.entry, 1, counts, hosts)
+    if one_pass and counts.unknown_loops:
+        loop = next(iter(counts.unknown_loops.values()))
+        counts = _Counts()
+        for part in ("body", "condition"):
+            _visit(loop.called(part)[0], 1, counts, hosts)
     calls = [i for c in module.computations.values() for i in c.instructions.values() if i.target]
+    kernels: dict[str, list[Instruction]] = defaultdict(list)
+    for i in calls:
+        if name := kernel_name(i):
+            kernels[name].append(i)
     kinds, traffic = (
         {k: (sum(n.values()), sum(size * m for size, m in n.items())) for k, n in figures.items()}
         for figures in (counts.collectives, counts.traffic)
     )
     return Program(
-        {k: Collective(len(counts.names[k]), *totals) for k, totals in sorted(kinds.items())},
+        {
+            k: Collective(len(counts.names[k]), *totals, counts.across[k])
+            for k, totals in sorted(kinds.items())
+        },
         sum(total for _, total in traffic.values()),
         dict(Counter(i.target for i in calls)),
-        dict(Counter(_kernel(i) for i in calls if i.target == "tpu_custom_call")),
+        {
+            name: Kernel(len(several), sum(counts.launches[i.name] for i in several))
+            for name, several in kernels.items()
+        },
+        counts.launches.total(),
         tuple(counts.unknown_loops),
         dict(sorted(traffic.items(), key=lambda item: -item[1][1])),
+        counts.instructions,
     )
 
 
@@ -115,7 +153,9 @@ custom_call_target="AsyncCollectiveStart"
         i.late = key in started
 
 
-def _visit(c: Computation, times: int, counts: _Counts, fused: bool = False) -> None:
+def _visit(
+    c: Computation, times: int, counts: _Counts, hosts: Sequence[int], fused: bool = False
+) -> None:
     """Counts a computation that runs so many times, and what it calls.
 
     What is inside a fusion moves no bytes of its own, but may be a collective.
@@ -124,22 +164,28 @@ def _visit(c: Computation, times: int, counts: _Counts, fused: bool = False) -> 
         if i.opcode == "while":
             trips = trip_count(i)
             if trips is None:
-                counts.unknown_loops[i.name] = None
+                counts.unknown_loops[i.name] = i
                 trips = 1
-            _visit(i.called("body")[0], times * trips, counts)
-            _visit(i.called("condition")[0], times * (trips + 1), counts)
+            _visit(i.called("body")[0], times * trips, counts, hosts)
+            _visit(i.called("condition")[0], times * (trips + 1), counts, hosts)
         elif i.base in ("call", "async", "conditional", "fusion"):
             keys = "branch_computations|true_computation|false_computation|calls|to_apply"
             for called in i.called(keys):
-                _visit(called, times, counts, fused or i.opcode == "fusion")
+                _visit(called, times, counts, hosts, fused or i.opcode == "fusion")
         elif (i.base in COLLECTIVES and not i.late) or i.opcode == "send":
             scatters = fused and i.base == "all-reduce" and sliced(i)
             kind = "reduce-scatter" if scatters else i.base
             result = 0.0 if kind == "send" else i.size  # which holds the operand again
             counts.names[kind].add(i.name)
-            counts.collectives[kind][max(sum(o.size for o in i.operands), result)] += times
+            size = max(sum(o.size for o in i.operands), result)
+            counts.collectives[kind][size] += times
+            if hosts and joins_hosts(i, hosts):
+                counts.across[kind] += times * size
+        if not fused and launches(i):
+            counts.launches[i.name] += times
         if not fused and (size := moved(i)):
             counts.traffic[i.name][size] += times
+            counts.instructions[i.name] = i
 
 
 def sliced(i: Instruction) -> bool:
@@ -212,18 +258,35 @@ def trip_count(loop: Instruction) -> int | None:
     return max(0, -((a - b) // step)) if a is not None and b is not None and step else None
 
 
-def _kernel(call: Instruction) -> str:
-    """Name of a Pallas kernel: it precedes "pallas_call" in the operation's path."""
-    path = re.search(r'op_name="(?:[^"]*/)?([^"/]+)/pallas_call', call.text)
-    return path[1] if path else re.sub(r"(\.\d+)+$", "", call.name)
+def kernel_name(call: Instruction) -> str:
+    """Name of a custom call that is a Pallas kernel or cuDNN's attention; "" of another.
+
+    The name of a Pallas kernel precedes "pallas_call" in the operation's path.
+
+    >>> call = parse('''
+    ... ENTRY %main (x: f32[8]) -> f32[8] {
+    ...   %x = f32[8]{0} parameter(0)
+    ...   ROOT %c = f32[8]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/jvp(residual_step)/pallas_call"}
+    ... }''').entry.root
+    >>> kernel_name(call)
+    'residual_step'
+    """
+    if call.target.startswith("__cudnn$fmha"):
+        return call.target
+    if path := re.search(r'op_name="(?:[^"]*[/(])?([^"/()]+)\)*/pallas_call', call.text):
+        return path[1]
+    unnamed = call.target in ("tpu_custom_call", "__gpu$xla.gpu.triton")
+    return re.sub(r"(\.\d+)+$", "", call.name) if unnamed else ""
 
 
-def kernels_of_lowered(text: str) -> dict[str, int]:
-    """Calls by name of the Pallas kernel in a TPU program before compilation (StableHLO text).
+def kernels_of_lowered(text: str) -> dict[str, Kernel]:
+    """Kernels by name in a TPU program before compilation (StableHLO text).
 
     >>> kernels_of_lowered('%1 = stablehlo.custom_call @tpu_custom_call(%0) {kernel_name = "dq"}')
-    {'dq': 1}
+    {'dq': Kernel(instructions=1, count=None)}
     """
     calls = [line for line in text.splitlines() if "custom_call @tpu_custom_call" in line]
     named = (re.search(r'kernel_name = "([^"]*)"', call) for call in calls)
-    return dict(Counter(name[1] if name else "" for name in named))
+    found = Counter(name[1] if name else "" for name in named)
+    return {name: Kernel(n, None) for name, n in found.items()}

@@ -23,6 +23,14 @@ _ELEMENTWISE = frozenset(
 )
 
 
+def launches(i: Instruction) -> bool:
+    """Whether a GPU launches a kernel, a copy or a collective for it, where it is not fused.
+
+    This is what the report calls kernels launched. Some custom calls launch more than one.
+    """
+    return not (_FREE & {i.base, i.target} or i.opcode.endswith(("-done", "-update")))
+
+
 def moved(i: Instruction) -> float:
     """HBM bytes of one execution: all of the operands and the result, but of slices their part.
 
@@ -39,7 +47,7 @@ def moved(i: Instruction) -> float:
     >>> [moved(main[name]) for name in "xnsd"]
     [0.0, 800.0, 40.0, 16.0]
     """
-    if _FREE & {i.base, i.target} or i.opcode.endswith(("-done", "-update")):
+    if not launches(i):
         return 0.0
     operands = [o.hbm for o in i.operands]
     if i.opcode == "fusion":

@@ -39,6 +39,7 @@ _GPUS = {
     "h200": Gpu("NVIDIA H200 141GB HBM3e", *_HOPPER, 151397597184, 4800000000000),
     "b200": Gpu("NVIDIA B200", 10, 148, 128, 1.965, 233472, 132644864, 191514411008, 7672320000000),
 }
+_NO_SLICES = "--slices is for TPU topologies; leave it out (several hosts of GPUs: h100:2x8)."
 # Autotuning measures kernels on the device, which is not there.
 GPU_COMPILER_OPTIONS: dict[str, str | bool] = {"xla_gpu_autotune_level": "0"}
 
@@ -56,9 +57,13 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
     Raises ConfigError for a topology that is not known, and where what it needs is not installed.
     """
     if name == "local":
+        if slices > 1:
+            raise ConfigError(_NO_SLICES)
         return jax.devices()
     generation, _, shape = name.partition(":")
     if generation in _GPUS and re.fullmatch(r"([1-9]\d*x)?[1-9]\d*", shape):
+        if slices > 1:
+            raise ConfigError(_NO_SLICES)
         return _gpus(_GPUS[generation], shape)
     if generation not in _ACCELERATORS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ConfigError(
@@ -67,7 +72,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
             f" GPU:HOSTSxCOUNT with one of {', '.join(_GPUS)}, for example h100:8, h100:2x8."
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"libtpu is not installed: {install_hint('tpu')} (no TPU is needed).")
+        raise ConfigError(f"libtpu is not installed: {install_hint('aot')} (no TPU is needed).")
     prefix, cores = _ACCELERATORS[generation]
     chips = math.prod(int(n) for n in shape.split("x"))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -86,9 +91,14 @@ def _gpus(gpu: Gpu, shape: str) -> list[Any]:
     hosts, _, count = shape.rpartition("x")
     jax.devices()  # loads the plugin, which makes the platform known
     grid = f"1x{hosts or 1}x{count}"
-    description = topologies.get_topology_desc(
-        gpu.kind, platform="cuda", topology=grid, target_config=_target_config(gpu)
-    )
+    try:
+        description = topologies.get_topology_desc(
+            gpu.kind, platform="cuda", topology=grid, target_config=_target_config(gpu)
+        )
+    except NotImplementedError as e:
+        raise ConfigError(
+            f"jax-cuda13-plugin is not installed: {install_hint('aot')} (no GPU is needed)."
+        ) from e
     return list(description.devices)
 
 

@@ -14,7 +14,7 @@ from ngpt_jax.decoding.prefill import prefill
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.decoding.step import decode
 
-_BUCKET = 64  # prompts and caches are padded to multiples of this: few programs for many lengths
+BUCKET = 64  # prompts and caches are padded to multiples of this: few programs for many lengths
 
 
 def generate(
@@ -47,8 +47,8 @@ def generate(
       goes on with ``eod``; when all rows have ended, the iterator ends.
     """
     longest = max(map(len, prompts))
-    width = -(-longest // _BUCKET) * _BUCKET
-    slots = width + -(-count // _BUCKET) * _BUCKET
+    width = -(-longest // BUCKET) * BUCKET
+    slots = width + -(-count // BUCKET) * BUCKET
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[width - len(prompt) :] = prompt

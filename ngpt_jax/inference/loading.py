@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.restoring import restore
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config import Config, ConfigError, ModelConfig
 from ngpt_jax.config.facts import check_seed
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
@@ -50,7 +50,8 @@ class LoadedModel:
         model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
             return jax.jit(
-                lambda p: folding.for_inference(model, p), out_shardings=_shardings(model, mesh)
+                lambda p: folding.for_inference(model, p),
+                out_shardings=weight_shardings(model, mesh),
             )(self.params)
 
     def generate(
@@ -260,7 +261,7 @@ def _padded(length: int) -> int:
     return max(-(-length // _BUCKET), 1) * _BUCKET
 
 
-def _shardings(config: Any, mesh: Mesh) -> Any:
+def weight_shardings(config: ModelConfig, mesh: Mesh) -> Any:
     """Shardings for the weights of folding.for_inference: as in training, with a tree a layer."""
     folded = folded_config(config)
     placed = layout.param_shardings(folded, mesh)

@@ -12,7 +12,7 @@ class Chip(NamedTuple):
 
     kind: str  # jax's device_kind, or its first words
     flops: float  # dense bf16 peak, FLOP/s
-    memory: float  # GiB
+    memory: float  # GiB; of the larger GPUs what the driver offers
     bandwidth: float  # of the memory, bytes/s
     network: float  # to the other chips of its slice or host, bytes/s, both directions together
 
@@ -25,12 +25,12 @@ _CHIPS = (
     Chip("TPU v5", 459e12, 95, 2765e9, 600e9),
     Chip("TPU v6 lite", 918e12, 32, 1640e9, 448e9),
     Chip("TPU7x", 2307e12, 192, 7380e9, 1200e9),
-    Chip("NVIDIA A100-SXM4-40GB", 312e12, 40, 1555e9, 600e9),
-    Chip("NVIDIA A100-SXM4-80GB", 312e12, 80, 2039e9, 600e9),
+    Chip("NVIDIA A100-SXM4-40GB", 312e12, 39.4, 1555e9, 600e9),
+    Chip("NVIDIA A100-SXM4-80GB", 312e12, 79.2, 2039e9, 600e9),
     Chip("NVIDIA H100 PCIe", 756e12, 80, 2000e9, 600e9),
-    Chip("NVIDIA H100", 989e12, 80, 3350e9, 900e9),
+    Chip("NVIDIA H100", 989e12, 79.1, 3350e9, 900e9),
     Chip("NVIDIA H200", 989e12, 141, 4800e9, 900e9),
-    Chip("NVIDIA B200", 2250e12, 180, 8000e9, 1800e9),
+    Chip("NVIDIA B200", 2250e12, 178.3, 8000e9, 1800e9),
     Chip("NVIDIA L4", 121e12, 24, 300e9, 64e9),
     Chip("Tesla V100-SXM2-16GB", 125e12, 16, 900e9, 300e9),
     Chip("Tesla V100-SXM2-32GB", 125e12, 32, 900e9, 300e9),
@@ -54,13 +54,28 @@ def recomputed_flops_per_token(config: ModelConfig) -> float:
     return {"none": 0, "attention": layers, "dots": scores, "full": layers + scores}[config.remat]
 
 
-def _forward_flops(config: ModelConfig) -> tuple[float, float, float]:
-    """Of one token: products with the blocks' weights, those of attention, the output table."""
+def prefill_flops(config: ModelConfig, prompt: int) -> float:
+    """FLOPs of reading one prompt of so many tokens; logits are those of the last token alone."""
+    layers, scores, table = _forward_flops(config, prompt / 2)
+    return prompt * (layers + scores) + table
+
+
+def decode_flops(config: ModelConfig, slots: int) -> float:
+    """FLOPs of drawing one token, which attends to all slots of the cache."""
+    return sum(_forward_flops(config, slots))
+
+
+def _forward_flops(config: ModelConfig, seen: float | None = None) -> tuple[float, float, float]:
+    """Of one token: products with the blocks' weights, those of attention, the output table.
+
+    ``seen``: positions that it attends to; None: half of the context.
+    """
     c = config
+    seen = c.context / 2 if seen is None else seen
     assert c.kv_heads and c.head_dim and c.mlp_width and c.vocab_size
     attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     matrices = c.layers * (attention + 3 * c.width * c.mlp_width)
-    scores = c.layers * 2 * c.heads * c.head_dim * c.context / 2
+    scores = c.layers * 2 * c.heads * c.head_dim * seen
     return 2 * matrices, 2 * scores, 2 * c.vocab_size * c.width
 
 
