@@ -17,7 +17,7 @@ import ngpt_jax
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.decoding import folding
-from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
+from ngpt_jax.decoding.cache import Slots, empty_cache
 from ngpt_jax.decoding.prefill import read_prompts
 from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
 from ngpt_jax.decoding.step import read_next
@@ -66,22 +66,15 @@ def decoded_logits(config, params, tokens, cut, pieces):
         return read_prompts(config, weights, tokens, first, caches)
 
     @jax.jit
-    def go_on(tokens, caches, end, newest):
-        return read_next(config, weights, tokens, caches, Slots(first, end, newest))
+    def go_on(tokens, caches, end):
+        return read_next(config, weights, tokens, caches, Slots(first, end))
 
-    caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3, 4)
-    out, place, newest = [], 0, 0
+    caches = empty_cache(folded, *tokens.shape)
+    out, place = [], 0
     for size in pieces:
-        some = tokens[:, place + newest :][:, :size]
-        if place == 0:
-            h, caches = start(some, caches)
-            place = size
-        else:
-            h, caches = go_on(some, caches, place, newest)
-            newest += size
-        if newest >= 3:
-            caches, slots = empty_newest(caches, Slots(first, place, newest))
-            place, newest = slots.end, 0
+        some = tokens[:, place:][:, :size]
+        h, caches = go_on(some, caches, place) if place else start(some, caches)
+        place += size
         out.append(output_logits(folded, h, weights["output_embedding"]))
     return np.concatenate(out, axis=1)
 
@@ -393,7 +386,7 @@ def test_the_end_of_the_document_ends_a_text(model):
     probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
     h, _ = read_prompts(
         model.config.model, weights, jnp.array([[256, 97]]), jnp.zeros(1, jnp.int32),
-        empty_cache(model.config.model, 1, 2, 1),
+        empty_cache(model.config.model, 1, 2),
     )  # fmt: skip
     table[256] = 50 * h[0, -1]
     probe._weights = weights | {"output_embedding": jnp.asarray(table)}

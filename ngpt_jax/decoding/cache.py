@@ -3,20 +3,22 @@
 Prompts are padded on the left. So rows of different lengths begin in different slots and end in the
 same one, and a step writes one slot for all rows.
 
-The newest tokens lie in a small cache of their own, which is emptied into the large one after every
-CHUNK tokens. A loop that writes to the large cache in each step copies it in each step, because XLA
-sees it read and written at once. On a CPU with 2,000 slots a token then took 15 times as long.
+A loop that writes to the cache in each step does so in place: without the barrier in
+:func:`write`, XLA would write it twice, in two shapes, and copy it in each step.
 """
 
+import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.decoding.rows import row_max, row_sum
 from ngpt_jax.parallel import rules
 
-CHUNK = 16  # tokens that the small cache holds, and that one call of decoding draws at most
+CHUNK = 16  # tokens that one call of decoding draws at most
 
 
 class KeysValues(NamedTuple):
@@ -29,14 +31,7 @@ class KeysValues(NamedTuple):
     value: jax.Array  # (B, kv_heads, slots, head_dim)
 
 
-class LayerCache(NamedTuple):
-    """The cache of one layer: all slots, and the newest tokens, which are not in them yet."""
-
-    all: KeysValues
-    newest: KeysValues
-
-
-Caches = tuple[LayerCache, ...]  # one a layer
+Caches = tuple[KeysValues, ...]  # one a layer
 
 
 class Slots(NamedTuple):
@@ -45,61 +40,46 @@ class Slots(NamedTuple):
     Attributes:
       first: (B,) the first slot of each row; before it there is padding.
       end: () how many slots are filled.
-      newest: () how many tokens came after them and lie in the small cache.
     """
 
     first: jax.Array
     end: jax.Array
-    newest: jax.Array | int = 0
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, newest: int) -> Caches:
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> Caches:
     """A cache of zeros for each layer, laid out on the current mesh.
 
     Args:
       config: resolved.
       batch: rows.
-      slots: tokens that the large cache has room for, besides one more load of the small one.
-      newest: tokens that the small cache holds.
+      slots: tokens that the cache has room for.
     """
     assert config.kv_heads is not None and config.head_dim is not None
     heads, dim = (batch, config.kv_heads), config.head_dim
-
-    def zeros(size: int) -> KeysValues:
-        key, value = jnp.zeros((*heads, dim, size)), jnp.zeros((*heads, size, dim))
-        return _lay_out(KeysValues(key.astype(config.dtype), value.astype(config.dtype)))
-
-    return tuple(LayerCache(zeros(slots + newest), zeros(newest)) for _ in range(config.layers))
+    if rules.current_mesh() is None:
+        heads = (math.prod(heads),)
+    key, value = (jnp.zeros((*heads, *size), config.dtype) for size in ((dim, slots), (slots, dim)))
+    return tuple(_lay_out(KeysValues(key, value)) for _ in range(config.layers))
 
 
 def _lay_out(x: KeysValues) -> KeysValues:
+    if rules.current_mesh() is None:
+        return x
     return KeysValues(
         rules.constrain(x.key, "batch", "kv_heads", "head_dim", None),
         rules.constrain(x.value, "batch", "kv_heads", None, "head_dim"),
     )
 
 
-def _put(old: KeysValues, new: KeysValues, place: jax.Array | int) -> KeysValues:
-    put = jax.lax.dynamic_update_slice_in_dim
-    return _lay_out(
-        KeysValues(put(old.key, new.key, place, 3), put(old.value, new.value, place, 2))
-    )
-
-
 def write(old: KeysValues, key: jax.Array, value: jax.Array, place: jax.Array | int) -> KeysValues:
     """A cache with keys and values (B, T, kv_heads, head_dim) in its T slots from ``place`` on."""
-    dtype = old.key.dtype
-    new = KeysValues(jnp.moveaxis(key, 1, 3).astype(dtype), jnp.moveaxis(value, 1, 2).astype(dtype))
-    return _put(old, new, place)
+    heads, put = old.key.shape[:-2], jax.lax.dynamic_update_slice_in_dim
+    key, value = jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 2)
+    key, value = (x.reshape(*heads, *x.shape[2:]).astype(old.key.dtype) for x in (key, value))
+    return _lay_out(KeysValues(put(old.key, key, place, -1), put(old.value, value, place, -2)))
 
 
-def empty_newest(caches: Caches, slots: Slots) -> tuple[Caches, Slots]:
-    """Moves the newest tokens into the large cache; returns the caches and their slots."""
-    caches = tuple(c._replace(all=_put(c.all, c.newest, slots.end)) for c in caches)
-    return caches, Slots(slots.first, slots.end + slots.newest)
-
-
-def attend_to_cache(query: jax.Array, cache: LayerCache, scale: float, slots: Slots) -> jax.Array:
+def attend_to_cache(query: jax.Array, cache: KeysValues, scale: float, slots: Slots) -> jax.Array:
     """softmax(scale * q k^T) v over each position's own token and all tokens before it.
 
     Args:
@@ -112,24 +92,21 @@ def attend_to_cache(query: jax.Array, cache: LayerCache, scale: float, slots: Sl
       (B, T, heads, head_dim); the softmax is in at least float32.
     """
     batch, length, heads, head_dim = query.shape
-    kv_heads, size = cache.all.value.shape[1:3]
-    group = heads // kv_heads
+    *rows, size, _ = cache.value.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    # Queries of a group share their keys: they are one matrix (B, kv_heads, group * T, head_dim).
-    q = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, group * length, head_dim)
-
-    def logits(keys: jax.Array, visible: jax.Array) -> jax.Array:
-        visible = jnp.tile(visible[:, None], (1, 1, group, 1))
-        found = scale * jnp.matmul(q, keys, preferred_element_type=dtype)
-        return jnp.where(visible, found, -jnp.inf)
-
-    slot = jnp.arange(size)
-    seen = (slot < slots.end) & (slot >= slots.first[:, None])  # (B, slots)
-    seen = jnp.broadcast_to(seen[:, None], (batch, length, size))
-    own = slots.newest + jnp.arange(length)[:, None]
-    before = jnp.arange(cache.newest.value.shape[2]) <= own  # (T, newest)
-    before = jnp.broadcast_to(before, (batch, *before.shape))
-    both = [logits(cache.all.key, seen), logits(cache.newest.key, before)]
-    probs = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(cache.all.value.dtype)
-    out = probs[..., :size] @ cache.all.value + probs[..., size:] @ cache.newest.value
+    # Queries of a group share their keys: they are one matrix (..., group * T, head_dim), or a
+    # vector, because a CPU would copy the probabilities of a matrix with one row.
+    n = batch * length * heads // math.prod(rows)
+    q = jnp.moveaxis(query, 2, 1).reshape(*rows, *((n,) if n > 1 else ()), head_dim)
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    n = "n" if n > 1 else ""
+    logits = scale * product(f"...{n}d,...ds->...{n}s", q, cache.key)
+    slot, own = jnp.arange(size), slots.end + jnp.arange(length)
+    visible = (slot <= own[:, None]) & (slot >= slots.first[:, None, None])  # (B, T, slots)
+    visible = jnp.broadcast_to(visible[:, None], (batch, heads, length, size))
+    logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
+    probs = jnp.exp(logits - row_max(logits))
+    total = row_sum(probs)
+    out = product(f"...{n}s,...sd->...{n}d", probs.astype(cache.value.dtype), cache.value)
+    out = (out / total).astype(query.dtype)
     return jnp.moveaxis(out.reshape(batch, heads, length, head_dim), 1, 2)

@@ -48,9 +48,7 @@ class LoadedModel:
         """Folded weights, made for the first text to generate; scoring reads ``params``."""
         model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
-            return jax.jit(
-                lambda p: folding.for_inference(model, p), out_shardings=_shardings(model, mesh)
-            )(self.params)
+            return jax.jit(lambda p: folding.for_inference(model, p))(self.params)
 
     def generate(
         self,
@@ -257,18 +255,6 @@ def check_finite(log_prob: float) -> None:
 
 def _padded(length: int) -> int:
     return max(-(-length // _BUCKET), 1) * _BUCKET
-
-
-def _shardings(config: Any, mesh: Mesh) -> Any:
-    """Shardings for the weights of folding.for_inference: as in training, with a tree a layer."""
-    folded = folding.folded_config(config)
-    placed = layout.param_shardings(folded, mesh)
-
-    def of_layer(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-
-    layer = jax.tree.map(of_layer, placed["layers"])
-    return placed | {"layers": [layer] * folded.layers}
 
 
 def load(

@@ -25,6 +25,7 @@ PARAMETERS: Rules = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),  # where it divides; else every device holds all of them
     "head_dim": ("fsdp",),
+    "part": (),  # of joined matrices
     "mlp": ("tensor", "fsdp"),
     "vocab": ("tensor", "fsdp"),
 }
