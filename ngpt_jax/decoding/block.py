@@ -132,7 +132,7 @@ def _attention(
     v = part(group + 1, group + 2, jnp.broadcast_to(factor, scales.shape))
     if c.folded:
         q = q * rules.gather(layer[FOLDED_MARK], TABLE[FOLDED_MARK].module_axes)
-    out, cache = attend(*(x.astype(dtype) for x in (q, k, v)), softmax_scale(c))
+    out, cache = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), softmax_scale(c))
     out = out.reshape(*h.x.shape[:-1], *out.shape[2:])
     f = _product(out, layer, "out_kernel", contracted=2)
     return rules.constrain(f, "batch", "length", "embed"), cache

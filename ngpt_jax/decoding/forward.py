@@ -16,7 +16,6 @@ from ngpt_jax.decoding.rows import rows_shape
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.rotary import rope_tables
 
-
 Tables = tuple[jax.Array, jax.Array]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.restoring import restore
