@@ -113,23 +113,23 @@ def _attention(
 ) -> tuple[jax.Array, KeysValues]:
     c, dtype = config, h.x.dtype
     heads = _product(h.x, layer, "attention_kernel")  # (*rows, kv_heads, group + 2, head_dim)
-    factor = jnp.asarray(h.factor)[..., None, None]
-    scales = jnp.broadcast_to(factor, (*heads.shape[:-1], 1))
+    v_factor = qk_factor = jnp.asarray(h.factor)[..., None, None]
     if c.qk_norm and c.qk_form == "unit_after_rope":  # RoPE keeps the norm
-        scales = inverse_norm(heads)
+        qk_factor = inverse_norm(heads)
     elif c.qk_norm:
-        scales = rms_factor(heads, factor, c.rms_eps)
+        qk_factor = rms_factor(heads, v_factor, c.rms_eps)
 
-    def part(start: int, stop: int, scale: jax.Array, name: str = "") -> jax.Array:
-        x = sphere.promote(heads[..., start:stop, :]) * scale[..., start:stop, :]
-        x = x.reshape(*tables[0].shape[:2], -1, x.shape[-1])
-        gain = layer.get(name)
-        return x if gain is None else x * gain
+    def take(first: int, last: int, factor: jax.Array) -> jax.Array:
+        factor = jnp.broadcast_to(factor, (*heads.shape[:-1], 1))
+        x = sphere.promote(heads[..., first:last, :]) * factor[..., first:last, :]
+        return x.reshape(*tables[0].shape[:2], -1, x.shape[-1])  # (B, T, heads, head_dim)
 
     group = heads.shape[-2] - 2
-    q = apply_rope(part(0, group, scales, "query_norm"), tables)
-    k = apply_rope(part(group, group + 1, scales, "key_norm"), tables)
-    v = part(group + 1, group + 2, jnp.broadcast_to(factor, scales.shape))
+    q, k = take(0, group, qk_factor), take(group, group + 1, qk_factor)
+    v = take(group + 1, group + 2, v_factor)
+    if c.qk_norm and c.qk_form == "rms_before_rope":
+        q, k = q * layer["query_norm"], k * layer["key_norm"]
+    q, k = apply_rope(q, tables), apply_rope(k, tables)
     if c.folded:
         q = q * rules.gather(layer[FOLDED_MARK], TABLE[FOLDED_MARK].module_axes)
     out, cache = attend(q.astype(dtype), k.astype(dtype), v.astype(dtype), softmax_scale(c))

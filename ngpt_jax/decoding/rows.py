@@ -32,7 +32,7 @@ def row_sum(x: jax.Array) -> jax.Array:
     return _reduce(jnp.sum, x, 0)
 
 
-def _reduce(function: Any, x: jax.Array, least: float) -> jax.Array:
+def _reduce(function: Any, x: jax.Array, least: Any) -> jax.Array:
     """``function(x)`` over the last axis, which is kept, if it is not below ``least``.
 
     XLA's CPU backend makes two or three kernels of a reduction over more than 32 numbers. A shorter
