@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from ngpt_jax import sphere
 from ngpt_jax.parallel import rules
 
-_MOST = 32
+_MOST = 32  # numbers of a short reduction
+_FEW = 2**15  # numbers; with more, a kernel costs little beside its work
 
 
 def rows_shape(batch: int, length: int) -> tuple[int, ...]:
@@ -36,8 +37,8 @@ def _reduce(function: Any, x: jax.Array, least: Any) -> jax.Array:
     """``function(x)`` over the last axis, which is kept, if it is not below ``least``.
 
     XLA's CPU backend makes two or three kernels of a reduction over more than 32 numbers. A shorter
-    one is part of the kernel before or after it. So there the axis is reduced by parts. The
-    comparison changes nothing; without it XLA would make one reduction of all.
+    one is part of the kernel before or after it. So there the axis is reduced by parts, if x
+    is small. The comparison changes nothing; without it XLA would make one reduction of all.
     """
 
     def at_once(x: jax.Array) -> jax.Array:
@@ -51,6 +52,8 @@ def _reduce(function: Any, x: jax.Array, least: Any) -> jax.Array:
             x = at_once(x.reshape(*x.shape[:-1], -1, size))[..., 0]
         return at_once(x)
 
+    if x.size > _FEW:
+        return at_once(x)
     return jax.lax.platform_dependent(x, cpu=by_parts, default=at_once)
 
 
