@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -14,17 +15,21 @@ import pytest
 from test_golden import load as load_golden
 
 import ngpt_jax
+from ngpt_jax.aot.hlo_text import parse
+from ngpt_jax.aot.hlo_traffic import moved as bytes_moved
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.decoding import folding
-from ngpt_jax.decoding.cache import Slots, empty_cache, empty_newest
-from ngpt_jax.decoding.prefill import read_prompts
+from ngpt_jax.decoding.cache import Slots, empty_cache
+from ngpt_jax.decoding.prefill import prefill, read_prompts
+from ngpt_jax.decoding.rows import inverse_norm, row_max, square_norm
 from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
-from ngpt_jax.decoding.step import read_next
+from ngpt_jax.decoding.step import decode, read_next
 from ngpt_jax.inference import opening
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.inference.text import Streamed, TextStream
 from ngpt_jax.model import folding as folding_lib
+from ngpt_jax.model import norms
 from ngpt_jax.model.params import FOLDED_MARK, param_tree, unit_axes
 from ngpt_jax.model.transformer import Transformer, init_params, output_logits
 from ngpt_jax.optim.recipes import make_optimizer
@@ -67,22 +72,15 @@ def decoded_logits(config, params, tokens, cut, pieces):
         return read_prompts(config, weights, tokens, first, caches)
 
     @jax.jit
-    def go_on(tokens, caches, end, newest):
-        return read_next(config, weights, tokens, caches, Slots(first, end, newest))
+    def go_on(tokens, caches, end):
+        return read_next(config, weights, tokens, caches, Slots(first, end))
 
-    caches = empty_cache(folded, tokens.shape[0], tokens.shape[1] + 3, 4)
-    out, place, newest = [], 0, 0
+    caches = empty_cache(folded, *tokens.shape)
+    out, place = [], 0
     for size in pieces:
-        some = tokens[:, place + newest :][:, :size]
-        if place == 0:
-            h, caches = start(some, caches)
-            place = size
-        else:
-            h, caches = go_on(some, caches, place, newest)
-            newest += size
-        if newest >= 3:
-            caches, slots = empty_newest(caches, Slots(first, place, newest))
-            place, newest = slots.end, 0
+        some = tokens[:, place:][:, :size]
+        h, caches = go_on(some, caches, place) if place else start(some, caches)
+        place += size
         out.append(output_logits(folded, h, weights["output_embedding"]))
     return np.concatenate(out, axis=1)
 
@@ -108,8 +106,48 @@ def check_decoding(config, params, x, bound, pieces=(8, 3)):
 @pytest.mark.parametrize("kind", ["ngpt", "gpt"])
 def test_decoding_gives_the_full_forward_pass_on_golden_weights(tiny, kind):
     config, golden, params = load_golden(tiny, kind, "pert", dtype="float32")
-    logits = check_decoding(config.model, params, golden["x"].astype(np.int32), 1e-5)
+    x = golden["x"].astype(np.int32)
+    logits = check_decoding(config.model, params, x, 1e-5)
     assert np.abs(logits[np.isfinite(logits)]).max() > 3
+    check_decoding(config.model, params, x[:1], 1e-5)  # one row is laid out as a vector
+    check_decoding(dataclasses.replace(config.model, dtype="bfloat16"), params, x, 0.03)
+
+
+@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
+def test_a_token_is_few_kernels_that_read_weights_and_cache_once(tiny, kind):
+    config = tiny(**{
+        "model.kind": kind, "model.layers": 4, "model.width": 256, "model.heads": 4,
+        "model.vocab_size": 8192,
+    }).model  # fmt: skip
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    weights = jax.eval_shape(lambda p: folding.for_inference(config, p), params)
+    tokens, first = np.zeros((1, 512), np.int32), np.zeros(1, np.int32)
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    start = functools.partial(prefill, config, num_slots=768)
+    decoder = jax.eval_shape(lambda w, k: start(w, tokens, first, keys=k), weights, keys)
+    text = decode.lower(config, weights, decoder, 16, GREEDY, -1).compile().as_text()
+    (loop,) = [i for i in parse(text).entry.instructions.values() if i.opcode == "while"]
+    (body,), (condition,) = loop.called("body"), loop.called("condition")
+    step = [*body.instructions.values(), *condition.instructions.values()]
+    kernels = sum(bytes_moved(i) > 0 for i in step)
+    assert kernels <= 125, kernels
+    del weights["input_embedding"]  # of which a row is read
+    least = sum(math.prod(x.shape) * x.dtype.itemsize
+                for x in jax.tree.leaves((weights, decoder.caches)))  # fmt: skip
+    assert sum(map(bytes_moved, step)) < 1.05 * least
+
+
+@pytest.mark.parametrize("size", [1, 37, 768, 37 * 64])
+def test_sums_and_maxima_by_parts(x64, size):
+    x = np.random.default_rng(0).standard_normal((3, size))
+    np.testing.assert_allclose(square_norm(x)[:, 0], (x * x).sum(-1), rtol=1e-13)
+    np.testing.assert_array_equal(row_max(jnp.asarray(x))[:, 0], x.max(-1))
+    np.testing.assert_allclose(inverse_norm(x) * x, norms.unit(jnp.asarray(x)), rtol=1e-13)
+    lowest = row_max(jnp.full((3, size), -jnp.inf))
+    assert np.all(np.isfinite(lowest)) and np.all(np.exp(-np.inf - lowest) == 0)
+    for extreme in (0.0, 1e-30, 1e30):  # squares under- and overflow
+        y = jnp.asarray(extreme * x, jnp.float32)
+        assert np.all(np.isfinite(inverse_norm(y) * y))
 
 
 @pytest.mark.parametrize(
@@ -394,7 +432,7 @@ def test_the_end_of_the_document_ends_a_text(model):
     probe = LoadedModel(model.config, model.tokenizer, model.params, model.mesh, 0)
     h, _ = read_prompts(
         model.config.model, weights, jnp.array([[256, 97]]), jnp.zeros(1, jnp.int32),
-        empty_cache(model.config.model, 1, 2, 1),
+        empty_cache(model.config.model, 1, 2),
     )  # fmt: skip
     table[256] = 50 * h[0, -1]
     probe._weights = weights | {"output_embedding": jnp.asarray(table)}

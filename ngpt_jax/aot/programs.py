@@ -21,7 +21,6 @@ from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.decoding.step import decode
 from ngpt_jax.errors import install_hint
 from ngpt_jax.files import write_atomically
-from ngpt_jax.inference.loading import weight_shardings
 from ngpt_jax.parallel import rules
 from ngpt_jax.training import layout
 
@@ -72,12 +71,8 @@ def compile_generation(
     """
     model = config.model
     with jax.set_mesh(mesh):
-        weights = _placed(
-            jax.eval_shape(
-                functools.partial(folding.for_inference, model), layout.abstract_params(model, mesh)
-            ),
-            weight_shardings(model, mesh),
-        )
+        fold = jax.jit(functools.partial(folding.for_inference, model))
+        weights = _made_by(fold.lower, layout.abstract_params(model, mesh), mesh=mesh)
         rows = jax.ShapeDtypeStruct((texts.rows,), jnp.int32)
         tokens = rows.update(shape=(texts.rows, texts.width))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), texts.rows))
@@ -87,18 +82,19 @@ def compile_generation(
         if name == "prefill":
             return _compile(read, mesh, lowered_to)
         # The decoder is laid out as prefill leaves it, which its compiled program tells.
-        made = jax.eval_shape(lambda *a: prefill(model, *a[:3], texts.slots, a[3]), weights, tokens,
-                              rows, keys)  # fmt: skip
-        decoder = _placed(made, _compile(read, mesh, None).compiled.output_shardings)
+        decoder = _made_by(read, mesh=mesh)
         how = Sampling(temperature=0.8)  # the default of LoadedModel.generate
         draw = functools.partial(decode.lower, model, weights, decoder, CHUNK, how, -1)
         return _compile(draw, mesh, lowered_to)
 
 
-def _placed(shapes: Any, shardings: Any) -> Any:
+def _made_by(lower: Callable[..., jax.stages.Lowered], *args: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a program's results."""
+    program = _compile(functools.partial(lower, *args), mesh, None)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
-    )
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        program.lowered.out_info, program.compiled.output_shardings,
+    )  # fmt: skip
 
 
 def _compile(lower: Callable[[], jax.stages.Lowered], mesh: Mesh, to: str | None) -> Compiled:

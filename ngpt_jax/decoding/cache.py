@@ -3,40 +3,37 @@
 Prompts are padded on the left. So rows of different lengths begin in different slots and end in the
 same one, and a step writes one slot for all rows.
 
-The newest tokens lie in a small cache of their own, which is emptied into the large one after every
-CHUNK tokens. A loop that writes to the large cache in each step copies it in each step, because XLA
-sees it read and written at once. On a CPU with 2,000 slots a token then took 15 times as long.
+Rows and heads are one axis, so that the products of a step take the cache as it is. With two axes
+XLA's CPU backend would write each cache twice, in two shapes, and copy it in each step of a loop.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from ngpt_jax.config import ModelConfig
+from ngpt_jax.decoding.rows import row_max, row_sum
 from ngpt_jax.parallel import rules
 
-CHUNK = 16  # tokens that the small cache holds, and that one call of decoding draws at most
+CHUNK = 16  # tokens that one call of decoding draws at most
 
 
 class KeysValues(NamedTuple):
-    """Keys and values in the compute dtype, laid out for the two products of a step.
+    """Keys and values of one layer in the compute dtype, laid out for the two products of a step.
 
-    A CPU takes five times as long with keys laid out as values are.
+    N is B * kv_heads; on a mesh, each device has those of its rows and heads. A CPU takes five
+    times as long with keys laid out as values are.
     """
 
-    key: jax.Array  # (B, kv_heads, head_dim, slots)
-    value: jax.Array  # (B, kv_heads, slots, head_dim)
+    key: jax.Array  # (N, head_dim, slots)
+    value: jax.Array  # (N, slots, head_dim)
 
 
-class LayerCache(NamedTuple):
-    """The cache of one layer: all slots, and the newest tokens, which are not in them yet."""
-
-    all: KeysValues
-    newest: KeysValues
-
-
-Caches = tuple[LayerCache, ...]  # one a layer
+Caches = tuple[KeysValues, ...]  # one a layer
 
 
 class Slots(NamedTuple):
@@ -45,61 +42,61 @@ class Slots(NamedTuple):
     Attributes:
       first: (B,) the first slot of each row; before it there is padding.
       end: () how many slots are filled.
-      newest: () how many tokens came after them and lie in the small cache.
     """
 
     first: jax.Array
-    end: jax.Array
-    newest: jax.Array | int = 0
+    end: jax.Array | int
 
 
-def empty_cache(config: ModelConfig, batch: int, slots: int, newest: int) -> Caches:
+def _specs(batch: int, kv_heads: int) -> tuple[Any, P, Any]:
+    """How an array (B,), one (B, T, heads, head_dim) and a cache are cut over the current mesh."""
+    mesh = rules.current_mesh()
+    if mesh is None:
+        return P(), P(), P()
+    rows, heads = rules.activation_spec(("batch", "kv_heads"), (batch, kv_heads), mesh)
+    both: Any = P(rules.spec_axes(P(rows, heads)), None, None)
+    return P(rows), P(rows, None, heads, None), KeysValues(both, both)
+
+
+def _on_devices(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function on each device's rows and heads."""
+    if rules.current_mesh() is None:
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def empty_cache(config: ModelConfig, batch: int, slots: int) -> Caches:
     """A cache of zeros for each layer, laid out on the current mesh.
 
     Args:
       config: resolved.
       batch: rows.
-      slots: tokens that the large cache has room for, besides one more load of the small one.
-      newest: tokens that the small cache holds.
+      slots: tokens that the cache has room for.
     """
     assert config.kv_heads is not None and config.head_dim is not None
-    heads, dim = (batch, config.kv_heads), config.head_dim
-
-    def zeros(size: int) -> KeysValues:
-        key, value = jnp.zeros((*heads, dim, size)), jnp.zeros((*heads, size, dim))
-        return _lay_out(KeysValues(key.astype(config.dtype), value.astype(config.dtype)))
-
-    return tuple(LayerCache(zeros(slots + newest), zeros(newest)) for _ in range(config.layers))
-
-
-def _lay_out(x: KeysValues) -> KeysValues:
-    return KeysValues(
-        rules.constrain(x.key, "batch", "kv_heads", "head_dim", None),
-        rules.constrain(x.value, "batch", "kv_heads", None, "head_dim"),
-    )
-
-
-def _put(old: KeysValues, new: KeysValues, place: jax.Array | int) -> KeysValues:
-    put = jax.lax.dynamic_update_slice_in_dim
-    return _lay_out(
-        KeysValues(put(old.key, new.key, place, 3), put(old.value, new.value, place, 2))
-    )
+    n, dim = batch * config.kv_heads, config.head_dim
+    key, value = (jnp.zeros((n, *size), config.dtype) for size in ((dim, slots), (slots, dim)))
+    empty = KeysValues(key, value)
+    if rules.current_mesh() is not None:
+        empty = jax.lax.with_sharding_constraint(empty, _specs(batch, config.kv_heads)[2])
+    return (empty,) * config.layers
 
 
 def write(old: KeysValues, key: jax.Array, value: jax.Array, place: jax.Array | int) -> KeysValues:
     """A cache with keys and values (B, T, kv_heads, head_dim) in its T slots from ``place`` on."""
-    dtype = old.key.dtype
-    new = KeysValues(jnp.moveaxis(key, 1, 3).astype(dtype), jnp.moveaxis(value, 1, 2).astype(dtype))
-    return _put(old, new, place)
+
+    def put(old, key, value, place):
+        key, value = jnp.moveaxis(key, 1, 3), jnp.moveaxis(value, 1, 2)
+        key, value = (x.reshape(-1, *x.shape[2:]).astype(old.key.dtype) for x in (key, value))
+        update = jax.lax.dynamic_update_slice_in_dim
+        return KeysValues(update(old.key, key, place, 2), update(old.value, value, place, 1))
+
+    _, heads, cache = _specs(key.shape[0], key.shape[2])
+    put = _on_devices(put, (cache, heads, heads, P()), cache)
+    return put(old, key, value, jnp.asarray(place))
 
 
-def empty_newest(caches: Caches, slots: Slots) -> tuple[Caches, Slots]:
-    """Moves the newest tokens into the large cache; returns the caches and their slots."""
-    caches = tuple(c._replace(all=_put(c.all, c.newest, slots.end)) for c in caches)
-    return caches, Slots(slots.first, slots.end + slots.newest)
-
-
-def attend_to_cache(query: jax.Array, cache: LayerCache, scale: float, slots: Slots) -> jax.Array:
+def attend_to_cache(query: jax.Array, cache: KeysValues, scale: float, slots: Slots) -> jax.Array:
     """softmax(scale * q k^T) v over each position's own token and all tokens before it.
 
     Args:
@@ -111,25 +108,31 @@ def attend_to_cache(query: jax.Array, cache: LayerCache, scale: float, slots: Sl
     Returns:
       (B, T, heads, head_dim); the softmax is in at least float32.
     """
+    batch = query.shape[0]
+    first, heads, kv = _specs(batch, cache.key.shape[0] // batch)
+    attend = _on_devices(functools.partial(_attend, scale), (heads, kv, first, P()), heads)
+    return attend(query, cache, slots.first, jnp.asarray(slots.end))
+
+
+def _attend(
+    scale: float, query: jax.Array, cache: KeysValues, first: jax.Array, end: jax.Array
+) -> jax.Array:
     batch, length, heads, head_dim = query.shape
-    kv_heads, size = cache.all.value.shape[1:3]
-    group = heads // kv_heads
+    rows, size, _ = cache.value.shape
     dtype = jnp.promote_types(query.dtype, jnp.float32)
-    # Queries of a group share their keys: they are one matrix (B, kv_heads, group * T, head_dim).
-    q = jnp.moveaxis(query, 2, 1).reshape(batch, kv_heads, group * length, head_dim)
-
-    def logits(keys: jax.Array, visible: jax.Array) -> jax.Array:
-        visible = jnp.tile(visible[:, None], (1, 1, group, 1))
-        found = scale * jnp.matmul(q, keys, preferred_element_type=dtype)
-        return jnp.where(visible, found, -jnp.inf)
-
-    slot = jnp.arange(size)
-    seen = (slot < slots.end) & (slot >= slots.first[:, None])  # (B, slots)
-    seen = jnp.broadcast_to(seen[:, None], (batch, length, size))
-    own = slots.newest + jnp.arange(length)[:, None]
-    before = jnp.arange(cache.newest.value.shape[2]) <= own  # (T, newest)
-    before = jnp.broadcast_to(before, (batch, *before.shape))
-    both = [logits(cache.all.key, seen), logits(cache.newest.key, before)]
-    probs = jax.nn.softmax(jnp.concatenate(both, axis=-1), axis=-1).astype(cache.all.value.dtype)
-    out = probs[..., :size] @ cache.all.value + probs[..., size:] @ cache.newest.value
+    # Queries of a group share their keys: they are one matrix (N, group * T, head_dim). Where that
+    # is one row, they are vectors: of a matrix XLA's CPU backend would copy the probabilities.
+    matrix = batch * heads * length > rows
+    q = jnp.moveaxis(query, 2, 1).reshape(rows, *((-1,) if matrix else ()), head_dim)
+    n = "m" if matrix else ""
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    logits = scale * product(f"n{n}d,nds->n{n}s", q, cache.key)
+    slot, own = jnp.arange(size), end + jnp.arange(length)
+    visible = (slot <= own[:, None]) & (slot >= first[:, None, None])  # (B, T, slots)
+    visible = jnp.broadcast_to(visible[:, None], (batch, heads, length, size))
+    logits = jnp.where(visible.reshape(logits.shape), logits, -jnp.inf)
+    probs = jnp.exp(logits - row_max(logits))
+    total = row_sum(probs)
+    out = product(f"n{n}s,nsd->n{n}d", probs.astype(cache.value.dtype), cache.value)
+    out = (out / total).astype(query.dtype)
     return jnp.moveaxis(out.reshape(batch, heads, length, head_dim), 1, 2)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.decoding.cache import CHUNK, Caches, LayerCache, Slots, empty_cache, write
-from ngpt_jax.decoding.forward import forward
+from ngpt_jax.decoding.cache import Caches, KeysValues, Slots, empty_cache, write
+from ngpt_jax.decoding.forward import forward, tables_of
 from ngpt_jax.model.attention import causal_attention, kernel_of
 from ngpt_jax.model.transformer import output_logits
 from ngpt_jax.parallel import rules
@@ -41,12 +41,12 @@ def read_prompts(
 
     kernel = kernel_of(config, tokens.shape[1])
 
-    def attend(cache: LayerCache, q, k, v, scale):
-        cache = cache._replace(all=write(cache.all, k, v, 0))
+    def attend(cache: KeysValues, q, k, v, scale):
+        cache = write(cache, k, v, 0)
         return causal_attention(q, k, v, scale, segment_ids, kernel), cache
 
     attends = [functools.partial(attend, cache) for cache in caches]
-    return forward(config, params, tokens, slot, first, attends)
+    return forward(config, params, tokens, tables_of(config, slot, first), attends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -68,7 +68,7 @@ def prefill(
       num_slots: of the cache: T, and one for each token to be generated.
       keys: (B,) random keys.
     """
-    caches = empty_cache(config, tokens.shape[0], num_slots, CHUNK)
+    caches = empty_cache(config, tokens.shape[0], num_slots)
     tokens = rules.constrain(tokens, "batch", "length")
     h, caches = read_prompts(config, params, tokens, first, caches)
     logits = output_logits(config, h[:, -1:], params["output_embedding"])[:, 0]

@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.decoding import cache as kv
-from ngpt_jax.decoding.cache import CHUNK, Caches, LayerCache, Slots
-from ngpt_jax.decoding.forward import forward
+from ngpt_jax.decoding.cache import (
+    CHUNK,
+    Caches,
+    KeysValues,
+    Slots,
+    attend_to_cache,
+    write,
+)
+from ngpt_jax.decoding.forward import Tables, forward, tables_of
 from ngpt_jax.decoding.prefill import Decoder
 from ngpt_jax.decoding.sampling import Sampling, draw
 from ngpt_jax.model.transformer import output_logits
@@ -19,20 +25,27 @@ from ngpt_jax.parallel import rules
 
 
 def read_next(
-    config: ModelConfig, params: Any, tokens: jax.Array, caches: Caches, slots: Slots
+    config: ModelConfig,
+    params: Any,
+    tokens: jax.Array,
+    caches: Caches,
+    slots: Slots,
+    tables: Tables | None = None,
 ) -> tuple[jax.Array, Caches]:
     """The last hidden states (B, T, embed) of the next tokens (B, T), and the caches with them.
 
-    ``slots`` are those before these tokens. The other arguments are those of :func:`forward`.
+    ``slots`` are those before these tokens. ``tables`` of RoPE may be given, so that a loop need
+    not compute them. The other arguments are those of :func:`forward`.
     """
 
-    def attend(cache: LayerCache, q, k, v, scale):
-        cache = cache._replace(newest=kv.write(cache.newest, k, v, slots.newest))
-        return kv.attend_to_cache(q, cache, scale, slots), cache
+    def attend(cache: KeysValues, q, k, v, scale):
+        cache = write(cache, k, v, slots.end)
+        return attend_to_cache(q, cache, scale, slots), cache
 
-    slot = slots.end + slots.newest + jnp.arange(tokens.shape[1])
+    if tables is None:
+        tables = tables_of(config, slots.end + jnp.arange(tokens.shape[1]), slots.first)
     attends = [functools.partial(attend, cache) for cache in caches]
-    return forward(config, params, tokens, slot, slots.first, attends)
+    return forward(config, params, tokens, tables, attends)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
@@ -61,31 +74,30 @@ def decode(
     batch = decoder.logits.shape[0]
     ids = jnp.full((batch, CHUNK), -1, jnp.int32)
     log_probs = jnp.zeros((batch, CHUNK), decoder.logits.dtype)
-    slots = [c.all for c in decoder.caches]  # read in the loop, written after it
+    first, end = decoder.slots
+    tables = tables_of(config, end + jnp.arange(CHUNK), first)  # (B, CHUNK, head_dim/2)
 
     def go_on(state):
         i, _, ended, *_ = state
         return (i < count) & ~jnp.all(ended)
 
     def step(state):
-        i, logits, ended, newest, ids, log_probs = state
+        i, logits, ended, caches, ids, log_probs = state
         keys = jax.vmap(jax.random.fold_in, (0, None))(decoder.keys, decoder.drawn + i)
         token = jnp.where(ended, eod, draw(logits, how, keys)).astype(jnp.int32)
         log_prob = jax.nn.log_softmax(logits, axis=-1)
         log_prob = jnp.take_along_axis(log_prob, token[:, None], axis=-1)
-        caches = tuple(LayerCache(*both) for both in zip(slots, newest))
-        before = decoder.slots._replace(newest=i)
-        h, caches = read_next(config, params, token[:, None], caches, before)
+        now = tuple(jax.lax.dynamic_slice_in_dim(table, i, 1, 1) for table in tables)
+        h, caches = read_next(config, params, token[:, None], caches, Slots(first, end + i), now)
         logits = output_logits(config, h, params["output_embedding"])[:, 0]
         put = jax.lax.dynamic_update_slice_in_dim
         ids, log_probs = put(ids, token[:, None], i, 1), put(log_probs, log_prob, i, 1)
-        return i + 1, logits, ended | (token == eod), [c.newest for c in caches], ids, log_probs
+        return i + 1, logits, ended | (token == eod), caches, ids, log_probs
 
-    newest = [c.newest for c in decoder.caches]
-    state = (jnp.zeros((), jnp.int32), decoder.logits, decoder.ended, newest, ids, log_probs)
-    i, logits, ended, newest, ids, log_probs = jax.lax.while_loop(go_on, step, state)
-    caches = tuple(LayerCache(*both) for both in zip(slots, newest))
-    caches, after = kv.empty_newest(caches, decoder.slots._replace(newest=i))
-    decoder = Decoder(caches, after, logits, decoder.keys, decoder.drawn + i, ended)
+    zero = jnp.zeros((), jnp.int32)
+    state = (zero, decoder.logits, decoder.ended, decoder.caches, ids, log_probs)
+    i, logits, ended, caches, ids, log_probs = jax.lax.while_loop(go_on, step, state)
+    slots = Slots(first, end + i)
+    decoder = Decoder(caches, slots, logits, decoder.keys, decoder.drawn + i, ended)
     whole = rules.constrain(ids, None, None), rules.constrain(log_probs, None, None)
     return decoder, *whole

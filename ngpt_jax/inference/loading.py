@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.checkpoint.restoring import restore
-from ngpt_jax.config import Config, ConfigError, ModelConfig
+from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.facts import check_seed
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
@@ -21,7 +21,6 @@ from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.inference import arguments, opening, scoring
 from ngpt_jax.inference.arguments import Ids, Prompt
 from ngpt_jax.inference.text import Streamed, TextStream
-from ngpt_jax.model.folding import folded_config
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
@@ -49,10 +48,7 @@ class LoadedModel:
         """Folded weights, made for the first text to generate; scoring reads ``params``."""
         model, mesh = self.config.model, self.mesh
         with jax.set_mesh(mesh):
-            return jax.jit(
-                lambda p: folding.for_inference(model, p),
-                out_shardings=weight_shardings(model, mesh),
-            )(self.params)
+            return jax.jit(lambda p: folding.for_inference(model, p))(self.params)
 
     def generate(
         self,
@@ -259,18 +255,6 @@ def check_finite(log_prob: float) -> None:
 
 def _padded(length: int) -> int:
     return max(-(-length // _BUCKET), 1) * _BUCKET
-
-
-def weight_shardings(config: ModelConfig, mesh: Mesh) -> Any:
-    """Shardings for the weights of folding.for_inference: as in training, with a tree a layer."""
-    folded = folded_config(config)
-    placed = layout.param_shardings(folded, mesh)
-
-    def of_layer(sharding: NamedSharding) -> NamedSharding:
-        return NamedSharding(mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
-
-    layer = jax.tree.map(of_layer, placed["layers"])
-    return placed | {"layers": [layer] * folded.layers}
 
 
 def load(

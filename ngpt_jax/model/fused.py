@@ -92,7 +92,9 @@ def rotate_heads(
     return q.reshape(batch, length, -1, head_dim), k
 
 
-def _rotate_on_shards(config, qk, tables, q_scale, k_scale, form):
+def _rotate_on_shards(
+    config: ModelConfig, qk: Any, tables: Any, q_scale: Any, k_scale: Any, form: str
+):
     from ngpt_jax.model.kernels import heads as kernel
 
     def rotate(qk, cos, sin, q_scale, k_scale):

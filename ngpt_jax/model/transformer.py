@@ -31,8 +31,6 @@ from ngpt_jax.parallel import rules
 # positions, but nGPT scales rotated channels by s_qk, so that the start of a document matters.
 Batch = dict[str, jax.Array]
 Ids = jax.Array | None  # (B, T) int32
-# (q, k, v, scale of q k^T) -> attention's result (B, T, heads, head_dim), and a KV cache.
-Attend = Callable[[jax.Array, jax.Array, jax.Array, float], tuple[jax.Array, Any]]
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -146,13 +144,9 @@ class Block(nn.Module):
 
     Attributes:
       config: of the model.
-      after_first: do not normalize h at the start. With lerp and slerp, h from another block is a
-        unit vector but for rounding, and in decoding the norm costs as much as a small product.
-        Training keeps the norm.
     """
 
     config: ModelConfig
-    after_first: bool = False
 
     @nn.compact
     def __call__(
@@ -160,32 +154,30 @@ class Block(nn.Module):
         h: jax.Array,
         tables: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None = None,
-        attend: Attend | None = None,
-    ):
+    ) -> tuple[jax.Array, None]:
         """Both steps of h.
 
         Args:
           h: (B, T, embed).
           tables: cosines and sines of RoPE.
           segment_ids: (B, T); attention stays within positions of the same id. None: no limits.
-          attend: replaces causal attention among these positions.
 
         Returns:
-          h (B, T, embed), and the KV cache that ``attend`` returns, None without ``attend``.
+          h (B, T, embed), and None: the form that nn.scan wants.
         """
         c = self.config
         x = self._rms_norm(h, "attention_norm")
-        f, cache = self._attention(x, tables, segment_ids, attend)
+        f = self._attention(x, tables, segment_ids)
         # In nGPT h is a unit vector already. In the first block its norm takes the radial part of
         # this step out of the gradient of the input table, as in the authors' code.
-        read, middle = self._step(h, f, "alpha_a", normalize_h=not self.after_first)
+        read, middle = self._step(h, f, "alpha_a", normalize_h=True)
         self._sow_angles("attention", h, f, middle)
         f = self._mlp(self._rms_norm(read, "mlp_norm"))
         h, _ = self._step(middle, f, "alpha_m")
         self._sow_angles("mlp", middle, f, h)
         h = rules.constrain(h, "batch", "length", "embed")
         self.sow("intermediates", "hidden", h)
-        return h.astype(c.dtype), cache  # (carry, to stack or None): the form nn.scan wants
+        return h.astype(c.dtype), None
 
     def _rms_norm(self, x: jax.Array, name: str) -> jax.Array:
         c = self.config
@@ -200,6 +192,7 @@ class Block(nn.Module):
         alpha = scale(self, c, name)
         alpha = alpha if alpha is None else jnp.abs(alpha)
         if c.residual == "lerp" and c.branch_norm == "unit":
+            assert alpha is not None
             return fused.residual_step(c, h, f, alpha, normalize_h)
         if c.residual != "add" and normalize_h:
             h = norms.unit(h)
@@ -235,22 +228,17 @@ class Block(nn.Module):
             product = jax.checkpoint(product, prevent_cse=not c.scan_layers)
         return product(x, w)
 
-    def _attention(
-        self, x: jax.Array, tables, segment_ids, attend: Attend | None
-    ) -> tuple[jax.Array, Any]:
+    def _attention(self, x: jax.Array, tables, segment_ids) -> jax.Array:
         c = self.config
         q, k = self._query_key(x, tables)
         v = self._linear(x, "value_kernel")
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
-        if attend is None:
-            kernel, cache = kernel_of(c, x.shape[1]), None
-            out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel)
-        else:
-            out, cache = attend(q, k, v, softmax_scale(c))
+        kernel = kernel_of(c, x.shape[1])
+        out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel)
         out = checkpoint_name(out, SAVED_NAME)  # (B, T, heads, head_dim)
         out = self._linear(out, "out_kernel", contracted=2)
-        return rules.constrain(out, "batch", "length", "embed"), cache
+        return rules.constrain(out, "batch", "length", "embed")
 
     def _query_key(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array]:
         """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), ready for attention.
