@@ -230,8 +230,10 @@ class Block(nn.Module):
 
     def _attention(self, x: jax.Array, tables, segment_ids) -> jax.Array:
         c = self.config
-        q, k = self._query_key(x, tables)
-        v = self._linear(x, "value_kernel")
+        # The order in which parameters are declared decides their random numbers.
+        w_q, w_k, w_v = (matrix(self, c, f"{name}_kernel") for name in ("query", "key", "value"))
+        q, k = self._query_key(x, w_q, w_k, tables)
+        v = self._product(x, w_v, TABLE["value_kernel"].module_axes)
         self.sow("intermediates", "query", q)
         self.sow("intermediates", "key", k)
         kernel = kernel_of(c, x.shape[1])
@@ -240,7 +242,9 @@ class Block(nn.Module):
         out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed")
 
-    def _query_key(self, x: jax.Array, tables) -> tuple[jax.Array, jax.Array]:
+    def _query_key(
+        self, x: jax.Array, w_q: jax.Array, w_k: jax.Array, tables
+    ) -> tuple[jax.Array, jax.Array]:
         """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), ready for attention.
 
         As one product its result holds for each key head the queries that it serves, then itself.
@@ -248,25 +252,24 @@ class Block(nn.Module):
         """
         c = self.config
         assert c.kv_heads and c.head_dim
-        factors = self._factors_of_heads()
+        form, scales = "unit_after_rope" if c.qk_norm else "none", None
         if c.qk_norm and c.qk_form == "rms_before_rope":
-            form = c.qk_form
-            scales = gain(self, c, "query_norm"), gain(self, c, "key_norm")
-        else:
-            form, scales = "unit_after_rope" if c.qk_norm else "none", factors
-            factors = None, None
+            form, scales = c.qk_form, (gain(self, c, "query_norm"), gain(self, c, "key_norm"))
+        factors = self._factors_of_heads()
+        if scales is None:
+            scales, factors = factors, (None, None)
         divided = c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor") == 0
         if fused.joins_products(c) and divided:
-            w_q, w_k = (matrix(self, c, name) for name in ("query_kernel", "key_kernel"))
             w_q = w_q.reshape(c.width, c.kv_heads, -1, c.head_dim)
             w = jnp.concatenate([w_q, w_k[:, :, None]], axis=2)
             both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
             q, k = fused.rotate_heads(c, both, tables, *scales, form)
         else:
-            q, k = self._linear(x, "query_kernel"), self._linear(x, "key_kernel")
             q, k = (
-                heads.rotate(y, *tables, y_scale, form, c.rms_eps)
-                for y, y_scale in zip((q, k), scales)
+                heads.rotate(
+                    self._product(x, w, TABLE[name].module_axes), *tables, y_scale, form, c.rms_eps
+                )
+                for name, w, y_scale in zip(("query_kernel", "key_kernel"), (w_q, w_k), scales)
             )
         q, k = (y if f is None else _scaled(y, f) for y, f in zip((q, k), factors))
         return q, k
