@@ -232,20 +232,27 @@ class Block(nn.Module):
         c = self.config
         # The order in which parameters are declared decides their random numbers.
         w_q, w_k, w_v = (matrix(self, c, f"{name}_kernel") for name in ("query", "key", "value"))
-        q, k = self._query_key(x, w_q, w_k, tables)
+        qk, rotate = self._query_key(x, w_q, w_k, tables)
         v = self._product(x, w_v, TABLE["value_kernel"].module_axes)
-        self.sow("intermediates", "query", q)
-        self.sow("intermediates", "key", k)
+        for name, y in zip(("query", "key"), rotate(qk)):
+            self.sow("intermediates", name, y)
         kernel = kernel_of(c, x.shape[1])
-        out = causal_attention(q, k, v, softmax_scale(c), segment_ids, kernel)
-        out = checkpoint_name(out, SAVED_NAME)  # (B, T, heads, head_dim)
+
+        def attend(qk, v):
+            return causal_attention(*rotate(qk), v, softmax_scale(c), segment_ids, kernel)
+
+        if kernel == "splash" and c.remat == "none":
+            # Else q, k and v would be kept as the kernel wants them, heads of 64 padded to 128
+            # lanes, besides q and k before the rotation.
+            attend = jax.checkpoint(
+                attend, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES["attention"]
+            )
+        out = checkpoint_name(attend(qk, v), SAVED_NAME)  # (B, T, heads, head_dim)
         out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed")
 
-    def _query_key(
-        self, x: jax.Array, w_q: jax.Array, w_k: jax.Array, tables
-    ) -> tuple[jax.Array, jax.Array]:
-        """q (B, T, heads, head_dim) and k (B, T, kv_heads, head_dim), ready for attention.
+    def _query_key(self, x: jax.Array, w_q: jax.Array, w_k: jax.Array, tables) -> tuple[Any, Any]:
+        """The products of x for q and k, and the function that makes q and k of them for attention.
 
         As one product its result holds for each key head the queries that it serves, then itself.
         Where the mesh does not divide the key heads, there are two products.
@@ -258,21 +265,28 @@ class Block(nn.Module):
         factors = self._factors_of_heads()
         if scales is None:
             scales, factors = factors, (None, None)
+
+        def scaled(q_k):
+            return tuple(y if f is None else _scaled(y, f) for y, f in zip(q_k, factors))
+
+        def rotate_both(both):
+            return scaled(fused.rotate_heads(c, both, tables, *scales, form))
+
+        def rotate_each(q_k):
+            rotated = (heads.rotate(y, *tables, f, form, c.rms_eps) for y, f in zip(q_k, scales))
+            return scaled(rotated)
+
         divided = c.kv_heads % rules.axis_size(rules.current_mesh(), "tensor") == 0
         if fused.joins_products(c) and divided:
             w_q = w_q.reshape(c.width, c.kv_heads, -1, c.head_dim)
             w = jnp.concatenate([w_q, w_k[:, :, None]], axis=2)
-            both = self._product(x, w, ("embed", "kv_heads", "joined", "head_dim"))
-            q, k = fused.rotate_heads(c, both, tables, *scales, form)
-        else:
-            q, k = (
-                heads.rotate(
-                    self._product(x, w, TABLE[name].module_axes), *tables, y_scale, form, c.rms_eps
-                )
-                for name, w, y_scale in zip(("query_kernel", "key_kernel"), (w_q, w_k), scales)
-            )
-        q, k = (y if f is None else _scaled(y, f) for y, f in zip((q, k), factors))
-        return q, k
+            axes = ("embed", "kv_heads", "joined", "head_dim")
+            return self._product(x, w, axes), rotate_both
+        names = ("query_kernel", "key_kernel")
+        products = (
+            self._product(x, w, TABLE[name].module_axes) for name, w in zip(names, (w_q, w_k))
+        )
+        return tuple(products), rotate_each
 
     def _factors_of_heads(self) -> tuple[jax.Array | None, jax.Array | None]:
         """What multiplies q (heads, head_dim) and k (kv_heads, head_dim) after RoPE; None: 1."""
