@@ -4,7 +4,7 @@
     rms_before_rope   RoPE(x / sqrt(mean(x^2) + eps) * scale)        GPT with QK-norm
     none              RoPE(x)                                        GPT
 
-All is computed in at least float32 and rounded once, at the end.
+All is computed in at least float32 and rounded once, at the end; on TPUs after each step too.
 """
 
 import functools
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from ngpt_jax import sphere
 from ngpt_jax.model import norms
 from ngpt_jax.model.rotary import apply_rope
+from ngpt_jax.parallel import rules
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -114,13 +115,15 @@ def _parts(qk, q_scale, k_scale):
 
 
 def _rotated(x, cos, sin, scale, form, eps) -> jax.Array:
-    dtype, x = x.dtype, sphere.promote(x)
+    dtype = x.dtype
+    # XLA for TPUs stores what RoPE puts together: there in the dtype of x, elsewhere in float32.
+    x = x if rules.platform() == "tpu" else sphere.promote(x)
     if form == "rms_before_rope":
         x = norms.rms_norm(x, scale, eps)
     x = apply_rope(x, (cos, sin))
     x = norms.unit(x) if form == "unit_after_rope" else x
     if form != "rms_before_rope" and scale is not None:
-        x = x * scale
+        x = sphere.promote(x) * scale
     return x.astype(dtype)
 
 

@@ -28,14 +28,14 @@ def unit(x: jax.Array, axis: int = -1) -> jax.Array:
     A zero vector stays zero with a zero gradient.
     """
     x32 = sphere.promote(x)
-    return (x32 * _inverse_root(_sum(x32 * x32, axis))).astype(x.dtype)
+    return (x32 * inverse_root(_sum(x32 * x32, axis))).astype(x.dtype)
 
 
 @unit.defjvp
 def _unit_jvp(axis, primals, tangents):
     (x,), (dx,) = primals, tangents
     x32, dx = sphere.promote(x), sphere.promote(dx)
-    inverse = _inverse_root(_sum(x32 * x32, axis))
+    inverse = inverse_root(_sum(x32 * x32, axis))
     y = x32 * inverse
     dy = inverse * (dx - y * _sum(y * dx, axis))
     return y.astype(x.dtype), dy.astype(x.dtype)
@@ -54,7 +54,7 @@ def _sum(x: jax.Array, axis: int = -1) -> jax.Array:
     return jnp.sum(x, axis=axis, keepdims=True)
 
 
-def _inverse_root(square: jax.Array) -> jax.Array:
+def inverse_root(square: jax.Array) -> jax.Array:
     """1 / sqrt(square), and 0 where that is not a normal number."""
     there = square >= jnp.finfo(square.dtype).tiny
     return jnp.where(there, jax.lax.rsqrt(jnp.where(there, square, 1)), 0)
@@ -91,12 +91,12 @@ def _step_factors(h, f, alpha, normalize_h):
 
     p, q, 1 / ||m||, <(1 - alpha) x, m> and <alpha n, m>.
     """
-    p = _inverse_root(_sum(h * h)) if normalize_h else jnp.ones((), h.dtype)
-    q = _inverse_root(_sum(f * f))
+    p = inverse_root(_sum(h * h)) if normalize_h else jnp.ones((), h.dtype)
+    q = inverse_root(_sum(f * f))
     a, b = (1 - alpha) * h, alpha * f
     both = p * q * _sum(a * b)
     of_h, of_f = p * p * _sum(a * a) + both, q * q * _sum(b * b) + both
-    return p, q, _inverse_root(of_h + of_f), of_h, of_f
+    return p, q, inverse_root(of_h + of_f), of_h, of_f
 
 
 def _step_forward(h, f, alpha, normalize_h):
