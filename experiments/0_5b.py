@@ -34,8 +34,6 @@ def get_config(variants: str = ""):
     config.model.context = 1024
     config.model.vocab_size = 32_000
     config.model.dtype = "bfloat16"
-    config.model.remat = "full"
-    config.model.loss_chunk = 1024
     # The authors' launcher: 3e-3 at 4k; a reproduction used 1.5e-3 at 1k. Longer runs want less.
     config.optimizer.learning_rate = 1.5e-3
     config.train.steps = 100_000

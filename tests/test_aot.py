@@ -234,14 +234,14 @@ def test_the_search_ends_at_the_most_that_leaves_some_memory(
             "n": windows,
         }
 
-    monkeypatch.delenv(report_lib.FRACTION, raising=False)
+    monkeypatch.delenv(throughput.FRACTION, raising=False)
     monkeypatch.setattr(report_lib, "report_of", report_of)
     assert search.search(tiny(), [device])["n"] == 20
 
 
 def test_the_share_of_a_gpu_is_the_one_that_jax_will_take(monkeypatch):
-    monkeypatch.setenv(report_lib.FRACTION, "0.95")
-    assert (report_lib.usable("gpu"), report_lib.usable("tpu")) == (0.95, 0.97)
-    monkeypatch.setenv(report_lib.FRACTION, "much")
+    monkeypatch.setenv(throughput.FRACTION, "0.95")
+    assert (throughput.usable_share("gpu"), throughput.usable_share("tpu")) == (0.95, 0.97)
+    monkeypatch.setenv(throughput.FRACTION, "much")
     with pytest.raises(ConfigError, match="must be a number, got 'much'"):
-        report_lib.usable("gpu")
+        throughput.usable_share("gpu")

@@ -1,7 +1,6 @@
 """What a compiled program needs: memory, traffic, kernels, collectives, and bounds on its time."""
 
 import dataclasses
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -20,19 +19,7 @@ from ngpt_jax.parallel.mesh import device_mesh, make_mesh
 from ngpt_jax.training import layout, throughput
 
 GIB = 2**30
-USABLE = 0.97  # of a TPU's memory; the rest is the runtime's
-FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory, which jax takes when it starts
 _LARGEST = 10  # instructions in the report
-
-
-def usable(platform: str) -> float:
-    """The share of a device's memory that a program can use."""
-    if platform != "gpu":
-        return USABLE
-    try:
-        return float(os.environ.get(FRACTION, "0.75"))
-    except ValueError:
-        raise ConfigError(f"{FRACTION} must be a number, got {os.environ[FRACTION]!r}.") from None
 
 
 def report_of(
@@ -67,10 +54,10 @@ def report_of(
             return analyze(config, mesh, step, program, texts)
         mesh = make_mesh(config, devices)
         asked = config.model.attention
-        config, why = layout.for_mesh(config, mesh)
+        config, told = layout.for_mesh(config, mesh)
         if asked == "auto" and config.model.attention == "xla" and devices[0].platform == "tpu":
             raise ConfigError(
-                f"{why}: it keeps whole attention scores in memory. Remove the reason, or set"
+                f"model.attention: {told['attention']}: it keeps whole attention scores in memory. Remove the reason, or set"
                 " model.attention=xla."
             )
         facts = run_facts(config, mesh)
@@ -110,6 +97,9 @@ def run_facts(
         "microbatches": config.train.accumulate,
         "windows_per_chip": config.train.batch_size / config.train.accumulate / mesh.size,
         "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
+        "loss_chunk": config.model.loss_chunk,
+        "kernels": config.model.kernels,
         "attention": config.model.attention,
     }
 
@@ -179,7 +169,10 @@ def analyze(
     chip = throughput.chip_of(mesh.devices.flat[0])
     if chip is None:
         return report
-    report |= {"chip_bytes": chip.memory * GIB, "usable": usable(mesh.devices.flat[0].platform)}
+    report |= {
+        "chip_bytes": chip.memory * GIB,
+        "usable": throughput.usable_share(mesh.devices.flat[0].platform),
+    }
     if gpu:  # XLA compiles programs for GPUs that need more memory than they have
         report["fits"] = peak <= chip.memory * GIB
     limits = {"compute": flops / chip.flops}

@@ -7,9 +7,8 @@ from typing import Any
 from ngpt_jax.aot import report as report_lib
 from ngpt_jax.aot.report import GIB
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.model.params import num_params
-from ngpt_jax.parallel.mesh import mesh_shape
-from ngpt_jax.training import throughput
+from ngpt_jax.parallel.mesh import make_mesh, mesh_shape
+from ngpt_jax.training import choices, layout, throughput
 
 
 def with_sequences(config: Config, devices: int, count: int) -> Config:
@@ -32,9 +31,13 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
         raise ConfigError(
             f"--search: the memory of {devices[0].device_kind} is not known; give --windows."
         )
-    share = report_lib.usable(devices[0].platform)
-    limit = share * chip.memory * GIB
-    state, of_a_sequence = _estimate(config, len(devices))
+    limit = throughput.usable_share(devices[0].platform) * chip.memory * GIB
+    if config.model.remat == "auto":  # with full remat the most sequences fit
+        model = dataclasses.replace(config.model, remat="full")
+        config = dataclasses.replace(config, model=model)
+    one = with_sequences(config, len(devices), 1)
+    mesh = make_mesh(one, devices)
+    state, of_a_sequence = choices.estimate(layout.for_mesh(one, mesh)[0], mesh)
     fitting, failing = 0, math.inf
     best: dict[str, Any] | None = None
     peaks = {0: state}
@@ -59,16 +62,3 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
             count = int(min(max(guess, fitting), failing - 1, 2 * b))
         if count <= fitting:
             return best or report | {"fits": False}
-
-
-def _estimate(config: Config, devices: int) -> tuple[float, float]:
-    """Bytes of a device that do not depend on the batch, and bytes of a sequence; roughly."""
-    m = config.model
-    assert m.mlp_width is not None
-    _, fsdp, tensor, context = mesh_shape(config.mesh, devices)
-    # Master weights and moments in float32, weights and gradients in bfloat16; the block being
-    # computed keeps 5 activations of the MLP's width and some 14 of the model's, the others one.
-    state = 16 * num_params(m) / (fsdp * tensor) + 0.1 * GIB
-    token = 2 * (5 * m.mlp_width / tensor + 14 * m.width)
-    kept = {"full": 1, "attention": 2, "dots": 6 + 2 * m.mlp_width / m.width, "none": 30}[m.remat]
-    return state, m.context / context * (token + 2 * kept * m.layers * m.width)

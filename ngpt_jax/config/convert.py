@@ -57,6 +57,7 @@ class Field(NamedTuple):
     effect: Effect
     set_by_study: bool
     always_in_digest: bool
+    digest_default: Any
 
 
 def fields(section: Any, prefix: str = "") -> Iterator[Field]:

@@ -118,7 +118,7 @@ def _first_line(error: Exception) -> str:
 
 def _parse_value(text: str, type_: Any, name: str, old: Any) -> Any:
     plain = convert.plain_type(type_)
-    if convert.is_optional(type_) and text == "None":
+    if convert.is_optional(type_) and text in ("None", "auto"):
         return None
     if plain is tuple:
         return () if text == "None" else (*old, text)

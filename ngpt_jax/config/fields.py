@@ -117,11 +117,16 @@ class ModelConfig:
     dtype: str = field("float32", _DTYPE, FREE, "type of activations and matrix products")
     param_dtype: str = field("float32", _DTYPE, OWN, "type of the stored parameters")
     # It changes rounding alone, as remat does. But the digests of published tables have it.
-    scan_layers: bool = field(True, ANY, FREE, "compile one block, and scan it over the layers")
+    scan_layers: bool | None = field(
+        None, ANY, FREE,
+        "compile one block, and scan it over the layers; None or auto: by devices, layers and remat",
+        digest_default=True,
+    )  # fmt: skip
     remat: str = field(
-        "none", one_of("none", "attention", "dots", "full"), NEUTRAL,
+        "auto", one_of("auto", "none", "attention", "dots", "full"), NEUTRAL,
         "what of a block the backward pass computes again. attention: all but attention's own"
-        " result; dots: all but the products with weights; full: all",
+        " result; dots: all but the products with weights; full: all; auto: the least of none,"
+        " attention and full that fits into the memory of the devices",
     )  # fmt: skip
     attention: str = field(
         "auto", one_of("auto", "splash", "cudnn", "xla"), NEUTRAL,
@@ -132,9 +137,10 @@ class ModelConfig:
         "what computes the steps between the products. pallas: fused kernels for NVIDIA GPUs; xla:"
         " any device; auto: pallas where it was tried",
     )  # fmt: skip
-    loss_chunk: int = field(
-        2048, POSITIVE, NEUTRAL, "tokens per device whose logits exist at one time in the loss"
-    )
+    loss_chunk: int | None = field(
+        None, POSITIVE, NEUTRAL,
+        "tokens per device whose logits exist at one time in the loss; None or auto: by memory",
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

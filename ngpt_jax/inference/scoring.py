@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.loss import num_chunks
+from ngpt_jax.model.loss import CHUNK, num_chunks
 from ngpt_jax.model.transformer import Transformer, output_logits
 from ngpt_jax.parallel import rules
 
@@ -30,7 +30,7 @@ def score(config: ModelConfig, params: Any, tokens: jax.Array) -> tuple[jax.Arra
     outputs: Any = Transformer(config).apply({"params": params}, inputs, method="hidden_and_table")
     h, table = outputs
     batch, length = targets.shape
-    n = num_chunks(batch, length, config.loss_chunk)
+    n = num_chunks(batch, length, config.loss_chunk or CHUNK)
 
     def cut(x: jax.Array) -> jax.Array:  # (B, T, ...) -> (n, B, T/n, ...)
         return jnp.moveaxis(x.reshape(batch, n, length // n, *x.shape[2:]), 1, 0)

@@ -51,6 +51,9 @@ def _one_pass(logits):
     return top[:, None], total[:, None]
 
 
+CHUNK = 2048  # tokens, where a config leaves the choice to the devices and none were asked
+
+
 def auto_chunk(rows: int, tokens: int, memory: int | None, platform: str) -> int:
     """How many tokens a chunk should have.
 

@@ -105,6 +105,15 @@ def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
     return (sphere.promote(x) * factor).astype(x.dtype)
 
 
+def _remats(config: ModelConfig) -> bool:
+    """Whether blocks are computed again in the backward pass; auto that nobody decided is none."""
+    return config.remat not in ("none", "auto")
+
+
+def _unrolls(config: ModelConfig) -> bool:
+    return config.scan_layers is False  # None that nobody decided: scanned
+
+
 def linear(x: jax.Array, kernel: jax.Array, contracted: int = 1) -> jax.Array:
     """The product of x (B, T, ...) and a kernel, over the last axes of x.
 
@@ -221,11 +230,11 @@ class Block(nn.Module):
         def product(x, w):
             return linear(x, rules.gather(w, axes), contracted)
 
-        if c.remat == "none" and rules.axis_size(rules.current_mesh(), "fsdp") > 1:
+        if not _remats(c) and rules.axis_size(rules.current_mesh(), "fsdp") > 1:
             # Gather again in the backward pass, or the gathered matrices of all layers would be
             # in memory until then.
             w = rules.lay_out(w, axes)
-            product = jax.checkpoint(product, prevent_cse=not c.scan_layers)
+            product = jax.checkpoint(product, prevent_cse=_unrolls(c))
         return product(x, w)
 
     def _attention(self, x: jax.Array, tables, segment_ids) -> jax.Array:
@@ -241,11 +250,11 @@ class Block(nn.Module):
         def attend(qk, v):
             return causal_attention(*rotate(qk), v, softmax_scale(c), segment_ids, kernel)
 
-        if kernel == "splash" and c.remat == "none":
+        if kernel == "splash" and not _remats(c):
             # Else q, k and v would be kept as the kernel wants them, heads of 64 padded to 128
             # lanes, besides q and k before the rotation.
             attend = jax.checkpoint(
-                attend, prevent_cse=not c.scan_layers, policy=REMAT_POLICIES["attention"]
+                attend, prevent_cse=_unrolls(c), policy=REMAT_POLICIES["attention"]
             )
         out = checkpoint_name(attend(qk, v), SAVED_NAME)  # (B, T, heads, head_dim)
         out = self._linear(out, "out_kernel", contracted=2)
@@ -330,16 +339,16 @@ class Transformer(nn.Module):
         c = self.config
         self.input_table = matrix(self, c, "input_embedding")
         block = Block
-        if c.remat != "none":
+        if _remats(c):
             policy = REMAT_POLICIES[c.remat]
-            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=policy)
+            block = nn.remat(Block, prevent_cse=_unrolls(c), policy=policy)
         self.layers = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0, "angles": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
-            unroll=1 if c.scan_layers else c.layers,
+            unroll=c.layers if _unrolls(c) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         s_z = scale(self, c, "s_z")

@@ -74,7 +74,9 @@ def digest(config: Config) -> str:
     """
     lines = []
     for field, default, value in config_lib.differences(Config(), config):
-        if not field.always_in_digest:
+        if field.digest_default is not None:
+            default = field.digest_default
+        elif not field.always_in_digest:
             default = value_of_kind(config, field.name, default)
         if field.effect.loss and value != default:
             lines.append(f"{field.name}: {default!r} -> {value!r}")

@@ -92,11 +92,11 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         problem = e
     mesh = make_mesh(config)
     check_eval_batch(config.eval.batch_size, mesh)
-    config, kernel = layout.for_mesh(config, mesh)
+    config, told = layout.for_mesh(config, mesh)
     tx, _ = make_optimizer(config)
     state = layout.abstract_state(config, tx, mesh)
     model, train = config.model, config.train
-    assert train.steps is not None
+    assert train.steps is not None and model.loss_chunk is not None
     tokens = train.batch_size * model.context
     vocab = axis_sizes(model)["vocab"]
     sequences, length = layout.abstract_batch(config, mesh)["inputs"].sharding.shard_shape(
@@ -118,7 +118,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         ("compute", f"{train_flops_per_token(model):.3g} FLOPs per token,"
          f" {train_flops_per_token(model) * train.steps * tokens:.3g} in all"),
         ("devices", layout.describe_mesh(mesh)),
-        ("attention", kernel.removeprefix("attention kernel: ")),
+        *((f"model.{name}", what) for name, what in told.items()),
         ("memory per device", f"parameters {params},"
          f" Adam {format_bytes(sizes[1])}, gradients {params},"
          f" logits of a chunk {format_bytes(logits)}"

@@ -3,7 +3,6 @@
 Training and the ahead-of-time tool get their program from the same function here.
 """
 
-import dataclasses
 import math
 from typing import Any
 
@@ -14,27 +13,21 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
-from ngpt_jax.model import fused
-from ngpt_jax.model.attention import choose_kernel
 from ngpt_jax.model.params import axis_sizes, param_tree
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
+from ngpt_jax.training import choices
 from ngpt_jax.training.step import TrainState, init_state, make_train_step
 
 
-def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, str]:
-    """The config with the attention kernel for the mesh's devices, and a line that says why.
+def for_mesh(config: Config, mesh: Mesh) -> tuple[Config, dict[str, str]]:
+    """The config with what depends on the mesh's devices decided, see :func:`choices.by_devices`.
 
-    Raises ConfigError where the mesh does not divide a parameter, or the kernel does not run.
+    Raises ConfigError where the mesh does not divide a parameter, or a kernel does not run.
     """
     param_shardings(config.model, mesh)
-    device = mesh.devices.flat[0]
-    capability = getattr(device, "compute_capability", None)
-    kernel, reason = choose_kernel(config.model, mesh, device.platform, capability)
-    kernels, _ = fused.choose_kernels(config.model, device)
-    model = dataclasses.replace(config.model, attention=kernel, kernels=kernels)
-    return dataclasses.replace(config, model=model), f"attention kernel: {kernel} ({reason})"
+    return choices.by_devices(config, mesh)
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> Any:
@@ -135,7 +128,7 @@ def lower_train_step(config: Config, mesh: Mesh) -> jax.stages.Lowered:
     """The training step for a mesh, from shapes alone: the program that a run compiles.
 
     Args:
-      config: resolved, with vocabulary and attention kernel (:func:`for_mesh`).
+      config: resolved, with its vocabulary, and all else decided (:func:`for_mesh`).
       mesh: its devices need not be there.
     """
     tx, schedule = make_optimizer(config)

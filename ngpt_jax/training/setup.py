@@ -109,16 +109,16 @@ def open_run(
     stop.attach()
     distributed.check_same(**{field.name: field.value for field in fields(config)})
 
-    # 2. Tokenizer, mesh and attention kernel fit the config. The folder will tell of ``config``;
-    # ``on_mesh`` has the kernel for the devices here.
-    def fit() -> tuple[epath.Path, Config, Tokenizer, Mesh, Config, str]:
+    # 2. Tokenizer and mesh fit the config. The folder will tell of ``config``; in ``on_mesh`` all
+    # that depends on the devices here is decided.
+    def fit() -> tuple[epath.Path, Config, Tokenizer, Mesh, Config, dict[str, str]]:
         with_vocab, tokenizer = with_tokenizer(config)
         mesh = make_mesh(with_vocab)
         check_eval_batch(with_vocab.eval.batch_size, mesh)
         workdir = workdir_lib.open_workdir(str(path))
         return workdir, with_vocab, tokenizer, mesh, *layout.for_mesh(with_vocab, mesh)
 
-    workdir, config, tokenizer, mesh, on_mesh, kernel = distributed.together(fit, ConfigError)
+    workdir, config, tokenizer, mesh, on_mesh, told = distributed.together(fit, ConfigError)
     _keep_compiled(config.runtime.compilation_cache)
     stack.enter_context(jax.set_mesh(mesh))
 
@@ -215,10 +215,9 @@ def open_run(
     for warning in size_warnings(config, tokenizer, corpus.tokens):
         say(f"warning: {warning}")
     if mesh.size > 1:
-        say(f"{layout.describe_mesh(mesh)}; {kernel}")
+        say(layout.describe_mesh(mesh))
         say(layout.parameter_table(model, mesh))
-    elif jax.default_backend() != "cpu":
-        say(kernel)
+    say("; ".join(f"model.{name}: {what}" for name, what in told.items()))
     if restored is not None:
         end = " (the end; delete the folder or choose --workdir to train anew)"
         say(f"resumed from step {step}{end if step == steps else ''}")

@@ -12,7 +12,7 @@ from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model import fused
 from ngpt_jax.model.folding import fold, folded_config, round_matrices
-from ngpt_jax.model.loss import cross_entropy
+from ngpt_jax.model.loss import CHUNK, cross_entropy
 from ngpt_jax.model.params import param_tree, scale_factor, stored_scales, unit_axes
 from ngpt_jax.model.transformer import Batch, Transformer, init_params
 from ngpt_jax.parallel import rules
@@ -45,7 +45,7 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     targets = batch["targets"]
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
     return cross_entropy(
-        h, table, targets, weights, config.vocab_size, config.loss_chunk,
+        h, table, targets, weights, config.vocab_size, config.loss_chunk or CHUNK,
         config.kernels, fused.interpreted(),
     )  # fmt: skip
 

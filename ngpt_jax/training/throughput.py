@@ -1,10 +1,13 @@
 """FLOPs of a model, and what chips can do: for MFU and for estimates."""
 
+import os
 from typing import NamedTuple
 
 import jax
 
-from ngpt_jax.config import ModelConfig
+from ngpt_jax.config import ConfigError, ModelConfig
+
+FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory, which jax takes at its start
 
 
 class Chip(NamedTuple):
@@ -94,3 +97,13 @@ def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:
     if chip is None:
         return None
     return tokens_per_second * train_flops_per_token(config) / (chip.flops * jax.device_count())
+
+
+def usable_share(platform: str) -> float:
+    """The share of a device's memory that a program can use; raises ConfigError."""
+    if platform != "gpu":
+        return 0.97  # the rest is the runtime's
+    try:
+        return float(os.environ.get(FRACTION, "0.75"))
+    except ValueError:
+        raise ConfigError(f"{FRACTION} must be a number, got {os.environ[FRACTION]!r}.") from None
