@@ -57,8 +57,8 @@ def report_of(
         config, told = layout.for_mesh(config, mesh)
         if asked == "auto" and config.model.attention == "xla" and devices[0].platform == "tpu":
             raise ConfigError(
-                f"model.attention: {told['attention']}: it keeps whole attention scores in memory. Remove the reason, or set"
-                " model.attention=xla."
+                f"model.attention: {told['attention']}: it keeps whole attention scores in memory."
+                " Remove the reason, or set model.attention=xla."
             )
         facts = run_facts(config, mesh)
         return analyze(config, mesh, compile_step(config, mesh, lowered_to))
@@ -99,7 +99,7 @@ def run_facts(
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
         "loss_chunk": config.model.loss_chunk,
-        "kernels": config.model.kernels,
+        "model_kernels": config.model.kernels,
         "attention": config.model.attention,
     }
 

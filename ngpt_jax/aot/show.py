@@ -48,8 +48,13 @@ def _rows(r: dict[str, Any]) -> dict[str, str]:
             return rows
     else:
         rows["memory a device"] = _memory(r)
-    remat = f"; remat {r['remat']}" if "remat" in r else ""
-    rows["attention"] = f"{r['attention']}{remat}"
+    rows["attention"] = r["attention"]
+    if "remat" in r:
+        layers = "scanned" if r["scan_layers"] else "unrolled"
+        rows["layers"] = (
+            f"{layers}, remat {r['remat']}, model.kernels {r['model_kernels']}, loss in chunks of"
+            f" {r['loss_chunk']:,} tokens"
+        )
     rows["kernels by name"] = _kernels(r)
     if r["launches"] is not None:
         rows["kernels launched"] = f"{r['launches']:,} {_OF[r['program']]}"

@@ -95,7 +95,7 @@ def field(
       set_by_study: a study gives the field a value in each of its runs.
       always_in_digest: the digest of a study's row has the field also at the value that the kind's
         preset gives, because published tables were made so.
-      digest_default: what that digest takes for the default, for the same reason; None: the default.
+      digest_default: the default in that digest, for the same reason; None: ``default``.
     """
     facts: dict[str, Any] = {"help": meaning, "allowed": allowed, "effect": effect}
     facts |= {"set_by_study": set_by_study, "always_in_digest": always_in_digest}

@@ -119,7 +119,7 @@ class ModelConfig:
     # It changes rounding alone, as remat does. But the digests of published tables have it.
     scan_layers: bool | None = field(
         None, ANY, FREE,
-        "compile one block, and scan it over the layers; None or auto: by devices, layers and remat",
+        "compile one block, and scan it over the layers; None or auto: by devices and remat",
         digest_default=True,
     )  # fmt: skip
     remat: str = field(

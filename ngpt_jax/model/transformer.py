@@ -19,8 +19,9 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model import fused, heads, norms
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
+from ngpt_jax.model.declare import declare, gain, matrix, scale
 from ngpt_jax.model.embedding import embed_tokens
-from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded, scale_factor
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded
 from ngpt_jax.model.rotary import rope_tables
 from ngpt_jax.parallel import rules
 
@@ -37,67 +38,6 @@ REMAT_POLICIES = {
     "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def _declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
-    """A parameter with its axes and shape from the table."""
-    axes = TABLE[name].module_axes
-    boxed = nn.with_logical_partitioning(init, axes)
-    shape = TABLE[name].shape(config)[-len(axes) :]
-    return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
-
-
-def matrix(
-    module: nn.Module, config: ModelConfig, name: str, factor: jax.Array | None = None
-) -> jax.Array:
-    """A matrix in the compute dtype.
-
-    With ``weights=sphere`` its vectors along embed are normalized at initialization. With
-    ``normalize_on_read`` they are normalized here too, so that gradients are tangent to the sphere.
-    The matrix is still sharded over ``fsdp``. Its users gather it: :meth:`Block._linear`,
-    the embedding and the loss.
-
-    Args:
-      module, config: of the parameter.
-      name: of the parameter.
-      factor: multiplies the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
-        there are fewer weights than activations to multiply.
-    """
-    assert config.init_std is not None
-    axes, std = TABLE[name].module_axes, config.init_std
-    axis = axes.index("embed")
-    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for branches
-        std *= (2 * config.layers) ** -0.5
-    normal = nn.initializers.normal(std)
-
-    def init(key, shape, dtype):
-        w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
-        return (sphere.normalize(w, axis) if config.weights == "sphere" else w).astype(dtype)
-
-    w = _declare(module, config, name, init)
-    if config.normalize_on_read:
-        w = norms.unit(w, axis)
-    if factor is not None:
-        w = sphere.promote(w) * factor
-    return w.astype(config.dtype)
-
-
-def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
-    """The effective value (section 2.5) of a learned scale in at least float32.
-
-    None where the config's choices do not bring this scale.
-    """
-    if not TABLE[name].is_in(config):
-        return None
-    stored = _declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
-    return sphere.promote(stored) * scale_factor(config, name)
-
-
-def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
-    """The learned gain of an RMSNorm in at least float32; None where there is no such norm."""
-    if not TABLE[name].is_in(config):
-        return None
-    return sphere.promote(_declare(module, config, name, nn.initializers.ones))
 
 
 def _scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
@@ -301,7 +241,7 @@ class Block(nn.Module):
         """What multiplies q (heads, head_dim) and k (kv_heads, head_dim) after RoPE; None: 1."""
         c = self.config
         if c.folded:
-            factor = _declare(self, c, FOLDED_MARK, nn.initializers.ones)
+            factor = declare(self, c, FOLDED_MARK, nn.initializers.ones)
             return rules.gather(factor, TABLE[FOLDED_MARK].module_axes), None
         s_qk = scale(self, c, "s_qk")
         if s_qk is None:

@@ -1,0 +1,73 @@
+"""How modules declare the parameters of the table in :mod:`.params`, and read them."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ngpt_jax import sphere
+from ngpt_jax.config import ModelConfig
+from ngpt_jax.model import norms
+from ngpt_jax.model.params import TABLE, scale_factor
+
+
+def declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
+    """A parameter with its axes and shape from the table."""
+    axes = TABLE[name].module_axes
+    boxed = nn.with_logical_partitioning(init, axes)
+    shape = TABLE[name].shape(config)[-len(axes) :]
+    return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
+
+
+def matrix(
+    module: nn.Module, config: ModelConfig, name: str, factor: jax.Array | None = None
+) -> jax.Array:
+    """A matrix in the compute dtype.
+
+    With ``weights=sphere`` its vectors along embed are normalized at initialization. With
+    ``normalize_on_read`` they are normalized here too, so that gradients are tangent to the sphere.
+    The matrix is still sharded over ``fsdp``. Its users gather it: :meth:`Block._linear`,
+    the embedding and the loss.
+
+    Args:
+      module, config: of the parameter.
+      name: of the parameter.
+      factor: multiplies the vectors, broadcast against the matrix. (h W) * s = h (W * s), and
+        there are fewer weights than activations to multiply.
+    """
+    assert config.init_std is not None
+    axes, std = TABLE[name].module_axes, config.init_std
+    axis = axes.index("embed")
+    if "vocab" not in axes and axes[-1] == "embed":  # GPT-2's rule for branches
+        std *= (2 * config.layers) ** -0.5
+    normal = nn.initializers.normal(std)
+
+    def init(key, shape, dtype):
+        w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
+        return (sphere.normalize(w, axis) if config.weights == "sphere" else w).astype(dtype)
+
+    w = declare(module, config, name, init)
+    if config.normalize_on_read:
+        w = norms.unit(w, axis)
+    if factor is not None:
+        w = sphere.promote(w) * factor
+    return w.astype(config.dtype)
+
+
+def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
+    """The effective value (section 2.5) of a learned scale in at least float32.
+
+    None where the config's choices do not bring this scale.
+    """
+    if not TABLE[name].is_in(config):
+        return None
+    stored = declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
+    return sphere.promote(stored) * scale_factor(config, name)
+
+
+def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
+    """The learned gain of an RMSNorm in at least float32; None where there is no such norm."""
+    if not TABLE[name].is_in(config):
+        return None
+    return sphere.promote(declare(module, config, name, nn.initializers.ones))
