@@ -64,7 +64,8 @@ def moved(i: Instruction) -> float:
         n = len(i.updates)
         reads = operands[1] if i.opcode == "dynamic-update-slice" else sum(operands[n:])
         return reads + (sum(u.size for u in i.updates) if i.hbm else 0.0)
-    return sum(operands) + i.hbm
+    scratch = i.arrays[-1].hbm if i.target.startswith(("__cublas", "cublas")) else 0.0
+    return sum(operands) + i.hbm - (scratch if len(i.arrays) > 1 else 0.0)
 
 
 def read(p: Instruction, root: Instruction) -> float:

@@ -55,22 +55,24 @@ def joins_products(config: ModelConfig) -> bool:
 
 
 def residual_step(
-    config: ModelConfig, h: jax.Array, f: jax.Array, alpha: jax.Array, normalize_h: bool
-) -> tuple[jax.Array, jax.Array]:
-    """:func:`norms.residual_step`, twice the same: the next branch reads one, the next step one.
-
-    The kernel then adds the gradients of both.
-    """
+    config: ModelConfig,
+    h: jax.Array,
+    f: jax.Array,
+    alpha: jax.Array,
+    normalize_h: bool,
+    copies: int,
+) -> tuple[jax.Array, ...]:
+    """:func:`norms.residual_step`, several times: the kernel adds the gradients of its readers."""
     if config.kernels != "pallas":
-        return (norms.residual_step(h, f, alpha, normalize_h),) * 2
+        return (norms.residual_step(h, f, alpha, normalize_h),) * copies
     from ngpt_jax.model.kernels import residual
 
     def step(h, f, alpha):
         return residual.residual_step(
-            h, f, alpha, normalize_h=normalize_h, copies=2, interpret=interpreted()
+            h, f, alpha, normalize_h=normalize_h, copies=copies, interpret=interpreted()
         )
 
-    return _on_shards(step, (_HIDDEN, _HIDDEN, (None,)), (_HIDDEN, _HIDDEN), h, f, alpha)
+    return _on_shards(step, (_HIDDEN, _HIDDEN, (None,)), (_HIDDEN,) * copies, h, f, alpha)
 
 
 def rotate_heads(

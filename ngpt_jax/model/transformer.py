@@ -50,6 +50,16 @@ def _remats(config: ModelConfig) -> bool:
     return config.remat not in ("none", "auto")
 
 
+def _copies(config: ModelConfig) -> int:
+    """How many equal hidden states a block gives to the next.
+
+    With fused kernels one for each reader, which are the products for q with k, that for v and the
+    residual step: the step before adds their gradients. But a scan, or remat, would keep them all.
+    """
+    fuses = config.kernels == "pallas" and config.pre_norm == "none"
+    return 3 if fuses and _unrolls(config) and not _remats(config) else 1
+
+
 def _unrolls(config: ModelConfig) -> bool:
     return config.scan_layers is False  # None that nobody decided: scanned
 
@@ -100,54 +110,56 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        h: jax.Array,
+        hidden: tuple[jax.Array, ...],
         tables: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None = None,
-    ) -> tuple[jax.Array, None]:
+    ) -> tuple[tuple[jax.Array, ...], None]:
         """Both steps of h.
 
         Args:
-          h: (B, T, embed).
+          hidden: h (B, T, embed), once or as often as :func:`_copies` says, all equal.
           tables: cosines and sines of RoPE.
           segment_ids: (B, T); attention stays within positions of the same id. None: no limits.
 
         Returns:
-          h (B, T, embed), and None: the form that nn.scan wants.
+          h as it came, and None: the form that nn.scan wants.
         """
         c = self.config
+        copies, h = len(hidden), hidden[0]
         x = self._rms_norm(h, "attention_norm")
-        f = self._attention(x, tables, segment_ids)
+        f = self._attention(x, x if copies == 1 else hidden[1], tables, segment_ids)
+        h = hidden[-1]
         # In nGPT h is a unit vector already. In the first block its norm takes the radial part of
         # this step out of the gradient of the input table, as in the authors' code.
-        read, middle = self._step(h, f, "alpha_a", normalize_h=True)
+        read, middle = self._step(h, f, "alpha_a", 2, normalize_h=True)
         self._sow_angles("attention", h, f, middle)
         f = self._mlp(self._rms_norm(read, "mlp_norm"))
-        h, _ = self._step(middle, f, "alpha_m")
-        self._sow_angles("mlp", middle, f, h)
-        h = rules.constrain(h, "batch", "length", "embed")
-        self.sow("intermediates", "hidden", h)
-        return h.astype(c.dtype), None
+        hidden = self._step(middle, f, "alpha_m", copies)
+        self._sow_angles("mlp", middle, f, hidden[0])
+        hidden = tuple(rules.constrain(h, "batch", "length", "embed") for h in hidden)
+        self.sow("intermediates", "hidden", hidden[0])
+        return tuple(h.astype(c.dtype) for h in hidden), None
 
     def _rms_norm(self, x: jax.Array, name: str) -> jax.Array:
         c = self.config
         return norms.rms_norm(x, gain(self, c, name), c.rms_eps)
 
     def _step(
-        self, h: jax.Array, f: jax.Array, name: str, normalize_h: bool = False
-    ) -> tuple[jax.Array, jax.Array]:
-        """The hidden state h, normalized first or not, moved by a branch's output f; twice."""
+        self, h: jax.Array, f: jax.Array, name: str, copies: int, normalize_h: bool = False
+    ) -> tuple[jax.Array, ...]:
+        """Copies of the hidden state h, normalized first or not, moved by a branch's output f."""
         c = self.config
         assert c.residual is not None
         alpha = scale(self, c, name)
         alpha = alpha if alpha is None else jnp.abs(alpha)
         if c.residual == "lerp" and c.branch_norm == "unit":
             assert alpha is not None
-            return fused.residual_step(c, h, f, alpha, normalize_h)
+            return fused.residual_step(c, h, f, alpha, normalize_h, copies)
         if c.residual != "add" and normalize_h:
             h = norms.unit(h)
         if c.branch_norm == "unit":
             f = norms.unit(sphere.promote(f))
-        return (RESIDUALS[c.residual](h, f, alpha),) * 2
+        return (RESIDUALS[c.residual](h, f, alpha),) * copies
 
     def _sow_angles(self, name: str, h: jax.Array, f: jax.Array, moved: jax.Array) -> None:
         """Sows the angles (B, T, 2) from h to f and from h to moved, in radians, if asked for.
@@ -177,12 +189,13 @@ class Block(nn.Module):
             product = jax.checkpoint(product, prevent_cse=_unrolls(c))
         return product(x, w)
 
-    def _attention(self, x: jax.Array, tables, segment_ids) -> jax.Array:
+    def _attention(self, x: jax.Array, x_v: jax.Array, tables, segment_ids) -> jax.Array:
+        """What attention returns; x_v equals x and is read for the values."""
         c = self.config
         # The order in which parameters are declared decides their random numbers.
         w_q, w_k, w_v = (matrix(self, c, f"{name}_kernel") for name in ("query", "key", "value"))
         qk, rotate = self._query_key(x, w_q, w_k, tables)
-        v = self._product(x, w_v, TABLE["value_kernel"].module_axes)
+        v = self._product(x_v, w_v, TABLE["value_kernel"].module_axes)
         for name, y in zip(("query", "key"), rotate(qk)):
             self.sow("intermediates", name, y)
         kernel = kernel_of(c, x.shape[1])
@@ -314,8 +327,8 @@ class Transformer(nn.Module):
         dtype = jnp.promote_types(c.dtype, jnp.float32)
         where = jnp.arange(tokens.shape[1]) if positions is None else positions
         tables = rope_tables(where, c.head_dim, c.rope_base, dtype)
-        h, _ = self.layers(h, tables, segment_ids)
-        return norms.rms_norm(h, self.final_gain, c.rms_eps), self.output_table
+        hidden, _ = self.layers((h,) * _copies(c), tables, segment_ids)
+        return norms.rms_norm(hidden[0], self.final_gain, c.rms_eps), self.output_table
 
     def __call__(
         self, tokens: jax.Array, segment_ids: Ids = None, positions: Ids = None
