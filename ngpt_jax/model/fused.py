@@ -75,6 +75,21 @@ def residual_step(
     return _on_shards(step, (_HIDDEN, _HIDDEN, (None,)), (_HIDDEN,) * copies, h, f, alpha)
 
 
+def add_rms_norm(
+    config: ModelConfig, h: jax.Array, f: jax.Array, gain: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The sum h + f in the dtype of h, and its RMSNorm (equations 4 and 5)."""
+    if config.kernels != "pallas":
+        moved = (h + f).astype(h.dtype)
+        return moved, norms.rms_norm(moved, gain, config.rms_eps)
+    from ngpt_jax.model.kernels import rms
+
+    def step(h, f, gain):
+        return rms.add_rms_norm(h, f, gain, config.rms_eps, interpret=interpreted())
+
+    return _on_shards(step, (_HIDDEN, _HIDDEN, (None,)), (_HIDDEN, _HIDDEN), h, f, gain)
+
+
 def rotate_heads(
     config: ModelConfig,
     qk: jax.Array,

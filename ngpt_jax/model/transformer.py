@@ -131,9 +131,15 @@ class Block(nn.Module):
         h = hidden[-1]
         # In nGPT h is a unit vector already. In the first block its norm takes the radial part of
         # this step out of the gradient of the input table, as in the authors' code.
-        read, middle = self._step(h, f, "alpha_a", 2, normalize_h=True)
+        if c.residual == "add" and c.branch_norm == "none" and c.pre_norm == "rms":
+            mlp_gain = gain(self, c, "mlp_norm")
+            assert mlp_gain is not None
+            middle, x = fused.add_rms_norm(c, h, f, mlp_gain)
+        else:
+            x, middle = self._step(h, f, "alpha_a", 2, normalize_h=True)
+            x = self._rms_norm(x, "mlp_norm")
         self._sow_angles("attention", h, f, middle)
-        f = self._mlp(self._rms_norm(read, "mlp_norm"))
+        f = self._mlp(x)
         hidden = self._step(middle, f, "alpha_m", copies)
         self._sow_angles("mlp", middle, f, hidden[0])
         hidden = tuple(rules.constrain(h, "batch", "length", "embed") for h in hidden)
