@@ -51,7 +51,7 @@ def test_no_parameter_is_cut_along_embed():
 
 
 def test_rules_name_known_axes_alone():
-    assert set(rules.PARAMETERS) <= set(rules.ACTIVATIONS) | {"layers"}
+    assert set(rules.PARAMETERS) <= set(rules.ACTIVATIONS) | {"layers", "joined"}
     for table in (rules.PARAMETERS, rules.ACTIVATIONS):
         assert {m for cut in table.values() for m in cut} <= set(rules.MESH_AXES)
 

@@ -7,8 +7,10 @@ from typing import Any
 from ngpt_jax.aot import report as report_lib
 from ngpt_jax.aot.report import GIB
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.parallel.mesh import make_mesh, mesh_shape
-from ngpt_jax.training import choices, layout, throughput
+from ngpt_jax.parallel import rules
+from ngpt_jax.parallel.mesh import mesh_shape
+from ngpt_jax.parallel.rules import MESH_AXES
+from ngpt_jax.training import choices, throughput
 
 
 def with_sequences(config: Config, devices: int, count: int) -> Config:
@@ -35,9 +37,12 @@ def search(config: Config, devices: list[Any]) -> dict[str, Any]:
     if config.model.remat == "auto":  # with full remat the most sequences fit
         model = dataclasses.replace(config.model, remat="full")
         config = dataclasses.replace(config, model=model)
-    one = with_sequences(config, len(devices), 1)
-    mesh = make_mesh(one, devices)
-    state, of_a_sequence = choices.estimate(layout.for_mesh(one, mesh)[0], mesh)
+    state, of_a_sequence = choices.estimate(
+        with_sequences(config, len(devices), 1),
+        dict(zip(MESH_AXES, mesh_shape(config.mesh, len(devices)))),
+        rules.platform_of(devices[0]),
+        chip.memory * GIB,
+    )
     fitting, failing = 0, math.inf
     best: dict[str, Any] | None = None
     peaks = {0: state}

@@ -28,20 +28,18 @@ def choose_kernels(config: ModelConfig, device: jax.Device) -> tuple[str, str]:
 
     Raises ConfigError where ``model.kernels`` asks for kernels that do not run there.
     """
-    platform = rules.platform_of(device)
+    platform, kind, obstacle = rules.platform_of(device), device.device_kind, None
+    if platform != "gpu":
+        obstacle = f"the kernels are for NVIDIA GPUs, and the devices are of type {platform}"
+    elif config.dtype == "float64":
+        obstacle = "the kernels know no float64"
     if config.kernels == "auto":
-        if platform == "gpu" and config.dtype != "float64" and device.device_kind in VERIFIED:
-            return "pallas", f"they agreed on {device.device_kind}, {VERIFIED[device.device_kind]}"
-        return "xla", f"the kernels have never run on {device.device_kind}"
-    if config.kernels == "pallas" and platform != "gpu":
+        if obstacle is None and kind in VERIFIED:
+            return "pallas", f"they agreed on {kind}, {VERIFIED[kind]}"
+        return "xla", obstacle or f"the kernels have never run on {kind}"
+    if config.kernels == "pallas" and obstacle is not None:
         raise ConfigError(
-            "model.kernels = pallas cannot be used: the kernels are for NVIDIA GPUs, and the"
-            f" devices are of type {platform}; set it to auto or xla."
-        )
-    if config.kernels == "pallas" and config.dtype == "float64":
-        raise ConfigError(
-            "model.kernels = pallas cannot be used: the kernels know no float64; set it to auto or"
-            " xla."
+            f"model.kernels = pallas cannot be used: {obstacle}; set it to auto or xla."
         )
     return config.kernels, "as configured"
 

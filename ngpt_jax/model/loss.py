@@ -54,7 +54,7 @@ def _one_pass(logits):
 CHUNK = 2048  # tokens, where a config leaves the choice to the devices and none were asked
 
 
-def auto_chunk(rows: int, tokens: int, memory: int | None, platform: str) -> int:
+def auto_chunk(rows: int, tokens: int, memory: float | None, platform: str) -> int:
     """How many tokens a chunk should have.
 
     A chunk's logits take 6 bytes each: float32, and their gradient in bfloat16. The more tokens a
@@ -76,8 +76,8 @@ def auto_chunk(rows: int, tokens: int, memory: int | None, platform: str) -> int
       A power of two, or ``tokens`` where these are fewer.
     """
     memory = 2**34 if memory is None else memory
-    room = 64 * 2**20 if platform == "cpu" else memory // 50
-    fits = max(1, room // (6 * rows))
+    room = 64 * 2**20 if platform == "cpu" else memory / 50
+    fits = max(1, int(room / (6 * rows)))
     return min(tokens, 2 ** (fits.bit_length() - 1))
 
 

@@ -1,6 +1,7 @@
 """What a config leaves to the devices: kernels, remat, scan or unroll, the chunk of the loss."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -45,68 +46,82 @@ def by_devices(config: Config, mesh: Mesh) -> tuple[Config, dict[str, str]]:
     choose("attention", *choose_kernel(config.model, mesh, device.platform, capability))
     choose("kernels", *fused.choose_kernels(config.model, device))
     memory = _memory(device)
-    chunk, reason = config.model.loss_chunk, "as configured"
-    if chunk is None:
-        rows = padded_vocab_size(config.model) // rules.axis_size(mesh, "tensor")
-        chunk = auto_chunk(rows, _tokens(config, mesh), memory, platform)
-        reason = f"auto on {platform}"
+    reason = f"auto on {platform}" if config.model.loss_chunk is None else "as configured"
+    chunk = _loss_chunk(config, mesh.shape, platform, memory)
     choose("loss_chunk", chunk, reason, f"{chunk:,} tokens")
-    choose("remat", *_remat(config, mesh, memory))
+    choose("remat", *_remat(config, mesh.shape, device, memory))
     scan, reason = _scan_layers(config.model, platform)
     choose("scan_layers", scan, reason, "yes" if scan else "no, unrolled")
     return config, told
 
 
-def _memory(device: jax.Device) -> int | None:
+def _memory(device: jax.Device) -> float | None:
     """Bytes of a device's memory; None where that is not known."""
     chip = throughput.chip_of(device)
-    return None if chip is None else int(chip.memory * GIB)
+    return None if chip is None else chip.memory * GIB
 
 
-def _tokens(config: Config, mesh: Mesh) -> int:
+def _tokens(config: Config, shape: Mapping[str, int]) -> int:
     """Tokens of a microbatch on a device."""
-    ways = rules.axis_size(mesh, "data", "fsdp", "context")
+    ways = shape["data"] * shape["fsdp"] * shape["context"]
     return max(1, config.train.batch_size * config.model.context // config.train.accumulate // ways)
 
 
-def _remat(config: Config, mesh: Mesh, memory: int | None) -> tuple[str, str]:
+def _loss_chunk(
+    config: Config, shape: Mapping[str, int], platform: str, memory: float | None
+) -> int:
+    rows = padded_vocab_size(config.model) // shape["tensor"]
+    return config.model.loss_chunk or auto_chunk(rows, _tokens(config, shape), memory, platform)
+
+
+def _remat(
+    config: Config, shape: Mapping[str, int], device: jax.Device, memory: float | None
+) -> tuple[str, str]:
     """The least remat that fits into memory: what is kept need not be computed again."""
     asked = config.model.remat
     if asked != "auto":
         return asked, "as configured"
-    device = mesh.devices.flat[0]
-    if rules.platform_of(device) == "cpu":
+    platform = rules.platform_of(device)
+    if platform == "cpu":
         return "none", "auto on cpu"
     if memory is None:
         return "full", f"auto: the memory of {device.device_kind} is not known"
-    room = _SAFE * throughput.usable_share(rules.platform_of(device)) * memory
+    room = _SAFE * throughput.usable_share(platform) * memory
     for remat in ("none", "attention"):
         model = dataclasses.replace(config.model, remat=remat)
-        need = sum(estimate(dataclasses.replace(config, model=model), mesh))
+        need = sum(estimate(dataclasses.replace(config, model=model), shape, platform, memory))
         if need <= room:
             return remat, f"auto: about {need / GIB:.1f} GiB of {memory / GIB:.0f}"
     return "full", f"auto: {remat} needs about {need / GIB:.0f} GiB of {memory / GIB:.0f}"
 
 
-def estimate(config: Config, mesh: Mesh) -> tuple[float, float]:
+def estimate(
+    config: Config, shape: Mapping[str, int], platform: str, memory: float | None
+) -> tuple[float, float]:
     """Bytes of a device that do not depend on the batch, and those that do; roughly.
 
     Master weights and moments in float32, weights and gradients in bfloat16. The block being
     computed has 5 activations of the MLP's width and some 14 of the model's. Every block keeps what
     remat leaves: without remat 8 vectors of the model's width a token, and 3 of the MLP's. TPUs pad
     heads of 64 channels to 128.
+
+    Args:
+      config: resolved, with its vocabulary, and remat decided.
+      shape: sizes of the mesh axes.
+      platform: cpu, gpu or tpu.
+      memory: bytes of a device, None where that is not known.
     """
-    m = config.model
-    assert m.mlp_width and m.loss_chunk and m.head_dim
-    tensor, platform = rules.axis_size(mesh, "tensor"), rules.platform_of(mesh.devices.flat[0])
-    state = 16 * num_params(m) / rules.axis_size(mesh, "fsdp", "tensor") + 0.1 * GIB
-    logits = 6 * min(m.loss_chunk, _tokens(config, mesh)) * padded_vocab_size(m) / tensor
+    m, tensor = config.model, shape["tensor"]
+    assert m.mlp_width and m.head_dim
+    state = 16 * num_params(m) / (shape["fsdp"] * tensor) + 0.1 * GIB
+    chunk = min(_loss_chunk(config, shape, platform, memory), _tokens(config, shape))
+    logits = 6 * chunk * padded_vocab_size(m) / tensor
     padded = 2 if platform == "tpu" and m.head_dim <= 64 else 0
     wide = m.mlp_width / m.width
     kept = {"full": 1, "attention": 2 + padded, "dots": 6 + 2 * wide, "none": 8 + 3 * wide + padded}
     block = 2 * (5 * m.mlp_width / tensor + 14 * m.width)
     token = block + 2 * kept[m.remat] * m.layers * m.width
-    return state + logits, _tokens(config, mesh) * token
+    return state + logits, _tokens(config, shape) * token
 
 
 def _scan_layers(model: ModelConfig, platform: str) -> tuple[bool, str]:
