@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gpu_checks
 import gpu_session
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -87,3 +88,18 @@ def test_a_wrong_kernel_differs():
     assert changed(lambda out: (out[0].at[3, 5].add(0.5), out[1])) == "differs"
     assert changed(lambda out: (out[0].at[3, 5].set(jnp.nan), out[1])) == "differs"
     assert changed(lambda out: ((out[0] * 1.3).astype("bfloat16") / 1.3, out[1])) == "differs"
+
+
+def test_every_kernel_of_the_session_has_the_shapes_of_its_reference():
+    """Traced, in the real sizes and without memory for them."""
+    for check in gpu_session.plan(dry=False):
+        if check.part == "kernels":
+            options = dict(check.arguments)
+            make = gpu_checks.KERNELS[options.pop("name")]
+
+            def both(make=make, options=options):
+                own, reference, arguments = make(**options)
+                return own(*arguments), reference(*arguments)
+
+            own, reference = jax.eval_shape(both)
+            assert [x.shape for x in own] == [x.shape for x in reference], check.name
