@@ -40,7 +40,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     if model == "plain":
         return _plain_stepper(config, batch)
-    config = _config_of(model, config)
+    config = config_of(model, config)
     mesh = make_mesh(config)
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()
@@ -52,7 +52,8 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     return Stepper(compiled, state, placer({name: x[placer.rows] for name, x in batch.items()}))
 
 
-def _config_of(model: str, config: Config) -> Config:
+def config_of(model: str, config: Config) -> Config:
+    """The resolved config of one of MODELS, but for plain, in the shapes of ``config``."""
     config = of_kind(config, model.removesuffix("_qk_norm"))
     if model == "gpt_qk_norm":
         choices = dataclasses.replace(config.model, qk_norm=True)

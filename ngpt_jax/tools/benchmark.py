@@ -3,6 +3,7 @@
 Examples:
   python -m ngpt_jax.tools.benchmark
   python -m ngpt_jax.tools.benchmark --steps=30 --json=benchmark.json
+  python -m ngpt_jax.tools.benchmark --models=ngpt,gpt_qk_norm
   python -m ngpt_jax.tools.benchmark --config=experiments/124m.py --config.train.batch_size=32 \\
       --config.model.vocab_size=32000
   python -m ngpt_jax.tools.benchmark --config=experiments/1b.py:ctx4k --config.train.batch_size=8 \\
