@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("ngpt", "gpt")
+QUIET = 0.05  # of all cores: what other programs may take during a timing that counts
 Arrays = Mapping[str, np.ndarray]
 
 # ---------------------------------------------------------------------------- theirs
@@ -208,15 +209,17 @@ class Worker:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, steps: int) -> tuple[float, list[float]]:
-        """Seconds of that many steps, and their losses."""
+    def run(self, steps: int) -> tuple[float, float, list[float]]:
+        """Seconds of that many steps, the share of all cores that others took, and the losses."""
         assert self._process.stdin and self._process.stdout
+        busy = _busy_seconds()
         print(steps, file=self._process.stdin, flush=True)
         line = self._process.stdout.readline()
         if not line:
             raise SystemExit("error: a worker ended; its message is above.")
-        seconds, losses = json.loads(line)
-        return seconds, losses
+        seconds, own, losses = json.loads(line)
+        others = (_busy_seconds() - busy - own) / (seconds * (os.cpu_count() or 1))
+        return seconds, others, losses
 
     def close(self) -> None:
         assert self._process.stdin
@@ -224,8 +227,14 @@ class Worker:
         self._process.wait()
 
 
+def _busy_seconds() -> float:
+    """CPU seconds of all programs and all cores since the machine started (Linux)."""
+    user, nice, system, _, _, *interrupts = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+
+
 def work(library: str, kind: str, path: Path, threads: int) -> None:
-    """Reads numbers of steps, and writes seconds and losses."""
+    """Reads numbers of steps, and writes seconds, CPU seconds and losses."""
     start = dict(np.load(path))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
@@ -238,37 +247,46 @@ def work(library: str, kind: str, path: Path, threads: int) -> None:
     else:
         step = our_trainer(kind, start)
     for line in sys.stdin:
-        begun = time.perf_counter()
+        begun = np.array([time.perf_counter(), time.process_time()])
         losses = [step() for _ in range(int(line))]
-        print(json.dumps([time.perf_counter() - begun, losses]), file=answers, flush=True)
+        spent = np.array([time.perf_counter(), time.process_time()]) - begun
+        print(json.dumps([*spent, losses]), file=answers, flush=True)
 
 
 def measure(kind: str, pairs: int, steps: int, threads: int) -> dict[str, Any]:
-    """Times some steps of ours and of theirs in turn; who is first alternates."""
+    """Times some steps of ours and of theirs in turn; who is first alternates.
+
+    Pairs that other programs disturbed are made again, three times as many in all at most.
+    """
     config = our_config(kind)
-    warmup = 3
+    warmup, most = 3, 3 * pairs
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "start.npz")
-        np.savez(path, **our_start(config, warmup + pairs * steps))
+        np.savez(path, **our_start(config, warmup + most * steps))
         workers = {name: Worker(name, kind, path, threads) for name in ("jax", "torch")}
-        first = {name: worker.run(warmup)[1] for name, worker in workers.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in workers}
-        last = {}
-        for i in range(pairs):
-            for name in sorted(workers, reverse=i % 2 == 1):
-                spent, losses = workers[name].run(steps)
-                seconds[name].append(spent)
-                last[name] = losses[-1]
+        first = {name: worker.run(warmup)[2] for name, worker in workers.items()}
+        made: list[dict[str, float]] = []  # seconds of each, and the larger share of others
+        while len(made) < most and sum(p["others"] < QUIET for p in made) < pairs:
+            both = {
+                name: workers[name].run(steps) for name in sorted(workers, reverse=len(made) % 2)
+            }
+            made.append({name: spent for name, (spent, _, _) in both.items()})
+            made[-1]["others"] = max(others for _, others, _ in both.values())
         for worker in workers.values():
             worker.close()
     tokens = steps * config.train.batch_size * config.model.context
-    ratios = [theirs / ours for ours, theirs in zip(seconds["jax"], seconds["torch"])]
+    quiet = [p for p in made if p["others"] < QUIET]
+    counted = quiet if len(quiet) == pairs else made
+    ratios = [p["torch"] / p["jax"] for p in counted]
+    medians = {name: statistics.median(p[name] for p in counted) for name in workers}
     return {
         "ratio": statistics.median(ratios),
         "ratios": ratios,
-        "tokens_per_second": {n: tokens / statistics.median(s) for n, s in seconds.items()},
+        "tokens_per_second": {name: tokens / seconds for name, seconds in medians.items()},
+        "quiet_pairs": len(quiet),
+        "pairs": made,
         "first_losses": first,
-        "last_loss": last,
+        "last_loss": {name: losses[-1] for name, (_, _, losses) in both.items()},
     }
 
 
@@ -292,16 +310,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     import jax
     import torch
 
-    load = os.getloadavg()[0]
     numbers: dict[str, Any] = {
         "jax": jax.__version__, "torch": torch.__version__, "threads": args.threads,
-        "load_before": load, "steps": args.steps,
+        "steps": args.steps,
     }  # fmt: skip
-    if load > 0.5:
-        print(f"warning: the load is {load:.1f}: what else runs here disturbs the ratios")
     for kind in (args.kind,) if args.kind else KINDS:
         numbers[kind] = of_kind = measure(kind, args.pairs, args.steps, args.threads)
-        rates = of_kind["tokens_per_second"]
+        rates, quiet = of_kind["tokens_per_second"], of_kind["quiet_pairs"]
+        if quiet < args.pairs:
+            print(f"{kind}: other programs disturbed the timings: only {quiet} pairs were quiet")
         print(
             f"{kind}: {of_kind['ratio']:.3f} of their tokens/s ({rates['jax']:,.0f} and"
             f" {rates['torch']:,.0f}; ratios {min(of_kind['ratios']):.3f} to"

@@ -189,12 +189,11 @@ class Record:
             file.flush()
             os.fsync(file.fileno())
         if result != "begun":
-            told = {name: value for name, value in facts.items() if not isinstance(value, dict)}
-            print(f"{check}: {result} {told}"[:300], flush=True)
+            print(f"{check}: {result}  {_figures(line)}", flush=True)
 
 
 def run_part(part: str, record: Record, deadline: float, dry: bool) -> int:
-    """Runs what is due of a part. Returns 1 if a new process should go on after an error."""
+    """Runs what is due of a part. Returns 1 if a new process should go on after a fault."""
     checks = [check for check in plan(dry) if check.part == part]
     for check in checks:
         if record.died(check.name):
@@ -220,7 +219,9 @@ def run_part(part: str, record: Record, deadline: float, dry: bool) -> int:
             traceback.print_exc()
             error = f"{type(e).__name__}: {e}".splitlines()[0]
             record.add(check.name, "error", error=error, **machine)
-            return 1
+            if not gpu_checks.device_works():
+                return 1
+            continue
         finally:
             faulthandler.cancel_dump_traceback_later()
         seconds = round(time.perf_counter() - start, 1)

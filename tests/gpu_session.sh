@@ -26,6 +26,7 @@ for argument in "$@"; do
 done
 deadline=$(($(date +%s) + budget))
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}
 # Two models of 1B are in memory at one time. Programs are kept for a second call.
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/ngpt_jax_gpu_session}
@@ -38,8 +39,8 @@ session() {
 
 parts=$(session --list) || exit 2
 for part in $parts; do
-  # A process of its own for each part. After an error a new one goes on with the next check, as
-  # a fault on a GPU leaves its process useless.
+  # A process of its own for each part. If it ends or hangs, a new one goes on with the next check:
+  # a fault on a GPU leaves a process useless.
   for _ in 1 2 3 4 5 6 7 8; do
     session --part="$part"
     status=$?

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import gpu_checks
@@ -60,6 +61,27 @@ def test_the_next_session_tries_again_what_has_no_result(tmp_path):
     assert not second.died("d")
     second.add("b", "differs")
     assert gpu_session.Record(path, session=2).last()["b"]["result"] == "differs"
+
+
+def test_an_error_is_told_and_the_next_check_follows(tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("no such kernel\nand more")
+
+    for name, function in (("fails", fails), ("works", lambda: ("agrees", {"summary": "well"}))):
+        monkeypatch.setattr(gpu_checks, name, function, raising=False)
+    checks = [gpu_session.Check(f"kernels/{name}", 1, name) for name in ("fails", "works")]
+    monkeypatch.setattr(gpu_session, "plan", lambda dry: checks)
+    for device_works in (True, False):
+        monkeypatch.setattr(gpu_checks, "device_works", lambda works=device_works: works)
+        record = gpu_session.Record(tmp_path / f"{device_works}.jsonl", session=1)
+        code = gpu_session.run_part("kernels", record, time.time() + 99, dry=True)
+        assert code == (not device_works)
+        if code:  # a new process goes on
+            assert gpu_session.run_part("kernels", record, time.time() + 99, dry=True) == 0
+        results = [line["result"] for line in record.lines]
+        assert results == ["begun", "error", "begun", "agrees"]
+        assert record.lines[1]["error"] == "RuntimeError: no such kernel"
+        assert "no such kernel" in gpu_session.table(record, dry=True)
 
 
 def test_only_kernels_that_all_agree_on_one_device_are_verified():
