@@ -102,8 +102,8 @@ def _passes(test: Any, *arguments: Any) -> Outcome:
     return outcome(True, "to 1e-9")
 
 
-# Relative errors of logits and of all gradients together. A CPU has 3e-7 and 6e-7, 0.006 and 0.016.
-GOLDEN_BOUNDS = {"float32": (3e-6, 6e-6), "bfloat16": (0.02, 0.05)}
+# Relative errors of logits and of all gradients together. A CPU has 4e-7 and 6e-7, 0.011 and 0.016.
+GOLDEN_BOUNDS = {"float32": (3e-6, 6e-6), "bfloat16": (0.03, 0.05)}
 
 
 def golden_rounded(kind: str, dtype: str, kernels: str) -> Outcome:
