@@ -50,6 +50,9 @@ def test_the_benchmark_of_training_steps(tiny):
     assert "gpt/plain: " in shown and "3 steps each on 1 x cpu" in shown
     with pytest.raises(ConfigError, match="The plain GPT is float32"):
         train_step.measure(tiny(**{"model.dtype": "bfloat16"}), ["plain"], 3, 1)
+    baseline = train_step.config_of("gpt_qk_norm", tiny()).model
+    assert baseline.kind == "gpt" and baseline.qk_norm
+    assert not train_step.config_of("gpt", tiny()).model.qk_norm
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_table
 from ngpt_jax.training import layout, throughput
 
-MODELS = ("ngpt", "gpt", "plain")
-# The small model in which all three have the same shapes.
+MODELS = ("ngpt", "gpt", "plain", "gpt_qk_norm")
+# The small model in which all of them have the same shapes.
 SMALL = {
     "model.context": 256, "model.scan_layers": False, "train.batch_size": 8, "train.steps": 1000,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
     if model == "plain":
         return _plain_stepper(config, batch)
-    config = resolve(of_kind(config, model))
+    config = config_of(model, config)
     mesh = make_mesh(config)
     config, _ = layout.for_mesh(config, mesh)
     compiled = layout.lower_train_step(config, mesh).compile()
@@ -50,6 +50,15 @@ def make_stepper(model: str, config: Config, tokens: np.ndarray) -> Stepper:
     like = layout.abstract_batch(config, mesh)
     batch = {name: np.ones(x.shape, x.dtype) for name, x in like.items()} | batch
     return Stepper(compiled, state, placer({name: x[placer.rows] for name, x in batch.items()}))
+
+
+def config_of(model: str, config: Config) -> Config:
+    """The resolved config of one of MODELS, but for plain, in the shapes of ``config``."""
+    config = of_kind(config, model.removesuffix("_qk_norm"))
+    if model == "gpt_qk_norm":
+        choices = dataclasses.replace(config.model, qk_norm=True)
+        config = dataclasses.replace(config, model=choices)
+    return resolve(config)
 
 
 def _plain_stepper(config: Config, batch: dict[str, np.ndarray]) -> Stepper:
@@ -115,7 +124,11 @@ def measure(config: Config, models: Sequence[str], steps: int, warmup: int) -> d
     return {
         "models": rows,
         "device_peak_bytes": stats.get("peak_bytes_in_use"),
-        "ratios": {"ngpt/gpt": ratio("ngpt", "gpt"), "gpt/plain": ratio("gpt", "plain")},
+        "ratios": {
+            "ngpt/gpt": ratio("ngpt", "gpt"),
+            "ngpt/gpt_qk_norm": ratio("ngpt", "gpt_qk_norm"),
+            "gpt/plain": ratio("gpt", "plain"),
+        },
         **configs.machine(),
         "steps": steps,
         "model": dataclasses.asdict(config.model),

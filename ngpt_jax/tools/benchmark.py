@@ -3,6 +3,7 @@
 Examples:
   python -m ngpt_jax.tools.benchmark
   python -m ngpt_jax.tools.benchmark --steps=30 --json=benchmark.json
+  python -m ngpt_jax.tools.benchmark --models=ngpt,gpt_qk_norm
   python -m ngpt_jax.tools.benchmark --config=experiments/124m.py --config.train.batch_size=32 \\
       --config.model.vocab_size=32000
   python -m ngpt_jax.tools.benchmark --config=experiments/1b.py:ctx4k --config.train.batch_size=8 \\
@@ -22,8 +23,10 @@ from ngpt_jax.config import ConfigError, command
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...] to take shapes from.")
 _MODELS = flags.DEFINE_list(
-    "models", None, "Which of ngpt, gpt, plain to time; all, or with --config the first two."
-)
+    "models", None,
+    "Which of ngpt, gpt, plain, gpt_qk_norm (the baseline with QK-norm) to time; the first three,"
+    " or with --config the first two.",
+)  # fmt: skip
 _STEPS = flags.DEFINE_integer("steps", 20, "Timed steps of each model.", lower_bound=3)
 _WARMUP = flags.DEFINE_integer("warmup", 3, "Steps of each model before them.", lower_bound=1)
 _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file.")
@@ -35,7 +38,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     from ngpt_jax.parallel.backend import set_xla_flags
 
     known = train_step.MODELS
-    models = _MODELS.value or list(known if _CONFIG.value is None else known[:2])
+    models = _MODELS.value or list(known[: 3 if _CONFIG.value is None else 2])
     if bad := [m for m in models if m not in known]:
         raise ConfigError(f"--models: unknown model {bad[0]!r}; known are {', '.join(known)}.")
     config = configs.load(_CONFIG.value, overrides, train_step.SMALL)
