@@ -221,23 +221,13 @@ def _swiglu(shape, dtype):
     )
 
 
-def _rms_norm(shape, dtype, copies):
-    own = functools.partial(rms.rms_norm, eps=EPS, copies=copies, interpret=_interpreted())
-    gain = 1 + 0.2 * _normal(1, shape[-1:])
-
-    def reference(x, gain):
-        return (norms.rms_norm(x, gain, EPS),) * copies
-
-    return _differentiated(own, reference, (_normal(0, shape, dtype), gain))
-
-
-def _add_rms_norm(shape, dtype, copies):
-    own = functools.partial(rms.add_rms_norm, eps=EPS, copies=copies, interpret=_interpreted())
+def _add_rms_norm(shape, dtype):
+    own = functools.partial(rms.add_rms_norm, eps=EPS, interpret=_interpreted())
     gain = 1 + 0.2 * _normal(2, shape[-1:])
 
     def reference(h, f, gain):
         x = h + f
-        return (x, *(norms.rms_norm(x, gain, EPS),) * copies)
+        return x, norms.rms_norm(x, gain, EPS)
 
     # Sixteenths: their sum is exact in bfloat16, so that nothing but the norm is compared.
     h, f = (jnp.clip(jnp.round(16 * _normal(i, shape)) / 16, -4, 4).astype(dtype) for i in (0, 1))
@@ -295,7 +285,6 @@ KERNELS = {
     "swiglu": _swiglu,
     "rotate_heads": _rotate_heads,
     "cross_entropy": _cross_entropy,
-    "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
 }
 

@@ -90,7 +90,6 @@ def _kernels(dry: bool) -> list[Check]:
         "swiglu": _WIDE,
         "rotate_heads": [shape for _, shape in _HEADS],
         "cross_entropy": _LOGITS,
-        "rms_norm": _ROWS,
         "add_rms_norm": _ROWS,
     }
     checks = []
@@ -100,10 +99,8 @@ def _kernels(dry: bool) -> list[Check]:
             arguments: dict[str, Any] = {"name": kernel, "shape": shape}
             if kernel == "rotate_heads":
                 arguments |= {"form": _HEADS[i][0], "per_row": i % 2 == 1}
-            elif kernel in ("residual_step", "rms_norm", "add_rms_norm"):
-                arguments |= {"copies": 2 - i % 2}
-            if kernel == "residual_step":
-                arguments |= {"normalize_h": i % 2 == 1}
+            elif kernel == "residual_step":
+                arguments |= {"copies": 2 - i % 2, "normalize_h": i % 2 == 1}
             for dtype in ("bfloat16",) if dry else ("bfloat16", "float32"):
                 name = f"kernels/{kernel}/{'x'.join(map(str, shape))}/{dtype}"
                 checks.append(Check(name, 5, "kernel", arguments | {"dtype": dtype}))
