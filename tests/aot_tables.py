@@ -34,24 +34,27 @@ def report(folder, name, experiment, *options):
 
 def gpu(folder):
     """A row a program on eight H100s, 32,768 tokens a device."""
-    rows = [("model", "remat", "peak GiB", "GB a step", "kernels", "compute ms", "memory ms",
-             "network ms", "MFU at most", "MFU, one after another")]  # fmt: skip
-    for (size, label), context, kind in itertools.product(
-        MODELS.items(), (1024, 4096), (":gpt", "")
+    rows = [("model", "kernels", "layers, remat", "peak GiB", "GB a step", "launched", "compute ms",
+             "memory ms", "network ms", "MFU at most", "one after another")]  # fmt: skip
+    for (size, label), context, kind, kernels in itertools.product(
+        MODELS.items(), (1024, 4096), ("gpt", "ngpt"), ("xla", "pallas")
     ):
         sequences = 32 * 1024 // context
+        variant, qk_norm = (":gpt", ["--config.model.qk_norm=True"]) if kind == "gpt" else ("", [])
         r = report(
-            folder, f"gpu_{size}_{context}{kind.strip(':') or 'ngpt'}", size + ".py" + kind,
+            folder, f"gpu_{size}_{context}_{kind}_{kernels}", f"{size}.py{variant}",
             "--topology=h100:8", f"--config.model.context={context}", f"--windows={sequences}",
+            f"--config.model.kernels={kernels}", *qk_norm,
         )  # fmt: skip
-        name = f"{label}, {context // 1024}k, {'GPT' if kind else 'nGPT'}"
+        name = f"{label}, {context // 1024}k, {'nGPT' if kind == 'ngpt' else 'GPT, QK-norm'}"
         if r is None or "least_seconds" not in r:
-            rows.append((name, *["-"] * 9))
+            rows.append((name, kernels, *["-"] * 9))
             continue
         ms = [f"{1e3 * r['least_seconds'][k]:.1f}" for k in ("compute", "memory", "network")]
         peak, size_ = f"{r['peak_bytes'] / GIB:.1f}", f"{r['bytes_accessed'] / 1e9:.0f}"
         mfu = [f"{r[k]:.0%}" for k in ("mfu_bound", "mfu_sum")]
-        rows.append((name, r["remat"], peak, size_, f"{r['launches']:,}", *ms, *mfu))
+        layers = f"{'scanned' if r['scan_layers'] else 'unrolled'}, {r['remat']}"
+        rows.append((name, kernels, layers, peak, size_, f"{r['launches']:,}", *ms, *mfu))
     return rows
 
 
