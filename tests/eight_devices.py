@@ -24,6 +24,7 @@ from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.projection import keep_params_on_sphere, project_params
 from ngpt_jax.training import layout
+from ngpt_jax.training import step as step_lib
 
 MESHES = {
     "fsdp 8": {"fsdp": 8},
@@ -114,6 +115,40 @@ def test_microbatches_grouped_heads_and_an_uncut_kv_head_change_nothing(x64):
     a = train(make("ngpt", {"fsdp": 1}, **one), jax.devices()[:1])
     b = train(make("ngpt", mesh, **fields), jax.devices())
     assert_same(a, b)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [("ngpt", {"fsdp": 2, "tensor": 2}), ("gpt", {"fsdp": 2, "context": 2})],
+)
+def test_kernels_on_a_mesh_give_what_xla_gives_on_one_device(kind, sizes):
+    """Interpreted, on shards of rows, heads, hidden units, positions and the vocabulary."""
+    fields = {"model__dtype": "float32", "model__param_dtype": "float32", "model__qk_norm": True}
+    fields |= {"model__context": 16, "model__kv_heads": 4, "model__width": 32}
+    rng, found = np.random.default_rng(0), []
+    tokens = rng.integers(0, VOCAB, (BATCH, 17), np.int32)
+    positions = np.arange(16, dtype=np.int32)[None] % rng.integers(3, 16, (BATCH, 1), np.int32)
+    batch = {
+        "inputs": tokens[:, :-1], "targets": tokens[:, 1:], "positions": positions,
+        "segment_ids": np.cumsum(positions == 0, axis=1, dtype=np.int32),
+    }  # fmt: skip
+    for kernels, mesh_sizes in (("xla", {"fsdp": 1}), ("pallas", sizes)):
+        count = int(np.prod(list(mesh_sizes.values())))
+        config, mesh = on(make(kind, mesh_sizes, **fields), jax.devices()[:count])
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, kernels=kernels)
+        )
+        with jax.set_mesh(mesh):
+            params = jax.jit(
+                lambda c=config: init_params(c.model, jax.random.key(0)),
+                out_shardings=layout.param_shardings(config.model, mesh),
+            )()
+            run = jax.jit(lambda p, b, c=config: step_lib._loss_and_grads(c, p, b))
+            traced = run.trace(params, BatchPlacer(mesh, BATCH, 16)(batch))
+            assert ("pallas_call" in str(traced.jaxpr)) == (kernels == "pallas")
+            found.append(jax.device_get(run(params, BatchPlacer(mesh, BATCH, 16)(batch))))
+    for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
 
 
 @pytest.mark.parametrize("name", MESHES)

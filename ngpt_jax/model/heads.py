@@ -2,7 +2,7 @@
 
     unit_after_rope   Norm(RoPE(x)) * scale                          nGPT, equations 15 and 16
     rms_before_rope   RoPE(x / sqrt(mean(x^2) + eps) * scale)        GPT with QK-norm
-    none              RoPE(x)                                        GPT
+    none              RoPE(x) * scale                                GPT, where scale is None
 
 All is computed in at least float32 and rounded once, at the end; on TPUs after each step too.
 """
@@ -37,8 +37,7 @@ def rotate(
       x: (B, T, heads, head_dim).
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2), at least float32.
       scale: (heads, head_dim) or (head_dim,), at least float32. None: no factor.
-      form: unit_after_rope, rms_before_rope or none. The second
-        needs a scale, the third has none.
+      form: unit_after_rope, rms_before_rope or none. The second needs a scale.
       eps: for rms_before_rope.
     """
     return _rotated(x, cos, sin, scale, form, eps)
@@ -73,8 +72,7 @@ def rotate_heads(
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2), at least float32.
       q_scale: (kv_heads, group, head_dim) or (head_dim,), at least float32. None: no factor.
       k_scale: (kv_heads, head_dim) or (head_dim,), at least float32. None: no factor.
-      form: unit_after_rope, rms_before_rope or none. The second
-        needs both scales, the third has none.
+      form: unit_after_rope, rms_before_rope or none. The second needs both scales.
       eps: for rms_before_rope.
 
     Returns:
