@@ -121,7 +121,7 @@ def test_free_changes_and_their_list(begun, small, capsys):
     assert loop.train(config, folder) == 0
     out = capsys.readouterr().out
     assert "resumed from step 4" in out
-    assert "changed: model.remat: 'none' -> 'full'" in out
+    assert "changed: model.remat: 'auto' -> 'full'" in out
     assert "changed: log.every: 3 -> 2" in out
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["8"]
     assert json.loads((folder / "config.json").read_text())["model"]["remat"] == "full"
