@@ -243,7 +243,7 @@ def test_collectives_of_the_loss_do_not_grow_with_its_chunks():
 def test_no_layer_keeps_its_gathered_weights_for_the_backward_pass(remat):
     def temporary_bytes(layers):
         fields = {"model__layers": layers, "model__width": 256, "model__context": 16}
-        fields |= {"model__remat": remat}
+        fields |= {"model__remat": remat, "model__scan_layers": True}
         fields |= {"model__dtype": "float32", "model__param_dtype": "float32"}
         config, mesh = on(make("ngpt", {"fsdp": 8}, **fields), jax.devices())
         step = layout.lower_train_step(config, mesh).compile()

@@ -16,7 +16,6 @@ from ngpt_jax.aot.topologies import topology_devices
 from ngpt_jax.config import ConfigError
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
-from ngpt_jax.inference.loading import weight_shardings
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.parallel.mesh import device_mesh, make_mesh
 from ngpt_jax.training import layout
@@ -137,10 +136,7 @@ def test_programs_of_generation_are_those_that_run(program, model, monkeypatch):
         monkeypatch.setattr(generation, name, spied(getattr(generation, name)))
     with jax.set_mesh(mesh):
         params = init_params(config.model, jax.random.key(0))
-        weights = jax.jit(
-            functools.partial(folding.for_inference, config.model),
-            out_shardings=weight_shardings(config.model, mesh),
-        )(params)
+        weights = jax.jit(functools.partial(folding.for_inference, config.model))(params)
         prompts = [[1] * TEXTS.prompt] * TEXTS.rows
         how = Sampling(temperature=0.8)
         drawn = generation.generate(config.model, weights, prompts, TEXTS.tokens, how, 0)
