@@ -17,7 +17,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.decoding import folding, generation
 from ngpt_jax.decoding.sampling import Sampling
 from ngpt_jax.model.transformer import init_params
-from ngpt_jax.parallel.mesh import device_mesh, make_mesh
+from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 
 
@@ -65,7 +65,8 @@ def test_one_h100(model):
         *report["parts"]
     }
     for name in ("attention", "MLP", "residual steps"):
-        assert report["parts"][name]["backward"] > report["parts"][name]["forward"] > 0
+        assert min(report["parts"][name]["backward"], report["parts"][name]["forward"]) > 0
+    assert report["parts"]["MLP"]["backward"] > report["parts"]["MLP"]["forward"]
     other = report["parts"].get("other", {"forward": 0, "backward": 0})
     assert other["forward"] + other["backward"] < 0.1 * total
     assert report["largest"] == sorted(report["largest"], key=lambda i: -i["bytes"])
@@ -100,13 +101,21 @@ def test_a_gpu_and_a_tpu_in_one_process(model):
 
 
 @cuda
-def test_the_step_for_a_gpu_is_the_one_for_this_machine(model):
-    def text(devices):
-        config = model()
-        mesh = make_mesh(config, devices)
-        return layout.lower_train_step(layout.for_mesh(config, mesh)[0], mesh).as_text()
+def test_the_step_for_a_gpu_is_lowered_by_the_function_that_training_calls(
+    model, tmp_path, monkeypatch
+):
+    """With the choices of that device: on GPUs the products of q and k are one, for example."""
+    texts, real = [], layout.lower_train_step
 
-    assert text(topology_devices("h100:1")) == text(jax.devices()[:1])
+    def spy(config, mesh):
+        lowered = real(config, mesh)
+        texts.append(lowered.as_text())
+        return lowered
+
+    monkeypatch.setattr(layout, "lower_train_step", spy)
+    report_of(model(), topology_devices("h100:1"), str(tmp_path / "lowered.txt"))
+    assert texts == [(tmp_path / "lowered.txt").read_text()]
+    assert "tensor<64x2x" in texts[0]  # the joined products
 
 
 @cuda
