@@ -202,8 +202,9 @@ class Block(nn.Module):
         w_q, w_k, w_v = (matrix(self, c, f"{name}_kernel") for name in ("query", "key", "value"))
         qk, rotate = self._query_key(x, w_q, w_k, tables)
         v = self._product(x_v, w_v, TABLE["value_kernel"].module_axes)
-        for name, y in zip(("query", "key"), rotate(qk)):
-            self.sow("intermediates", name, y)
+        if self.is_mutable_collection("intermediates"):  # else there is nothing to trace twice
+            for name, y in zip(("query", "key"), rotate(qk)):
+                self.sow("intermediates", name, y)
         kernel = kernel_of(c, x.shape[1])
 
         def attend(qk, v):
