@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -21,6 +22,23 @@ def home():
     """The tests' own, removed at their end."""
     yield os.environ["HOME"]
     shutil.rmtree(os.environ["HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cuda_plugin():
+    """Skips where what compiles for GPUs is not installed."""
+    try:
+        importlib.metadata.distribution("jax-cuda13-plugin")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("needs jax-cuda13-plugin and nvidia-cuda-nvcc: pip install '.[aot]'")
+
+
+@pytest.fixture(scope="session")
+def h100(cuda_plugin):
+    """The sharding of arrays on one H100 that is not there."""
+    from ngpt_jax.aot.topologies import topology_devices
+
+    return jax.sharding.SingleDeviceSharding(topology_devices("h100:1")[0])
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Training and generation compiled for GPUs that are not there, and what the report tells of it."""
 
 import functools
-import importlib.metadata
 import importlib.util
 
 import jax
@@ -20,18 +19,7 @@ from ngpt_jax.model.transformer import init_params
 from ngpt_jax.parallel.mesh import device_mesh
 from ngpt_jax.training import layout
 
-
-def has_plugin():
-    try:
-        importlib.metadata.distribution("jax-cuda13-plugin")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-cuda = pytest.mark.skipif(
-    not has_plugin(), reason="needs jax-cuda13-plugin and nvidia-cuda-nvcc: pip install '.[aot]'"
-)
+cuda = pytest.mark.usefixtures("cuda_plugin")
 TEXTS = Texts(rows=2, prompt=70, tokens=50)
 
 

@@ -1,7 +1,5 @@
 """Normalization, RoPE and scale of heads: the rule in XLA, and the kernel against it."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,13 +160,6 @@ def test_vectors_of_every_size_give_finite_gradients(form):
             np.testing.assert_allclose(norm[[0, 1, 3, 4, 5, 6]], [0, 0, 1, 1, 1, 0], rtol=1e-5)
         gradients = own[2][0, :, 0]
         assert not gradients[[0, 1, 6]].any() and gradients[[3, 4, 5]].all()
-
-
-@pytest.fixture(scope="module")
-def h100():
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
-        pytest.skip("the plugin that compiles for GPUs is not installed")
-    return jax.sharding.SingleDeviceSharding(topologies.topology_devices("h100:1")[0])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ the model does without kernels: inputs are read in their dtype and results writt
 """
 
 import functools
-import importlib.util
 import re
 
 import jax
@@ -198,14 +197,6 @@ def test_other_kernels_are_finite_at_every_size():
     assert all(np.isfinite(y).all() for y in jax.tree.leaves(out))
     huge = results(norm, (x * 1e20, 0 * x, jnp.ones(4)), (jnp.ones_like(x),) * 2)
     assert all(np.isfinite(y).all() for y in jax.tree.leaves(huge))
-
-
-@pytest.fixture(scope="module")
-def h100():
-    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    if not any(importlib.util.find_spec(plugin) for plugin in plugins):
-        pytest.skip("needs the CUDA plugin of jax")
-    return jax.sharding.SingleDeviceSharding(topologies.topology_devices("h100:1")[0])
 
 
 # name -> rows that the forward and backward kernels move, with two copies of the result.
