@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ngpt_jax import sphere
 from ngpt_jax.model import folding, norms, transformer
 from ngpt_jax.model.transformer import Transformer, init_params
+from ngpt_jax.parallel import rules
 from ngpt_jax.training import step
 
 
@@ -301,6 +302,28 @@ def test_a_scaled_matrix_is_rounded_once():
         a, b = (np.asarray(x, "float64") for x in tops)
         there = a != 0
         assert np.sqrt(np.mean(np.square((b - a)[there] / a[there]))) <= 1.7e-3
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tpus_multiply_the_scales_in_the_blocks_and_get_the_same_gradients(
+    x64, monkeypatch, tiny, accumulate
+):
+    config = tiny(**{
+        "model.dtype": "float64", "model.param_dtype": "float64", "train.accumulate": accumulate,
+    })  # fmt: skip
+    params = init_params(config.model, jax.random.key(0))
+    for name in ("s_u", "s_v"):
+        params["layers"][name] *= np.exp(0.5 * normal(*params["layers"][name].shape))
+    tokens = np.arange(64).reshape(4, 16) % 60
+    batch = {"inputs": tokens, "targets": tokens + 1}
+    folded = []
+    monkeypatch.setattr(step, "fold", lambda *args: folded.append(0) or folding.fold(*args))
+    expected = step._loss_and_grads(config, params, batch)
+    assert folded
+    monkeypatch.setattr(rules, "platform", lambda: "tpu")
+    found = step._loss_and_grads(config, params, batch)
+    assert len(folded) == 1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-10, 1e-14), found, expected)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e-19, 1e-16, 1e-14, 1e-10, 1e10, 1e19, 1e30])

@@ -18,10 +18,13 @@ from ngpt_jax.model.params import (
     scale_factor,
 )
 
+# The scales whose values multiply the vectors of a matrix.
+SCALED_MATRICES = {"s_u": "up_kernel", "s_v": "gate_kernel", "s_z": "output_embedding"}
+
 
 def folded_config(config: ModelConfig) -> ModelConfig:
     """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
-    folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
+    folded = any(TABLE[name].is_in(config) for name in ("s_qk", *SCALED_MATRICES))
     if not (folded or config.normalize_on_read):
         return config
     dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
@@ -75,14 +78,16 @@ def fold(config: ModelConfig, params: Any) -> Any:
 
 
 def round_matrices(config: ModelConfig, params: Any) -> Any:
-    """Parameters with the matrices in the compute dtype.
+    """Parameters with the matrices in the compute dtype, but for those that a scale multiplies.
 
     They are cast once for all passes of a step, and gradients with respect to the result have the
-    compute dtype too.
+    compute dtype too. The network casts the others when it has multiplied them.
     """
+    scaled = {matrix for scale, matrix in SCALED_MATRICES.items() if TABLE[scale].is_in(config)}
     return jax.tree.map(
-        lambda w, p: w.astype(config.dtype) if p.is_matrix else w, params, param_tree(config)
-    )
+        lambda w, p: w.astype(config.dtype) if p.is_matrix and p.name not in scaled else w,
+        params, param_tree(config),
+    )  # fmt: skip
 
 
 def compute_params(config: ModelConfig, params: Any) -> Any:
