@@ -107,6 +107,36 @@ def test_cells_without_a_best_value_in_reach_are_given_up_and_the_others_go_on()
     assert plan.forecast(PLAN, losses) == []
 
 
+def test_the_optimum_is_that_of_a_parabola_and_all_seeds_run_around_the_best_value(tmp_path):
+    best = {"gpt": 3.1e-3, "ngpt": 1.3e-2}
+    study = dataclasses.replace(PLAN, near=1, budgets=(10,))
+
+    def loss(point):  # a seed's optimum lies 10 % above that of the seed before, "long"'s at twice
+        shift = 1.1 ** (point.seed - 1) * (2 if point.setting == "long" else 1)
+        return 2 + 0.1 * math.log(point.value / (shift * best[point.model])) ** 2
+
+    assert len(plan.forecast(study, {})) >= 4 * 9
+    rows = made_up_rows(study, loss)
+    losses = results.losses_of(study, rows)
+    for cell, runs in plan.chosen(study, losses).items():
+        around = plan.around(study, cell, runs[0].value)
+        assert len({p.value for p in around}) == 3 and len(around) == 9 and {*around} <= {*losses}
+    optima = summary.optima_of(study, rows)
+    assert len(optima) == 4
+    for line in optima:
+        shift = 2 if line["setting"] == "long" else 1
+        assert line["optimum"] == pytest.approx(shift * best[line["model"]])
+        assert line["optimum_high"] == pytest.approx(1.1 * line["optimum"])
+        assert line["optimum_low"] == pytest.approx(line["optimum"] / 1.1)
+        for name in ("shift", "shift_low", "shift_high"):
+            assert line[name] == pytest.approx(shift)
+    figures.transfer(study, rows, optima, tmp_path / "transfer.png")
+    assert (tmp_path / "transfer.png").stat().st_size > 10_000
+    hill = [row | {"loss": -row["loss"]} if row["seed"] == 2 else row for row in rows]
+    found = {line[name] for line in summary.optima_of(study, hill) for name in ("optimum", "shift")}
+    assert found == {None}
+
+
 def test_the_runs_still_to_come_are_counted():
     assert len(plan.forecast(PLAN, {})) == 2 * ((4 + 2) * 2 + (3 + 2) * 2 + (3 + 2) * 4)
     losses = run_in_disorder(PLAN, lambda p: made_up_loss(p, {"gpt": 3e-3, "ngpt": 1e-2}), 0)
@@ -165,6 +195,8 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         ({"models": {"a/b": {}}}, "a name is made of"),
         ({"baseline": "gtp"}, "baseline 'gtp' is none of the models gpt, ngpt"),
         ({"tuned": None}, "ladders need a field"),
+        ({"tuned": None, "ladders": {}, "near": 1}, "near needs a field in tuned"),
+        ({"near": -1}, "near must be a whole number"),
         ({"ladders": {"gpt": (1e-3, 2e-3)}}, "three or more"),
         ({"ladders": {"gpt": (1e-3, 2e-3, 3e-3), "ngpt": (1, 2, 4)}}, "constant factor"),
     ],

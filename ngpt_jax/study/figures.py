@@ -1,6 +1,7 @@
 """The plots of a study, a panel a setting, a colour and a marker a model."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from ngpt_jax import plots
 from ngpt_jax.study import results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
-from ngpt_jax.study.summary import CellRow, SpeedUpRow, curve_of
+from ngpt_jax.study.summary import CellRow, OptimumRow, SpeedUpRow, curve_of
 
 COSTS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
@@ -115,6 +116,44 @@ def tuning(study: Study, rows: Sequence[Result], path: Path) -> None:
         axis.set_ylabel("held-out nats a token")
     for axis in axes[len(panels) :]:
         axis.remove()
+    plots.save(fig, path)
+
+
+def transfer(
+    study: Study, rows: Sequence[Result], optima: Sequence[OptimumRow], path: Path
+) -> None:
+    """Loss at the largest budget against the tuned field, a panel a model, a line a setting.
+
+    The mean over the seeds that ran; a bar of the seeds' optima stands below each line's lowest
+    point.
+    """
+    of_points, steps = results.losses_of(study, rows), study.budgets[-1]
+    looks = plots.looks(study.settings)
+    fig, axes = plots.figure(1, len(study.models), width=3.6)
+    for axis, model in zip(axes, study.models):
+        values: set[float] = set()
+        for setting in study.settings:
+            seeds: dict[float, list[float]] = {}
+            for p, x in of_points.items():
+                own = (p.setting, p.model, p.steps) == (setting, model, steps)
+                if own and p.value is not None and math.isfinite(x):
+                    seeds.setdefault(p.value, []).append(x)
+            if not seeds:
+                continue
+            tried = sorted(seeds)
+            means = [statistics.fmean(seeds[v]) for v in tried]
+            axis.plot(tried, means, markersize=3, label=setting, **looks[setting]._asdict())
+            values |= seeds.keys()
+            for o in optima:
+                if (o["setting"], o["model"], o["steps"]) == (setting, model, steps):
+                    low, high, color = o["optimum_low"], o["optimum_high"], looks[setting].color
+                    if low is not None:
+                        axis.plot([low, high], [min(means)] * 2, "|-", color=color, linewidth=3)
+        axis.set(title=model, xlabel=(study.tuned or "").rsplit(".", 1)[-1])
+        if values:
+            plots.log_ticks(axis.xaxis, sorted(values))
+    axes[0].set_ylabel(f"held-out nats a token, {steps:,} steps")
+    plots.legend(fig, axes)
     plots.save(fig, path)
 
 

@@ -36,6 +36,8 @@ class Study:
       seeds: of the initial weights and of the order of the data; the first one is for tuning.
       tuned: the field that is tuned; None: no field.
       ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
+      near: so many values on either side of the best run with all seeds too, to tell where the
+        optimum lies.
       baseline: the model whose losses the others have to reach.
       cores: CPU cores that each run is pinned to; as many runs go side by side as cores allow.
         None: one run at a time, on the devices that jax finds.
@@ -50,6 +52,7 @@ class Study:
     recipes: Mapping[str, Mapping[str, Overrides]] = dataclasses.field(default_factory=dict)
     tuned: str | None = None
     ladders: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
+    near: int = 0
     baseline: str | None = None
     cores: int | None = None
     trials: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -145,6 +148,9 @@ def check(study: Study) -> None:
     require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
+    good = isinstance(study.near, int) and study.near >= 0
+    require(good, "near must be a whole number, 0 or more.")
+    require(study.tuned is not None or not study.near, "near needs a field in tuned.")
     if study.tuned is None:
         return
     tuned = field_named(study.tuned)
@@ -270,9 +276,19 @@ def due(study: Study, losses: Losses) -> list[Point]:
     """The runs that can start now, in the order to start them: smallest budgets first."""
     out: list[Point] = []
     for cell, value, points in _tuned_cells(study, losses):
-        seeds = [] if points else [Point(*cell, value, seed) for seed in study.seeds]
+        seeds = [] if points else around(study, cell, value)
         out += points + [p for p in seeds if p not in losses]
     return out
+
+
+def around(study: Study, cell: Cell, value: float | None) -> list[Point]:
+    """The runs of all seeds with the best value of a cell, and with ``near`` values beside it."""
+    values = [value]
+    if value is not None and study.near:
+        ladder = study.ladders[cell[1]]
+        index = _index(ladder, value)
+        values = [rung(ladder, index + i) for i in range(-study.near, study.near + 1)]
+    return [Point(*cell, v, seed) for v in values for seed in study.seeds]
 
 
 def forecast(study: Study, losses: Losses) -> list[Point]:

@@ -19,7 +19,8 @@ from ngpt_jax.study.summary import CellRow, SpeedUpRow
 from ngpt_jax.terminal import format_duration
 
 _PICTURES = (
-    "speedup.png", "loss.png", "tuning.png", *(f"loss_{cost}.png" for cost in figures.COSTS)
+    "speedup.png", "loss.png", "transfer.png", "tuning.png",
+    *(f"loss_{cost}.png" for cost in figures.COSTS),
 )  # fmt: skip
 _STYLE = """
 :root { color-scheme: light; }
@@ -57,7 +58,7 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
     speedups = summary.speedups_of(study, cells)
     captions: dict[str, str] = {}
     with lock(out / results.LOCK):  # another program may be writing the report too
-        for name in ("speedup.csv", *_PICTURES):
+        for name in ("speedup.csv", "optima.csv", *_PICTURES):
             (out / name).unlink(missing_ok=True)
         lines = [{name: c[name] for name in summary.CELL_COLUMNS} for c in cells]
         plots.write_csv(out / "cells.csv", summary.CELL_COLUMNS, lines)
@@ -77,6 +78,14 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
         if cells and len(study.budgets) == 1:
             figures.models(study, cells, out / "loss.png")
             captions["loss.png"] = "Held-out loss: a mark for each seed, a bar at their mean."
+        if rows and study.near:
+            optima = summary.optima_of(study, rows)
+            plots.write_csv(out / "optima.csv", summary.OPTIMUM_COLUMNS, optima)
+            figures.transfer(study, rows, optima, out / "transfer.png")
+            captions["transfer.png"] = (
+                f"Loss against {study.tuned}: the mean of the seeds that ran. A bar spans the"
+                " seeds' optima, see optima.csv."
+            )
         if rows and study.tuned is not None:
             figures.tuning(study, rows, out / "tuning.png")
             caption = f"Tuning of {study.tuned} with the first seed; the best one ringed."

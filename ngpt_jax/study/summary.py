@@ -21,6 +21,10 @@ CELL_COLUMNS = (
     " loss_at_value_below loss_at_value_above bits_per_byte tokens tokens_per_parameter flops"
     " seconds tokens_per_second"
 ).split()
+OptimumRow = dict[str, Any]  # a line of optima.csv
+OPTIMUM_COLUMNS = (
+    "setting model steps best optimum optimum_low optimum_high shift shift_low shift_high"
+).split()
 SPEEDUP_COLUMNS = "setting model baseline steps cost bound speed_up low high".split()
 
 
@@ -185,6 +189,46 @@ def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
                 "speed_up": s.value, "low": s.low, "high": s.high,
             })  # fmt: skip
     return out
+
+
+def optima_of(study: Study, rows: Sequence[Result]) -> list[OptimumRow]:
+    """Where the optimum of the tuned field lies in each cell, for studies with ``near``.
+
+    For each seed, the lowest point of the parabola in (log value, loss) that is fitted to the best
+    value of the cell and its neighbours, at most as far away as the last of them. ``optimum`` is
+    the geometric mean over the seeds, low and high are the least and the largest. ``shift`` is the
+    optimum over that of the first setting with the same model, budget and seed.
+    """
+    losses = results.losses_of(study, rows)
+    of_cell = {}
+    for cell, runs in plan.chosen(study, losses).items():
+        points = plan.around(study, cell, runs[0].value)
+        if all(losses.get(p, math.inf) < math.inf for p in points):
+            of_cell[cell] = runs[0].value, _optima(study, points, losses)
+    out = []
+    for (setting, model, steps), (best, optima) in of_cell.items():
+        first = of_cell.get((next(iter(study.settings)), model, steps))
+        line = {"setting": setting, "model": model, "steps": steps, "best": best}
+        shifts = optima - first[1] if first else np.array([math.nan])
+        for name, values in (("optimum", optima), ("shift", shifts)):
+            there = bool(np.isfinite(values).all())
+            ends = values.mean(), values.min(), values.max()
+            for part, end in zip(("", "_low", "_high"), ends):
+                line[name + part] = math.exp(end) if there else None
+        out.append(line)
+    return out
+
+
+def _optima(study: Study, points: Sequence[plan.Point], losses: plan.Losses) -> np.ndarray:
+    """The logarithm of each seed's optimum; NaN where the losses have no lowest point."""
+    found = []
+    for seed in study.seeds:
+        mine = [(math.log(p.value), losses[p]) for p in points if p.value and p.seed == seed]
+        x, y = np.transpose(mine)
+        a, b, _ = np.polyfit(x - x.mean(), y, 2)
+        lowest = np.clip(x.mean() - b / (2 * a), x[0], x[-1]) if a > 0 else math.nan
+        found.append(lowest)
+    return np.array(found)
 
 
 def machines_of(rows: Sequence[Result]) -> list[str]:
