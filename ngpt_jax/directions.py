@@ -19,7 +19,7 @@ from .projection import Axes, PyTree, check_number, is_absent, map_with_axes
 class CapAngleState(NamedTuple):
     """State of :func:`cap_angle` with a schedule: updates made without an argument ``step``."""
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # tuples have a method of this name
 
 
 class Turned(NamedTuple):
@@ -111,11 +111,11 @@ def unit_step(
 
       u_i' = \ell \, \|w_i\| \frac{u_i}{\|u_i\|}
 
-    The learning rate after it is then a relative step. Where updates are tangent, a step of relative
-    length :math:`\tan \alpha` turns its vector by :math:`\alpha` under
+    so that the learning rate after it is a relative step. Where updates are tangent, one of length
+    :math:`\tan \alpha` turns its vector by :math:`\alpha` under
     :func:`~ngpt_jax.projection.keep_params_on_sphere`, and one of length :math:`\alpha` does with
-    ``retraction="exp"``. With all axes of a matrix and ``radius="initial"`` it makes Adam to AdamH.
-    A zero update stays zero. Computed in at least float32.
+    ``retraction="exp"``. After Adam, along all axes of a matrix and before ``radius="initial"``, it
+    makes AdamH. A zero update stays zero. Computed in at least float32.
 
     Args:
       axes: as in :func:`~ngpt_jax.projection.keep_params_on_sphere`.
@@ -191,8 +191,8 @@ def cap_angle(
       >>> grads = {"kernel": jnp.array([[0.0], [2.0]])}
       >>> updates, state = tx.update(grads, tx.init(params), params)
       >>> turned = angle_turned(params, optax.apply_updates(params, updates), axes)
-      >>> print(turned.largest["kernel"].round(5))
-      0.1
+      >>> print(f"{turned.largest['kernel']:.4f}")
+      0.1000
 
     References:
       Loshchilov and Ginsburg, `Training nGPT <https://arxiv.org/abs/2608.01284>`_, 2026
@@ -253,7 +253,7 @@ def angle_turned(
       >>> import jax.numpy as jnp
       >>> from ngpt_jax.directions import angle_turned
       >>> a, b = jnp.array([[1.0, 1.0], [0.0, 0.0]]), jnp.array([[3.0, 1.0], [0.0, 1.0]])
-      >>> print(angle_turned(a, b, 0).mean.round(4))  # of 0 and pi/4
+      >>> print(f"{angle_turned(a, b, 0).mean:.4f}")  # of 0 and pi/4
       0.3927
     """
 
@@ -295,7 +295,7 @@ def radial_share(
     Examples:
       >>> import jax.numpy as jnp
       >>> from ngpt_jax.directions import radial_share
-      >>> print(radial_share(jnp.array([3.0, 4.0]), jnp.array([2.0, 0.0]), 0).round(4))
+      >>> print(f"{radial_share(jnp.array([3.0, 4.0]), jnp.array([2.0, 0.0]), 0):.2f}")
       0.36
     """
 
