@@ -213,15 +213,14 @@ def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
 
 
 class Parts(NamedTuple):
-    """What :func:`split` returns; all but ``direction`` and ``tangent`` have kept dimensions.
+    """What :func:`split` returns, in at least float32.
 
     Attributes:
       direction: unit vectors w / ||w||, zero where w is.
-      norm: ||w||.
-      radial: <w / ||w||, u> times ``scale``.
-      tangent: the rest of u, at right angles to w to rounding, times ``scale``.
-      square: the squared norm of ``tangent``.
-      scale: the power of two, for each vector, that takes the largest entry of u into [1, 2).
+      norm: ||w||, with kept dimensions.
+      radial: <w / ||w||, u>, with kept dimensions.
+      tangent: the rest of u, at right angles to w to rounding.
+      square: the squared norm of ``tangent``, with kept dimensions.
     """
 
     direction: jax.Array
@@ -229,35 +228,29 @@ class Parts(NamedTuple):
     radial: jax.Array
     tangent: jax.Array
     square: jax.Array
-    scale: jax.Array
 
 
 def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = None) -> Parts:
-    """The parts of u along w and at right angles to it, for vectors of any size.
+    """The parts of u along w and at right angles to it.
 
     Args:
-      w: vectors along ``axis``; where one is zero, u has no part along it.
-      u: vectors of the same shape.
+      w: vectors along ``axis``, of any size; where one is zero, u has no part along it.
+      u: vectors of the same shape; where the square matters, :func:`rescale` them before.
       axis: the axis or axes of a vector.
       axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
-
-    Returns:
-      The parts, in at least float32.
     """
 
     def dot(a, b):
         out = _dot(a, b, axis)
         return out if axis_name is None else jax.lax.psum(out, axis_name)
 
-    scaled, w_scale, square = rescale(w, axis, axis_name)
+    scaled, scale, square = rescale(w, axis, axis_name)
     direction = scaled * safe_rsqrt(square)
-    tangent, scale, _ = rescale(u, axis, axis_name)
-    radial = jnp.zeros_like(square)
+    radial, tangent = jnp.zeros_like(square), promote(u)
     for _ in range(2):  # the second time takes away what rounding left along w
         along = dot(direction, tangent)
         radial, tangent = radial + along, tangent - along * direction
-    norm = jnp.sqrt(square) / w_scale
-    return Parts(direction, norm, radial, tangent, dot(tangent, tangent), scale)
+    return Parts(direction, jnp.sqrt(square) / scale, radial, tangent, dot(tangent, tangent))
 
 
 def exponential(
@@ -282,12 +275,12 @@ def exponential(
       Vectors in at least float32, of norm 1 to rounding. Where w is zero, which lies on no great
       circle, u over the radius.
     """
-    parts = split(w, u, axis, axis_name)
-    radius = jnp.asarray(radius, parts.norm.dtype)
-    radius = jnp.where(radius > 0, radius, 1)
-    angle = parts.square * safe_rsqrt(parts.square) / parts.scale / radius
+    radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
+    parts = split(w, promote(u) / jnp.where(radius > 0, radius, 1), axis, axis_name)
+    square = jnp.minimum(parts.square, jnp.finfo(radius.dtype).max)  # such an angle has no digits
+    angle = square * safe_rsqrt(square)
     along = jnp.where(parts.norm > 0, _sinc(angle), 1)
-    return jnp.cos(angle) * parts.direction + along * (parts.tangent / parts.scale / radius)
+    return jnp.cos(angle) * parts.direction + along * parts.tangent
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
