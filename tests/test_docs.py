@@ -9,6 +9,8 @@ jax again.
 import ast
 import functools
 import importlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -142,6 +144,15 @@ HOW = {
 def blocks(page):
     """(language, text) of each block of code between fences."""
     return re.findall(r"^```(\w*)\n(.*?)^```$", read(page), re.M | re.S)
+
+
+def python_blocks(page):
+    return [text for language, text in blocks(page) if language == "python"]
+
+
+def frameworks(text):
+    """The frameworks that a block of Python imports."""
+    return re.findall(r"^(?:import|from) (flax|equinox)\b", text, re.M)
 
 
 def prose(page):
@@ -486,10 +497,12 @@ def test_every_command_runs(path, request, tmp_path):
         for command in commands(path)
         if isinstance(found := how(split_environment(command)[1]), str)
     ]
+    absent = set()
     if path.suffix == ".md":
-        todo += [
-            ({}, ["python", "-c", t], "") for language, t in blocks(path) if language == "python"
-        ]
+        for text in python_blocks(path):
+            missing = {name for name in frameworks(text) if not importlib.util.find_spec(name)}
+            absent |= missing
+            todo += [] if missing else [({}, ["python", "-c", text], "")]
     if not todo:
         return
     prepared, server = map(request.getfixturevalue, ("prepared", "server"))
@@ -500,6 +513,44 @@ def test_every_command_runs(path, request, tmp_path):
             more = shlex.split(more.format(n=n))
             server.run(folder, command + more, {"NGPT_PROSE": str(folder), **variables})
             server.done.append((variables, command))
+    if absent:
+        pytest.skip(f"all but the blocks that need {absent} ran: pip install '.[test]'")
+
+
+RUN_BLOCKS = """
+import sys
+for text in sys.argv[1:]:
+    exec(text, {"__name__": "__main__"})
+"""
+
+
+def test_plain_examples_need_jax_and_optax_alone(tmp_path):
+    """In an interpreter that finds jax, optax, what these require, and a copy of three files."""
+    todo, seen = ["jax", "optax"], set()
+    while todo:
+        distribution = importlib.metadata.distribution(todo.pop())
+        if (name := distribution.name) in seen:
+            continue
+        seen.add(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            if not (tmp_path / top).exists():
+                (tmp_path / top).symlink_to(distribution.locate_file(top))
+        for line in distribution.requires or []:
+            if "extra ==" not in line:
+                todo.append(re.match(r"[\w.-]+", line)[0])
+    assert "flax" not in seen and len(seen) < 20
+    (tmp_path / "ngpt_jax").mkdir()
+    for name in ("__init__", "projection", "directions", "sphere"):
+        shutil.copy(ROOT / f"ngpt_jax/{name}.py", tmp_path / "ngpt_jax")
+    page = Path("ngpt_jax/optim/README.md")
+    part = re.search(r"^## In your project\n(.*?)^## ", read(page), re.M | re.S)[1]
+    plain = [text for text in python_blocks(page) if text in part and not frameworks(text)]
+    assert len(plain) >= 3
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", RUN_BLOCKS, *plain], cwd=tmp_path, capture_output=True,
+        text=True, timeout=120, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_hint_names_a_package_that_is_in_no_registry():
