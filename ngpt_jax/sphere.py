@@ -198,6 +198,33 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) 
     return normalize(weight(1 - t32) * a32 + weight(t32) * b32, axis).astype(a.dtype)
 
 
+def exponential(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
+    """The exponential map: from x along the great circle in the direction v, by ``||v||`` radians.
+
+    ``cos(||v||) x + sin(||v||) v / ||v||``.
+
+    Args:
+      x: unit vectors along ``axis``.
+      v: vectors of the same shape, tangent at x (:func:`tangent`).
+      axis: the axis of a vector.
+
+    Returns:
+      Unit vectors. For v = 0 that is x, with exact derivatives of every order. All is finite for v
+      of any finite norm; beyond a few turns the place on the circle is a matter of rounding.
+    """
+    x32, v32 = promote(x), promote(v)
+    near = jax.lax.stop_gradient(safe_norm(v32, axis, keepdims=True)) < 0.5
+    # Near 0 by series in the squared norm, which is smooth where the norm is not.
+    small, large = jnp.where(near, v32, 0), jnp.where(near, 0, v32)
+    square = _dot(small, small, axis)
+    cos = sinc = jnp.ones_like(square)
+    for n in (12, 10, 8, 6, 4, 2):
+        cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
+    length = safe_norm(large, axis, keepdims=True)
+    far = jnp.cos(length) * x32 + jnp.sin(length) * normalize(large, axis)
+    return normalize(jnp.where(near, cos * x32 + sinc * small, far), axis).astype(x.dtype)
+
+
 def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
     """The part of ``v`` in the tangent space at ``x``: ``v - <x, v> x``.
 

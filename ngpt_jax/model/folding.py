@@ -12,16 +12,17 @@ from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import (
     FOLDED_MARK,
-    TABLE,
+    effective_scale,
+    fixed_scale,
+    has_scale,
     param_tree,
     refuse_folded,
-    scale_factor,
 )
 
 
 def folded_config(config: ModelConfig) -> ModelConfig:
     """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
-    folded = any(TABLE[name].is_in(config) for name in ("s_qk", "s_u", "s_v", "s_z"))
+    folded = any(has_scale(config, name) for name in ("s_qk", "s_u", "s_v", "s_z"))
     if not (folded or config.normalize_on_read):
         return config
     dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
@@ -58,17 +59,19 @@ def fold(config: ModelConfig, params: Any) -> Any:
     layers = top["layers"]
 
     def take(tree: dict[str, Any], name: str) -> jax.Array:
-        return tree.pop(name) * scale_factor(config, name)
+        stored = tree.pop(name) if name in tree else fixed_scale(config, name)
+        return effective_scale(config, name, stored)
 
-    if "s_u" in layers:  # (layers, embed, mlp) * (layers, 1, mlp)
+    if has_scale(config, "s_u"):  # (layers, embed, mlp) * (layers, 1, mlp)
         layers["up_kernel"] *= take(layers, "s_u")[:, None]
-    if "s_v" in layers:
+    if has_scale(config, "s_v"):
         layers["gate_kernel"] *= take(layers, "s_v")[:, None] * math.sqrt(config.width)
-    if "s_z" in top:
+    if has_scale(config, "s_z"):
         top["output_embedding"] *= take(top, "s_z")[:, None]
     if new.folded:
         shape = (config.layers, config.kv_heads, config.head_dim)
-        s_qk = take(layers, "s_qk") if "s_qk" in layers else jnp.ones(shape, new.param_dtype)
+        there = has_scale(config, "s_qk")
+        s_qk = take(layers, "s_qk") if there else jnp.ones(shape, new.param_dtype)
         factor = jnp.square(s_qk) * softmax_scale(config)
         layers[FOLDED_MARK] = jnp.repeat(factor, config.heads // config.kv_heads, axis=1)
     return top
