@@ -213,7 +213,7 @@ def exponential(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
       of any finite norm; beyond a few turns the place on the circle is a matter of rounding.
     """
     x32, v32 = promote(x), promote(v)
-    near = jax.lax.stop_gradient(safe_norm(v32, axis, keepdims=True)) < 0.5
+    near = _dot(v32, v32, axis) < 0.25
     # Near 0 by series in the squared norm, which is smooth where the norm is not.
     small, large = jnp.where(near, v32, 0), jnp.where(near, 0, v32)
     square = _dot(small, small, axis)
@@ -222,7 +222,8 @@ def exponential(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
         cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
     length = safe_norm(large, axis, keepdims=True)
     far = jnp.cos(length) * x32 + jnp.sin(length) * normalize(large, axis)
-    return normalize(jnp.where(near, cos * x32 + sinc * small, far), axis).astype(x.dtype)
+    moved = jnp.where(near, cos * x32 + sinc * small, far)
+    return (moved * safe_rsqrt(_dot(moved, moved, axis))).astype(x.dtype)
 
 
 def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
