@@ -141,6 +141,15 @@ def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
     [
         ({"kind": "gpt", "alpha_a.form": "vector"}, "alpha_a.form = vector does not go with .*add"),
         ({"alpha_m.form": "none"}, "alpha_m.form = none does not go with model.residual = lerp"),
+        (
+            {"alpha_a.form": "none", "residual": "exp"},
+            "alpha_a.form = none does not go with .* exp",
+        ),
+        (
+            {"kind": "gpt", "alpha_depth": "root"},
+            "alpha_depth = root does not go with .*residual = add",
+        ),
+        ({"kind": "gpt", "alpha_sign": "signed"}, "alpha_sign = signed does not go with .* = add"),
         ({"residual": "slerp", "branch_norm": "none"}, "slerp needs model.branch_norm = unit"),
         ({"kind": "gpt", "normalize_on_read": True}, "normalize_on_read needs .*weights = sphere"),
         ({"kind": "gpt", "folded": True}, "folded needs scales to fold"),
