@@ -187,7 +187,7 @@ def forms(form, **more):
 
 
 def test_fixed_scales_are_vectors_at_their_start_bit_for_bit():
-    """In all that the network computes with; in a compiled step XLA may multiply constants first."""
+    """In all that the network reads. In a compiled step XLA may multiply the constants first."""
     vector, fixed = (forms(form).model for form in ("vector", "fixed"))
     params = init_params(vector, jax.random.key(0))
     rest = jax.tree.map(
