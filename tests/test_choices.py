@@ -17,6 +17,7 @@ from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.diagnose import report, run_state
+from ngpt_jax.diagnose.figures import FIGURES
 from ngpt_jax.model import folding, inspect
 from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS
@@ -122,18 +123,30 @@ def test_a_slerp_step_is_finite_at_every_angle(theta, dtype):
 
 
 @pytest.mark.slow
-def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"residual": "slerp"},
+        {"residual": "exp", "alpha_depth": "root", "alpha_sign": "signed",
+         "alpha_a.form": "scalar", "s_qk.form": "fixed", "s_z.form": "scalar"},
+    ],
+    ids=["slerp", "exp"],
+)  # fmt: skip
+def test_a_run_of_a_variant_trains_generates_and_is_diagnosed(small, tmp_path, fields):
     path = str(tmp_path / "run")
-    assert loop.train(small(**{"model.residual": "slerp", "sample.tokens": 4}), path) == 0
+    values = {f"model.{name}": value for name, value in fields.items()}
+    assert loop.train(small(**values, **{"sample.tokens": 4}), path) == 0
     model = ngpt_jax.load(path)
-    assert model.config.model.residual == "slerp"
+    assert model.config.model.residual == fields["residual"]
     seen = [256, *b"the ", *model.generate("the ", 8, temperature=0).ids]
     logits = logits_of(model.config.model, model.params, np.array([seen]))[0, 4:-1, :257]
     assert seen[5:] == np.argmax(logits, axis=-1).tolist()
     checkpoint = find_checkpoint("workdir", path, None)
-    run = run_state.read_state("slerp", path, model.config, checkpoint)
+    run = run_state.read_state("variant", path, model.config, checkpoint)
     found, note = report.measure(run, None, 1)
     assert not note and {"scales", "angles", "entropy", "rotation", "gradient"} <= set(found)
+    for name in ("scales", "scale_histograms"):
+        FIGURES[name](found[name], ["variant"])
 
 
 @pytest.mark.parametrize(

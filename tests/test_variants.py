@@ -4,6 +4,7 @@ That each goes with all other choices is checked in test_choices.py.
 """
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -273,6 +274,20 @@ def test_variants_come_back_from_a_folder(tiny, tmp_path, name):
     back = huggingface.read_folder(str(tmp_path / "hf"))
     assert back.config == run.config
     assert same(back.params, run.params, run.config.model)
+
+
+def test_a_folder_without_the_newer_choices_is_read(tiny, tmp_path):
+    run = make_run(tiny)
+    huggingface.write_folder(run, str(tmp_path))
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name in ("alpha_depth", "alpha_sign"):
+        del values["choices"][name], values["ngpt_jax"]["config"]["model"][name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert huggingface.read_folder(str(tmp_path)).config == run.config
+    values["choices"]["residual"] = "slerp"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="config.json says choices = .*, but the config of the"):
+        huggingface.read_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize(
