@@ -281,10 +281,12 @@ def _as_theirs(model: ModelConfig, params: Any, base_scale: float) -> Any:
     def change(w: jax.Array, param: Param) -> jax.Array:
         if model.normalize_on_read and param.unit_axis is not None:
             return sphere.normalize(w, param.unit_axis)
-        ours, theirs = getattr(model, param.name, None), constants.get(param.name)
-        if theirs is None or ours == theirs:
+        theirs = constants.get(param.name)
+        if theirs is None:
             return w
-        assert ours is not None and theirs.scale is not None
-        return w * (scale_factor(model, param.name) * theirs.scale / theirs.init)
+        assert theirs.scale is not None
+        factor = scale_factor(model, param.name)
+        same = factor == theirs.init / theirs.scale
+        return w if same else w * (factor * theirs.scale / theirs.init)
 
     return jax.tree.map(change, params, param_tree(model))
