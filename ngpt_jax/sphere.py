@@ -11,6 +11,7 @@ https://arxiv.org/abs/2410.01131.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,77 @@ def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
     x32, v32 = promote(x), promote(v)
     radial = jnp.sum(x32 * v32, axis=axis, keepdims=True)
     return (v32 - radial * x32).astype(v.dtype)
+
+
+class Parts(NamedTuple):
+    """What :func:`split` returns, in at least float32.
+
+    Attributes:
+      direction: unit vectors w / ||w||, zero where w is.
+      norm: ||w||, with kept dimensions.
+      radial: <w / ||w||, u>, with kept dimensions.
+      tangent: the rest of u, at right angles to w to rounding.
+      square: the squared norm of ``tangent``, with kept dimensions.
+    """
+
+    direction: jax.Array
+    norm: jax.Array
+    radial: jax.Array
+    tangent: jax.Array
+    square: jax.Array
+
+
+def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = None) -> Parts:
+    """The parts of u along w and at right angles to it.
+
+    Args:
+      w: vectors along ``axis``, of any size; where one is zero, u has no part along it.
+      u: vectors of the same shape; where the square matters, :func:`rescale` them before.
+      axis: the axis or axes of a vector.
+      axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
+    """
+
+    def dot(a, b):
+        out = _dot(a, b, axis)
+        return out if axis_name is None else jax.lax.psum(out, axis_name)
+
+    scaled, scale, square = rescale(w, axis, axis_name)
+    direction = scaled * safe_rsqrt(square)
+    radial, tangent = jnp.zeros_like(square), promote(u)
+    for _ in range(2):  # the second time takes away what rounding left along w
+        along = dot(direction, tangent)
+        radial, tangent = radial + along, tangent - along * direction
+    return Parts(direction, jnp.sqrt(square) / scale, radial, tangent, dot(tangent, tangent))
+
+
+def exponential(
+    w: jax.Array,
+    u: jax.Array,
+    radius: jax.typing.ArrayLike = 1.0,
+    axis: Axis = -1,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Where the exponential map of a sphere takes w along u, as unit vectors.
+
+    With t the part of u at right angles to w, over the radius, it is
+    ``cos(||t||) w / ||w|| + sin(||t||) t / ||t||``; at t = 0 its derivative is exact.
+
+    Args:
+      w: vectors along ``axis``.
+      u: vectors of the same shape.
+      radius: of the sphere, broadcast against the norms with kept dimensions.
+      axis, axis_name: as in :func:`split`.
+
+    Returns:
+      Vectors in at least float32, of norm 1 to rounding. Where w is zero, which lies on no great
+      circle, u over the radius.
+    """
+    radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
+    parts = split(w, promote(u) / jnp.where(radius > 0, radius, 1), axis, axis_name)
+    square = jnp.minimum(parts.square, jnp.finfo(radius.dtype).max)  # such an angle has no digits
+    angle = square * safe_rsqrt(square)
+    along = jnp.where(parts.norm > 0, _sinc(angle), 1)
+    return jnp.cos(angle) * parts.direction + along * parts.tangent
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
