@@ -12,10 +12,9 @@ from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import (
     FOLDED_MARK,
-    effective_scale,
-    fixed_scale,
     has_scale,
     param_tree,
+    read_scale,
     refuse_folded,
 )
 
@@ -59,8 +58,9 @@ def fold(config: ModelConfig, params: Any) -> Any:
     layers = top["layers"]
 
     def take(tree: dict[str, Any], name: str) -> jax.Array:
-        stored = tree.pop(name) if name in tree else fixed_scale(config, name)
-        return effective_scale(config, name, stored)
+        scale = read_scale(config, tree, name)
+        tree.pop(name, None)
+        return scale
 
     if has_scale(config, "s_u"):  # (layers, embed, mlp) * (layers, 1, mlp)
         layers["up_kernel"] *= take(layers, "s_u")[:, None]

@@ -161,8 +161,8 @@ def exponential_step(h: jax.Array, f: jax.Array, alpha: jax.Array) -> jax.Array:
       Unit vectors in the dtype of h.
     """
     x = unit(sphere.promote(h))
-    v = sphere.tangent(x, alpha * sphere.tangent(x, sphere.promote(f)))
-    return sphere.exponential(x, v).astype(h.dtype)
+    v = sphere.tangent(x, sphere.promote(f))
+    return sphere.exponential(x, alpha * v).astype(h.dtype)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array | None, eps: float) -> jax.Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.config.fields import SCALES
 
@@ -222,6 +223,18 @@ def effective_scale(config: ModelConfig, name: str, stored: jax.Array) -> jax.Ar
     channels = tuple(sizes[axis] for axis in TABLE[name].module_axes)
     value = value.reshape(value.shape + (1,) * len(channels))
     return jnp.broadcast_to(value, value.shape[: -len(channels)] + channels)
+
+
+def read_scale(config: ModelConfig, tree: Mapping[str, Any], name: str) -> jax.Array:
+    """The effective values of a scale, (layers, *channels) or (vocab,), in at least float32.
+
+    Args:
+      config: of a model that has this scale.
+      tree: the parameters among which a learned one is: all, or those under ``layers``.
+      name: of the scale.
+    """
+    stored = sphere.promote(tree[name]) if name in tree else fixed_scale(config, name)
+    return effective_scale(config, name, stored)
 
 
 def depth_factors(config: ModelConfig) -> np.ndarray | None:
