@@ -263,7 +263,8 @@ def exponential(
     """Where the exponential map of a sphere takes w along u, as unit vectors.
 
     With t the part of u at right angles to w, over the radius, it is
-    ``cos(||t||) w / ||w|| + sin(||t||) t / ||t||``; at t = 0 its derivative is exact.
+    ``cos(||t||) w / ||w|| + sin(||t||) t / ||t||``. At t = 0 its derivatives of every order are
+    exact. For w and u of any size it is finite, and so is its gradient where w is not tiny.
 
     Args:
       w: vectors along ``axis``.
@@ -277,10 +278,21 @@ def exponential(
     """
     radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
     parts = split(w, promote(u) / jnp.where(radius > 0, radius, 1), axis, axis_name)
-    square = jnp.minimum(parts.square, jnp.finfo(radius.dtype).max)  # such an angle has no digits
-    angle = square * safe_rsqrt(square)
-    along = jnp.where(parts.norm > 0, _sinc(angle), 1)
-    return jnp.cos(angle) * parts.direction + along * parts.tangent
+    # Near 0 by series in the squared angle, which is smooth where the angle is not.
+    near = parts.square < 0.25
+    small, square = jnp.where(near, parts.tangent, 0), jnp.where(near, parts.square, 0)
+    cos = sinc = jnp.ones_like(square)
+    for n in (12, 10, 8, 6, 4, 2):
+        cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
+    scaled, scale, square = rescale(jnp.where(near, 0, parts.tangent), axis, axis_name)
+    far = scaled * safe_rsqrt(square)
+    angle = square * safe_rsqrt(square) / scale
+    return jnp.where(
+        near,
+        cos * parts.direction + jnp.where(parts.norm > 0, sinc, 1) * small,
+        jnp.cos(angle) * parts.direction
+        + jnp.where(parts.norm > 0, jnp.sin(angle) * far, parts.tangent),
+    )
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:

@@ -8,7 +8,11 @@ from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, ConfigError
 
 CHOICES = {
-    "residual": ("add", "lerp", "slerp"),
+    "residual": ("add", "exp", "lerp", "slerp"),
+    "alpha_a.form": ("fixed", "scalar", "vector"),
+    "alpha_m.form": ("fixed", "scalar", "vector"),
+    "alpha_depth": ("constant", "harmonic", "root"),
+    "alpha_sign": ("absolute", "signed"),
     "pre_norm": ("none", "rms"),
     "branch_norm": ("none", "unit"),
     "final_norm": ("none", "rms"),
@@ -17,10 +21,10 @@ CHOICES = {
     "softmax_scale": ("sqrt", "rsqrt"),
     "weights": ("free", "sphere"),
     "normalize_on_read": (False, True),
-    "s_qk.form": ("none", "vector"),
-    "s_u.form": ("none", "vector"),
-    "s_v.form": ("none", "vector"),
-    "s_z.form": ("none", "vector"),
+    "s_qk.form": ("fixed", "none", "scalar", "vector"),
+    "s_u.form": ("fixed", "none", "scalar", "vector"),
+    "s_v.form": ("fixed", "none", "scalar", "vector"),
+    "s_z.form": ("fixed", "none", "scalar", "vector"),
 }
 
 
@@ -62,10 +66,13 @@ def single() -> list[dict]:
 
 @functools.cache
 def pairwise() -> list[dict]:
-    """Few models in which every two choices meet with every pair of values that goes together."""
+    """Few models in which every two choices meet with every pair of values that goes together.
+
+    In pairs all forms of a scale count as one, and so do the factors by depth. Each has a model.
+    """
     rng = random.Random(0)
-    rows = [{name: rng.choice(values) for name, values in CHOICES.items()} for _ in range(150)]
-    rows = [row for row in rows if accepted(row)]
+    rows = [{name: rng.choice(values) for name, values in CHOICES.items()} for _ in range(600)]
+    rows = [row for row in map(_without_alpha, rows) if accepted(row)]
     left = set().union(*map(_pairs, rows))
     out = []
     while left:
@@ -74,8 +81,15 @@ def pairwise() -> list[dict]:
     return out
 
 
+def _without_alpha(row: dict) -> dict:
+    """The row; for ``add`` without the choices that ask for an alpha."""
+    return {n: v for n, v in row.items() if row["residual"] != "add" or "alpha" not in n}
+
+
 def _pairs(row: dict) -> set:
-    return set(itertools.combinations(row.items(), 2))
+    many = ("form", "depth")
+    coarse = {n: v in ("none", "constant") if n.endswith(many) else v for n, v in row.items()}
+    return set(itertools.combinations(coarse.items(), 2)) | set(row.items())
 
 
 def label(fields: dict) -> str:

@@ -47,8 +47,11 @@ def make(kind, mesh, **fields):
     values.optimizer.learning_rate = 1e-2
     values.mesh.update(**mesh)
     for name, value in fields.items():
-        section, leaf = name.split("__")
-        values[section][leaf] = value
+        *sections, leaf = name.split("__")
+        node = values
+        for section in sections:
+            node = node[section]
+        node[leaf] = value
     return config_lib.from_config_dict(values)
 
 
@@ -115,6 +118,21 @@ def test_microbatches_grouped_heads_and_an_uncut_kv_head_change_nothing(x64):
     one = dict(fields, train__accumulate=1)
     a = train(make("ngpt", {"fsdp": 1}, **one), jax.devices()[:1])
     b = train(make("ngpt", mesh, **fields), jax.devices())
+    assert_same(a, b)
+
+
+def test_scales_without_channels_and_factors_by_depth_change_nothing(x64):
+    fields = {"model__residual": "exp", "model__alpha_depth": "root", "model__alpha_sign": "signed"}
+    forms = {
+        "alpha_a": "scalar",
+        "s_qk": "scalar",
+        "s_u": "fixed",
+        "s_v": "scalar",
+        "s_z": "scalar",
+    }
+    fields |= {f"model__{name}__form": form for name, form in forms.items()}
+    a = train(make("ngpt", {"fsdp": 1}, **fields), jax.devices()[:1])
+    b = train(make("ngpt", {"fsdp": 2, "tensor": 2, "context": 2}, **fields), jax.devices())
     assert_same(a, b)
 
 

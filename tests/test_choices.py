@@ -17,6 +17,7 @@ from ngpt_jax.checkpoint.folder import find_checkpoint
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.diagnose import report, run_state
+from ngpt_jax.diagnose.figures import FIGURES
 from ngpt_jax.model import folding, inspect
 from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS
@@ -29,10 +30,20 @@ PACKAGE = Path(__file__).parent.parent / "ngpt_jax"
 TOKENS = np.random.default_rng(0).integers(0, 20, (2, 14)).astype(np.int32)
 
 
+def with_signs(params):
+    """Parameters with every other alpha negative."""
+
+    def turn(path, w):
+        alpha = path[-1].key.startswith("alpha")
+        return w * (-1.0) ** np.arange(w.size).reshape(w.shape) if alpha else w
+
+    return jax.tree_util.tree_map_with_path(turn, params)
+
+
 @pytest.mark.parametrize("fields", pairwise(), ids=label)
 def test_logits_are_those_by_hand_of_folded_weights_and_of_the_cache(x64, fields):
     config = make(fields, dtype="float64", param_dtype="float64")
-    model, params = config.model, wobbly(config)
+    model, params = config.model, with_signs(wobbly(config))
 
     def as_read(w, p):
         axis = p.unit_axis if model.normalize_on_read else None
@@ -47,7 +58,7 @@ def test_logits_are_those_by_hand_of_folded_weights_and_of_the_cache(x64, fields
     folded = folding.folded_config(model)
     own = logits_of(folded, folding.fold(model, params), TOKENS)[..., :20]
     np.testing.assert_allclose(own, raw, atol=1e-12 * most)
-    scales = {name for name in ("s_qk", "s_u", "s_v", "s_z") if fields[f"{name}.form"] == "vector"}
+    scales = {name for name in ("s_qk", "s_u", "s_v", "s_z") if fields[f"{name}.form"] != "none"}
     assert folded.folded == bool(scales)
     assert (folded == model) == (not scales and not model.normalize_on_read)
 
@@ -112,18 +123,30 @@ def test_a_slerp_step_is_finite_at_every_angle(theta, dtype):
 
 
 @pytest.mark.slow
-def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"residual": "slerp"},
+        {"residual": "exp", "alpha_depth": "root", "alpha_sign": "signed",
+         "alpha_a.form": "scalar", "s_qk.form": "fixed", "s_z.form": "scalar"},
+    ],
+    ids=["slerp", "exp"],
+)  # fmt: skip
+def test_a_run_of_a_variant_trains_generates_and_is_diagnosed(small, tmp_path, fields):
     path = str(tmp_path / "run")
-    assert loop.train(small(**{"model.residual": "slerp", "sample.tokens": 4}), path) == 0
+    values = {f"model.{name}": value for name, value in fields.items()}
+    assert loop.train(small(**values, **{"sample.tokens": 4}), path) == 0
     model = ngpt_jax.load(path)
-    assert model.config.model.residual == "slerp"
+    assert model.config.model.residual == fields["residual"]
     seen = [256, *b"the ", *model.generate("the ", 8, temperature=0).ids]
     logits = logits_of(model.config.model, model.params, np.array([seen]))[0, 4:-1, :257]
     assert seen[5:] == np.argmax(logits, axis=-1).tolist()
     checkpoint = find_checkpoint("workdir", path, None)
-    run = run_state.read_state("slerp", path, model.config, checkpoint)
+    run = run_state.read_state("variant", path, model.config, checkpoint)
     found, note = report.measure(run, None, 1)
     assert not note and {"scales", "angles", "entropy", "rotation", "gradient"} <= set(found)
+    for name in ("scales", "scale_histograms"):
+        FIGURES[name](found[name], ["variant"])
 
 
 @pytest.mark.parametrize(
@@ -131,6 +154,15 @@ def test_a_run_with_slerp_trains_generates_and_is_diagnosed(small, tmp_path):
     [
         ({"kind": "gpt", "alpha_a.form": "vector"}, "alpha_a.form = vector does not go with .*add"),
         ({"alpha_m.form": "none"}, "alpha_m.form = none does not go with model.residual = lerp"),
+        (
+            {"alpha_a.form": "none", "residual": "exp"},
+            "alpha_a.form = none does not go with .* exp",
+        ),
+        (
+            {"kind": "gpt", "alpha_depth": "root"},
+            "alpha_depth = root does not go with .*residual = add",
+        ),
+        ({"kind": "gpt", "alpha_sign": "signed"}, "alpha_sign = signed does not go with .* = add"),
         ({"residual": "slerp", "branch_norm": "none"}, "slerp needs model.branch_norm = unit"),
         ({"kind": "gpt", "normalize_on_read": True}, "normalize_on_read needs .*weights = sphere"),
         ({"kind": "gpt", "folded": True}, "folded needs scales to fold"),

@@ -110,7 +110,7 @@ def test_describe_lists_every_field_with_type_and_meaning():
     assert len(text.splitlines()) == len(list(convert.fields(config_lib.Config())))
     assert all("# " in line and line.split("# ")[1].strip() for line in text.splitlines())
     for shown in (
-        "# 'add', 'lerp', 'slerp' or None: how a block's output f moves",
+        "# 'add', 'lerp', 'slerp', 'exp' or None: how a block's output f moves",
         "# int > 0 or None: key and value heads",
         "# float in [0, 1): Adam's decay of the first moment",
         "# bool or None: normalize q and k per head; None: the kind's",
@@ -139,7 +139,10 @@ def test_describe_lists_every_field_with_type_and_meaning():
         ),
         ("model.layers=0", r"model.layers must be positive"),
         ("model.dtype=float16", r"model.dtype must be one of .*'float16'. Did you mean bfloat16\?"),
-        ("model.residual=slrep", r"must be one of add, lerp, slerp, got.* Did you mean slerp\?"),
+        (
+            "model.residual=slrep",
+            r"must be one of add, lerp, slerp, exp, got.* Did you mean slerp\?",
+        ),
         ("model.s_z.form=vectr", r"model.s_z.form must be one of .* Did you mean vector\?"),
         ("data.source=openwebtext", r"data.source must be one of stdlib, text"),
         ("data.source=text", r"data.source=text needs data.paths"),

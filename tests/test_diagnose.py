@@ -234,7 +234,9 @@ def by_hand(model, params, tokens, segments, positions):
 
     def effective(name, w):
         spec = getattr(model, name)
-        return w[name] * spec.init / spec.scale if spec.form == "vector" else 1.0
+        if spec.form in ("none", "fixed"):
+            return 1.0 if spec.form == "none" else spec.init
+        return w[name] * spec.init / spec.scale
 
     def step(name, alpha, h, proposal):
         if model.branch_norm == "unit":
@@ -242,7 +244,9 @@ def by_hand(model, params, tokens, segments, positions):
         if model.residual == "add":
             moved = h + proposal
         else:
-            a = np.abs(effective(alpha, w))
+            a = effective(alpha, w)
+            a = np.abs(a) if model.alpha_sign == "absolute" else a
+            a = a * (layer + 1) ** {"constant": 0, "harmonic": -1, "root": -0.5}[model.alpha_depth]
             moved = norm(RESIDUALS[model.residual](h, proposal, a))
         angles[name].append(np.stack([degrees(h, proposal), degrees(h, moved)], -1))
         return moved
@@ -277,7 +281,7 @@ def by_hand(model, params, tokens, segments, positions):
         h = step("attention", "alpha_a", h, np.einsum("bthe,hed->btd", heads, w["out_kernel"]))
         x = rms(h, w["mlp_norm"], model.rms_eps) if model.pre_norm == "rms" else h
         u, gate = x @ w["up_kernel"] * effective("s_u", w), x @ w["gate_kernel"]
-        if model.s_v.form == "vector":
+        if model.s_v.form != "none":
             gate = gate * effective("s_v", w) * math.sqrt(model.width)
         silu = gate * (1 + np.tanh(gate / 2)) / 2
         h = step("mlp", "alpha_m", h, (u * silu) @ w["down_kernel"])
@@ -292,8 +296,19 @@ def slerp(h, f, a):
     return (np.sin((1 - a) * theta) * h + np.sin(a * theta) * f) / np.sin(theta)
 
 
+def geodesic(h, f, a):
+    """GeoNorm's step as it is printed, for h of any norm, with a v made tangent anew."""
+
+    def tangent(v):
+        return v - np.sum(h * v, -1, keepdims=True) / np.sum(h * h, -1, keepdims=True) * h
+
+    v = tangent(a * tangent(f))
+    radius, length = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (h, v))
+    return np.cos(length / radius) * h + radius * np.sin(length / radius) * v / length
+
+
 # What is normalized to give the next hidden state.
-RESIDUALS = {"lerp": lambda h, f, a: h + a * (f - h), "slerp": slerp}
+RESIDUALS = {"lerp": lambda h, f, a: h + a * (f - h), "slerp": slerp, "exp": geodesic}
 
 
 @pytest.mark.parametrize(

@@ -40,8 +40,10 @@ class Scale:
     init: float = field(1.0, ANY, OWN, "effective value at the start")
     scale: float | None = field(None, POSITIVE, OWN, "raw value at the start; None: 1/sqrt(width)")
     form: str | None = field(
-        None, one_of("none", "vector"), OWN, "one value per channel (vector), or no such scale"
-    )
+        None, one_of("none", "vector", "scalar", "fixed"), OWN,
+        "vector: learned, a value for each channel; scalar: learned, one value for each layer (s_z:"
+        " one in all); fixed: stays at init; none: no such scale",
+    )  # fmt: skip
 
 
 def _scale(init: float, scale: float | None, meaning: str) -> Any:
@@ -58,10 +60,18 @@ class ModelConfig:
         "ngpt", ANY, OWN, "preset that fills in fields that are None: ngpt, or gpt (the baseline)"
     )
     residual: str | None = field(
-        None, one_of("add", "lerp", "slerp"), OWN,
+        None, one_of("add", "lerp", "slerp", "exp"), OWN,
         "how a block's output f moves the hidden state h. add: h + f; lerp: along the straight line"
-        " to f by alpha, then Norm; slerp: along the great circle by alpha",
+        " to f by alpha, then Norm; slerp: along the great circle by alpha; exp: along the great"
+        " circle by alpha times the tangent part of f",
     )  # fmt: skip
+    alpha_depth: str | None = field(
+        None, one_of("constant", "harmonic", "root"), OWN,
+        "factor on the alphas of layer k, counted from 1: 1, 1/k or 1/sqrt(k)",
+    )  # fmt: skip
+    alpha_sign: str | None = field(
+        None, one_of("absolute", "signed"), OWN, "whether a step is |alpha|, or alpha with its sign"
+    )
     pre_norm: str | None = field(
         None, one_of("none", "rms"), OWN, "norm of what attention and MLP read; rms: RMSNorm"
     )

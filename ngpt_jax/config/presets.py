@@ -20,6 +20,8 @@ def _alpha_form(config: Config) -> str:
 _FOLLOW: Mapping[str, Any] = {
     "model.alpha_a.form": _alpha_form,
     "model.alpha_m.form": _alpha_form,
+    "model.alpha_depth": "constant",
+    "model.alpha_sign": "absolute",
     "optimizer.project": lambda c: c.model.weights == "sphere",
 }
 

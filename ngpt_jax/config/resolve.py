@@ -161,6 +161,15 @@ def _check_choices(config: Config) -> None:
             f"model.{name}.form = {form} does not go with model.residual = {m.residual}: add has no"
             " alpha, the others need one.",
         )
+    for name, value, usual in (
+        ("alpha_depth", m.alpha_depth, "constant"),
+        ("alpha_sign", m.alpha_sign, "absolute"),
+    ):
+        _require(
+            m.residual != "add" or value == usual,
+            f"model.{name} = {value} does not go with model.residual = add, which has no alpha;"
+            " leave it out.",
+        )
     _require(
         m.residual != "slerp" or m.branch_norm == "unit",
         "model.residual = slerp needs model.branch_norm = unit: it turns h towards a unit vector.",

@@ -23,7 +23,7 @@ from ngpt_jax.decoding.rows import inverse_norm, square_norm
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import FOLDED_MARK, TABLE
 from ngpt_jax.model.rotary import apply_rope
-from ngpt_jax.model.transformer import linear
+from ngpt_jax.model.transformer import RESIDUALS, linear
 from ngpt_jax.parallel import rules
 
 # (q, k, v, scale of q k^T) -> attention's result (B, T, heads, head_dim), and the KV cache.
@@ -92,8 +92,8 @@ def _step(config: ModelConfig, h: Hidden, f: jax.Array, alpha: jax.Array | None)
     if config.residual == "add":
         return Hidden((start + to).astype(h.x.dtype))
     assert alpha is not None
-    if config.residual == "slerp":
-        return Hidden(sphere.slerp(start, to, alpha).astype(h.x.dtype))
+    if config.residual in ("slerp", "exp"):
+        return Hidden(RESIDUALS[config.residual](start, to, alpha).astype(h.x.dtype))
     x = (start + alpha * (to - start)).astype(h.x.dtype)
     return Hidden(x, inverse_norm(x))
 

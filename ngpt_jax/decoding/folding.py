@@ -8,7 +8,14 @@ import jax.numpy as jnp
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.folding import fold, folded_config
-from ngpt_jax.model.params import TABLE, scale_factor
+from ngpt_jax.model.params import (
+    TABLE,
+    depth_factors,
+    effective_scale,
+    fixed_scale,
+    has_scale,
+    step_size,
+)
 from ngpt_jax.parallel import rules
 
 
@@ -48,18 +55,21 @@ def for_inference(config: ModelConfig, params: Any) -> Any:
     params = params if config.folded else fold(config, params)
     config, stacked = folded_config(config), params["layers"]
     layers = [
-        _layer(config, {name: w[i] for name, w in stacked.items()}) for i in range(config.layers)
+        _layer(config, {name: w[i] for name, w in stacked.items()}, i) for i in range(config.layers)
     ]
     top = {name: w for name, w in params.items() if name != "layers"}
     return {name: _place(config, name, w) for name, w in top.items()} | {"layers": layers}
 
 
-def _layer(config: ModelConfig, layer: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def _layer(config: ModelConfig, layer: dict[str, jax.Array], i: int) -> dict[str, jax.Array]:
     assert config.kv_heads is not None
     left = {name: sphere.promote(w) for name, w in layer.items()}
+    depth = depth_factors(config)
     for name in ("alpha_a", "alpha_m"):
-        if name in left:
-            left[name] = jnp.abs(left[name] * scale_factor(config, name))
+        if has_scale(config, name):
+            stored = left[name] if name in left else fixed_scale(config, name)[i]
+            alpha = effective_scale(config, name, stored)
+            left[name] = step_size(config, alpha, depth if depth is None else float(depth[i]))
     for name, joined in JOINED.items():
         parts = [left.pop(part) for part in joined.names]
         axis = joined.axes.index("joined")

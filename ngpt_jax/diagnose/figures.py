@@ -107,16 +107,24 @@ def condition_numbers(rows: Rows, labels: Sequence[str]) -> Any:
 
 
 def scales(rows: Rows, labels: Sequence[str]) -> Any:
-    """Means by depth (figure 6)."""
+    """Means by depth (figure 6); alphas have a sign where the model gives them one."""
     fig, axes = plots.figure(1, 3, 3.8, 3.2)
-    panels = {"|alpha|": ("alpha_a", "alpha_m"), "s_qk": ("s_qk",), "s_u, s_v": ("s_u", "s_v")}
+    alphas = [r for r in rows if r["scale"].startswith("alpha")]
+    signed = any(r["mean"] < r["mean_abs"] for r in alphas)
+    alpha = "alpha" if signed else "|alpha|"
+    panels = {alpha: ("alpha_a", "alpha_m"), "s_qk": ("s_qk",), "s_u, s_v": ("s_u", "s_v")}
     for panel, (what, names) in zip(axes, panels.items()):
+        quantity = "mean" if what == "alpha" else "mean_abs"
         for name, style in zip(names, ("-", "--")):
             for own, label, color in _runs(_only(rows, scale=name), labels):
-                _line(panel, own, "mean_abs", color, ls=style, label=f"{label}: {name}")
+                _line(panel, own, quantity, color, ls=style, label=f"{label}: {name}")
         panel.set(title=f"mean {what}", xlabel=_DEPTH)
-        _from_zero(panel)
-        panel.legend()
+        if quantity == "mean":
+            panel.axhline(0, color="black", lw=0.5)
+        else:
+            _from_zero(panel)
+        if panel.lines:
+            panel.legend()
     return fig
 
 
@@ -127,7 +135,7 @@ def scale_histograms(rows: Rows, labels: Sequence[str]) -> Any:
     runs = [label for label in labels if _only(rows, run=label)]
     names = list(dict.fromkeys(r["scale"] for r in rows))
     columns = 3
-    fig, axes = plots.figure(len(runs) * len(names) // columns, columns, 3.6, 2.6)
+    fig, axes = plots.figure(-(-len(runs) * len(names) // columns), columns, 3.6, 2.6)
     for i, (run, name) in enumerate((run, name) for run in runs for name in names):
         own = _only(rows, run=run, scale=name)
         layers = list(dict.fromkeys(r["layer"] for r in own))
@@ -142,6 +150,8 @@ def scale_histograms(rows: Rows, labels: Sequence[str]) -> Any:
         if i % columns == 0:
             axes[i].set_ylabel("density")
             axes[i].legend()
+    for empty in axes[len(runs) * len(names) :]:
+        empty.set_axis_off()
     return fig
 
 

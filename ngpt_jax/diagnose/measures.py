@@ -90,7 +90,10 @@ def condition_numbers(run: RunState) -> list[Row]:
 
 
 def scales(run: RunState) -> list[Row]:
-    """For each effective scale and layer: mean and quantiles over channels; alphas are |alpha|."""
+    """For each learned scale and layer: mean and quantiles over channels of effective values.
+
+    Alphas are the sizes of steps: |alpha| unless the model gives them a sign.
+    """
     rows: list[Row] = []
     for name, values in inspect.effective_scales(run.config.model, run.state.params).items():
         for layer, channel in enumerate(np.atleast_2d(values)):

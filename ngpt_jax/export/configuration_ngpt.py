@@ -12,6 +12,8 @@ from transformers import PretrainedConfig
 # of the GPT baseline, and only nGPT has learned scales. Choice: (nGPT's, GPT's).
 _OLD_CHOICES = {
     "residual": ("lerp", "add"),
+    "alpha_depth": ("constant", "constant"),
+    "alpha_sign": ("absolute", "absolute"),
     "pre_norm": ("none", "rms"),
     "branch_norm": ("unit", "none"),
     "final_norm": ("none", "rms"),
@@ -32,15 +34,16 @@ class NGPTConfig(PretrainedConfig):
     Attributes:
       kind: name of the model, for people; the code does not read it.
       choices: what the model computes, by the names that the fields have in the training's config
-        below ``model``: residual, pre_norm, branch_norm, final_norm, qk_norm, qk_form,
-        softmax_scale, weights, and NAME.form of each learned scale.
+        below ``model``: residual, alpha_depth, alpha_sign, pre_norm, branch_norm, final_norm,
+        qk_norm, qk_form, softmax_scale, weights, and NAME.form of each scale.
       vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
         num_key_value_heads, head_dim, max_position_embeddings: as in other models.
       rope_base: of the rotary position embedding; channel j turns with channel j + head_dim/2.
       rms_norm_eps: epsilon of every RMSNorm.
       folded: all scales but the alphas are multiplied into the matrices.
       normalize_on_read: each matrix is normalized where it is read.
-      scale_factors: by the name of each learned scale; effective value = stored value * factor.
+      scale_factors: by the name of each scale; effective value = stored value * factor, where the
+        stored value of a fixed scale is 1.
       ngpt_jax: what ``convert --from_hf`` reads: the training's config, the tokenizer.
     """
 
@@ -55,7 +58,7 @@ class NGPTConfig(PretrainedConfig):
         **fields: Any,
     ):
         old = {name: a if scale_factors else b for name, (a, b) in _OLD_CHOICES.items()}
-        self.choices = choices or {**old, "qk_norm": qk_norm}
+        self.choices = {**old, "qk_norm": qk_norm, **(choices or {})}
         self.scale_factors = scale_factors or {}
         self.use_cache = use_cache
         super().__init__(**{"tie_word_embeddings": False, **fields})

@@ -33,25 +33,43 @@ def add(h: Tensor, f: Tensor, alpha: None) -> Tensor:
     return h + f
 
 
-def lerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """Norm(h + |alpha| (f - h)) (equations 10 and 11)."""
-    h = wide(h)
-    return normalize(h + alpha.abs() * (f - h))
+# The step a of the rules below is |alpha|, or alpha where it is signed.
 
 
-def slerp(h: Tensor, f: Tensor, alpha: Tensor) -> Tensor:
-    """Norm(sin((1 - a) t) h + sin(a t) f), a = |alpha|, t the angle between the unit vectors h, f.
+def lerp(h: Tensor, f: Tensor, alpha: Tensor, signed: bool = False) -> Tensor:
+    """Norm(h + a (f - h)) (equations 10 and 11)."""
+    h, a = wide(h), alpha if signed else alpha.abs()
+    return normalize(h + a * (f - h))
+
+
+def exp(h: Tensor, f: Tensor, alpha: Tensor, signed: bool = False) -> Tensor:
+    """cos(|w|) h + sin(|w|) w / |w|, where w is the part of a v, and v that of f, tangent at h.
+
+    The step of GeoNorm (arXiv 2601.22095), where alpha is one number.
+    """
+    h, a = normalize(wide(h)), alpha if signed else alpha.abs()
+
+    def tangent(x: Tensor) -> Tensor:
+        return x - (h * x).sum(-1, keepdim=True) * h
+
+    w = tangent(a * tangent(wide(f)))
+    length = w.norm(dim=-1, keepdim=True)
+    return normalize(length.cos() * h + torch.sinc(length / math.pi) * w)
+
+
+def slerp(h: Tensor, f: Tensor, alpha: Tensor, signed: bool = False) -> Tensor:
+    """Norm(sin((1 - a) t) h + sin(a t) f), with t the angle between the unit vectors h and f.
 
     This is equation 6 where alpha is one number: its divisor sin(t) has no effect on the norm.
     torch.sinc(x) = sin(pi x) / (pi x) is smooth at 0, so that t may be 0 or pi.
     """
-    h, f, alpha = wide(h), wide(f), alpha.abs()
+    h, f, a = wide(h), wide(f), alpha if signed else alpha.abs()
     angle = 2 * torch.atan2((h - f).norm(dim=-1, keepdim=True), (h + f).norm(dim=-1, keepdim=True))
 
     def weight(share: Tensor) -> Tensor:
         return share * torch.sinc(share * angle / math.pi)
 
-    return normalize(weight(1 - alpha) * h + weight(alpha) * f)
+    return normalize(weight(1 - a) * h + weight(a) * f)
 
 
 def unit(f: Tensor) -> Tensor:

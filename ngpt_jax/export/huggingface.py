@@ -9,7 +9,7 @@ Names in model.safetensors, N counting layers from 0 (matrices are torch's, (out
   model.layers.N.mlp.down_proj.weight            (embed, mlp)
 and, where the model has them,
   model.layers.N.{alpha_a, alpha_m}, model.layers.N.self_attn.s_qk (kv_heads, head_dim),
-    model.layers.N.mlp.{s_u, s_v}, s_z: learned scales
+    model.layers.N.mlp.{s_u, s_v}, s_z: learned scales, of the form scalar without dimensions
   model.layers.N.self_attn.folded_qk_scale (heads, head_dim): where scales are folded
   model.layers.N.{attention_norm, mlp_norm}.weight, model.norm.weight,
     model.layers.N.self_attn.{q_norm, k_norm}.weight: gains of RMSNorm
@@ -45,7 +45,14 @@ from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model import folding
-from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
+from ngpt_jax.model.params import (
+    FOLDED_MARK,
+    Param,
+    initial_scale,
+    param_list,
+    real_vocab,
+    scale_factor,
+)
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.training.workdir import versions
 
@@ -119,7 +126,7 @@ def to_torch(config: ModelConfig, params: Any, dtype: str) -> dict[str, np.ndarr
         w = w if t.layer is None else w[t.layer]
         w = w.reshape(t.shape[::-1]).T if t.is_linear else w
         wanted = dtype if t.param.is_matrix else "float32"
-        out[name] = np.ascontiguousarray(w.astype(jnp.dtype(wanted)))
+        out[name] = np.array(w, jnp.dtype(wanted), order="C")
     return out
 
 
@@ -168,7 +175,12 @@ def choices(config: ModelConfig) -> dict[str, Any]:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     """The fields of config.json that the PyTorch model reads."""
-    scales = {name: getattr(config, name) for name in SCALES}
+    factors = {}
+    for name in SCALES:
+        form = getattr(config, name).form
+        if form != "none":
+            stored = initial_scale(config, name) if form == "fixed" else 1.0
+            factors[name] = scale_factor(config, name) * stored
     return {
         "kind": config.kind,
         "choices": choices(config),
@@ -184,7 +196,7 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_eps,
         "folded": config.folded,
         "normalize_on_read": config.normalize_on_read,
-        "scale_factors": {n: s.init / s.scale for n, s in scales.items() if s.form != "none"},
+        "scale_factors": factors,
     }
 
 
@@ -287,7 +299,10 @@ def read_folder(path: str, overrides: Sequence[tuple[str, str]] = ()) -> Importe
         saved = dataclasses.replace(saved, data=data)
     config = experiment.load_config(config_lib.to_config_dict(saved), overrides)
     for name, value in _architecture(config.model).items():
-        if values.get(name, value) != value:
+        theirs = values.get(name, value)
+        if name == "choices" and isinstance(theirs, dict):  # an older folder lacks newer ones
+            theirs = {**value, **theirs}
+        if theirs != value:
             raise ConfigError(
                 f"{where}: config.json says {name} = {values[name]!r}, but the config of the"
                 f" training, under ngpt_jax, says {value!r}; they must be of one model."

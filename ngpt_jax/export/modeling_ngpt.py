@@ -12,6 +12,7 @@ out of the labels leaves out every end of document, too: give labels that keep t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,7 @@ from .configuration_ngpt import NGPTConfig
 from .functions_ngpt import (
     Tables,
     add,
+    exp,
     lerp,
     normalize,
     rope_tables,
@@ -77,20 +79,35 @@ class NGPTRMSNorm(nn.Module):
 
 
 def _scale(config: NGPTConfig, name: str, *size: int) -> nn.Parameter | None:
-    """The stored values of a learned scale (section 2.5); None: the model has no such scale."""
-    raw = name in ("alpha_a", "alpha_m") or not config.folded
-    there = {"none": False, "vector": raw}[config.choices[f"{name}.form"]]
-    return nn.Parameter(torch.ones(size)) if there else None
+    """The stored values of a learned scale (section 2.5); None: the model has no such parameter."""
+    sizes = {"none": None, "fixed": None, "scalar": (), "vector": size}[_form(config, name)]
+    return None if sizes is None else nn.Parameter(torch.ones(sizes))
+
+
+def _form(config: NGPTConfig, name: str) -> str:
+    """The form of a scale; none: it is folded into a matrix, or there is no such scale."""
+    folded = config.folded and name not in ("alpha_a", "alpha_m")
+    return "none" if folded else config.choices[f"{name}.form"]
 
 
 def _effective(module: nn.Module, name: str, factor: float = 1.0) -> Tensor | None:
-    """A learned scale times ``factor``, in at least float32; None: there is no such scale."""
-    stored = getattr(module, name)
-    return None if stored is None else wide(stored) * module.config.scale_factors[name] * factor
+    """A scale times ``factor``, in at least float32; None: there is no such scale.
+
+    A scale that is no vector has no dimension: torch gives products with it the other's dtype.
+    """
+    form, stored = _form(module.config, name), getattr(module, name)
+    if form == "none":
+        return None
+    if form == "fixed":
+        stored = torch.ones((), dtype=torch.float64)
+    return wide(stored) * module.config.scale_factors[name] * factor
 
 
 # What the choices of a config mean.
-_RESIDUALS: dict[str, Callable[..., Tensor]] = {"add": add, "lerp": lerp, "slerp": slerp}
+_RESIDUALS: dict[str, Callable[..., Tensor]] = {
+    "add": add, "lerp": lerp, "slerp": slerp, "exp": exp
+}  # fmt: skip
+_DEPTHS = {"constant": lambda k: 1.0, "harmonic": lambda k: 1 / k, "root": lambda k: k**-0.5}
 _NORMS: dict[str, type[nn.Module]] = {"none": nn.Identity, "rms": NGPTRMSNorm}
 _BRANCH_NORMS = {"none": unchanged, "unit": unit}
 _QK_FORMS = {  # of q and k: before RoPE, after it; False: not normalized
@@ -136,7 +153,7 @@ class NGPTAttention(nn.Module):
             q = scaled(q, self.folded_qk_scale[:, None])
         s_qk = _effective(self, "s_qk")
         if s_qk is not None:  # it scales q and k (equations 15, 16): (q s) . (k s) = q . (k s^2)
-            k = scaled(k, s_qk.square()[:, None])
+            k = scaled(k, s_qk.square()[:, None] if s_qk.dim() else s_qk.square())
         if cache is not None:
             # transformers 4 alone reads the positions.
             k, v = cache.update(k, v, self.layer, {"cache_position": slots})
@@ -185,6 +202,9 @@ class NGPTBlock(GradientCheckpointingLayer):
         self.alpha_m = _scale(c, "alpha_m", c.hidden_size)
         self.branch_norm = _BRANCH_NORMS[c.choices["branch_norm"]]
         self.residual = _RESIDUALS[c.choices["residual"]]
+        if c.choices["alpha_sign"] == "signed":
+            self.residual = functools.partial(self.residual, signed=True)
+        self.depth = _DEPTHS[c.choices["alpha_depth"]](layer + 1)
 
     def forward(self, h: Tensor, *how: Any) -> Tensor:
         f = self.self_attn(self.attention_norm(h), *how)
@@ -194,7 +214,8 @@ class NGPTBlock(GradientCheckpointingLayer):
         return self._step(h, self.mlp(self.mlp_norm(h)), "alpha_m")
 
     def _step(self, h: Tensor, f: Tensor, name: str) -> Tensor:
-        return self.residual(h, self.branch_norm(f), _effective(self, name)).to(h.dtype)
+        alpha = _effective(self, name, self.depth)
+        return self.residual(h, self.branch_norm(f), alpha).to(h.dtype)
 
 
 class NGPTPreTrainedModel(PreTrainedModel):

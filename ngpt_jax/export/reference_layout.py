@@ -11,7 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ngpt_jax.config import ModelConfig
-from ngpt_jax.model.params import padded_vocab_size, param_tree, real_vocab
+from ngpt_jax.model.params import (
+    initial_scale,
+    padded_vocab_size,
+    param_tree,
+    real_vocab,
+)
 from ngpt_jax.model.rotary import interleaved_to_half
 
 Array = np.ndarray
@@ -107,7 +112,7 @@ def pad_vocab(name: str, w: Array, axes: Sequence[str], c: ModelConfig) -> Array
     """
     if "vocab" not in axes:
         return w
-    fill = (c.s_z.scale or 0) if name == "s_z" else 0
+    fill = initial_scale(c, "s_z") if name == "s_z" else 0
     extra = np.full((padded_vocab_size(c) - w.shape[0], *w.shape[1:]), fill, w.dtype)
     if w.ndim == 2 and c.weights == "sphere":
         extra[:, 0] = 1

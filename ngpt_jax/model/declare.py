@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model import norms
-from ngpt_jax.model.params import TABLE, scale_factor
+from ngpt_jax.model.params import TABLE, effective_scale, fixed_scale, has_scale, initial_scale
 
 
 def declare(module: nn.Module, config: ModelConfig, name: str, init: Any) -> Any:
     """A parameter with its axes and shape from the table."""
-    axes = TABLE[name].module_axes
-    boxed = nn.with_logical_partitioning(init, axes)
-    shape = TABLE[name].shape(config)[-len(axes) :]
+    param = TABLE[name].of(config)
+    boxed = nn.with_logical_partitioning(init, param.module_axes)
+    shape = param.shape(config)[len(param.axes) - len(param.module_axes) :]
     return module.param(name, boxed, shape, jnp.dtype(config.param_dtype))
 
 
@@ -56,14 +56,18 @@ def matrix(
 
 
 def scale(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:
-    """The effective value (section 2.5) of a learned scale in at least float32.
+    """The effective values (section 2.5) of a scale in at least float32, one for each channel.
 
     None where the config's choices do not bring this scale.
     """
-    if not TABLE[name].is_in(config):
+    if not has_scale(config, name):
         return None
-    stored = declare(module, config, name, nn.initializers.constant(getattr(config, name).scale))
-    return sphere.promote(stored) * scale_factor(config, name)
+    if TABLE[name].is_in(config):
+        init = nn.initializers.constant(initial_scale(config, name))
+        stored = sphere.promote(declare(module, config, name, init))
+    else:
+        stored = fixed_scale(config, name).ravel()[0]  # the same in all layers
+    return effective_scale(config, name, stored)
 
 
 def gain(module: nn.Module, config: ModelConfig, name: str) -> jax.Array | None:

@@ -12,10 +12,10 @@ from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
 from ngpt_jax.model.params import (
     FOLDED_MARK,
-    TABLE,
+    has_scale,
     param_tree,
+    read_scale,
     refuse_folded,
-    scale_factor,
 )
 
 # The scales whose values multiply the vectors of a matrix.
@@ -24,7 +24,7 @@ SCALED_MATRICES = {"s_u": "up_kernel", "s_v": "gate_kernel", "s_z": "output_embe
 
 def folded_config(config: ModelConfig) -> ModelConfig:
     """The config of the weights that :func:`fold` returns; the same if there is nothing to fold."""
-    folded = any(TABLE[name].is_in(config) for name in ("s_qk", *SCALED_MATRICES))
+    folded = any(has_scale(config, name) for name in ("s_qk", *SCALED_MATRICES))
     if not (folded or config.normalize_on_read):
         return config
     dtype = jnp.promote_types(config.param_dtype, jnp.float32).name
@@ -61,17 +61,20 @@ def fold(config: ModelConfig, params: Any) -> Any:
     layers = top["layers"]
 
     def take(tree: dict[str, Any], name: str) -> jax.Array:
-        return tree.pop(name) * scale_factor(config, name)
+        scale = read_scale(config, tree, name)
+        tree.pop(name, None)
+        return scale
 
-    if "s_u" in layers:  # (layers, embed, mlp) * (layers, 1, mlp)
+    if has_scale(config, "s_u"):  # (layers, embed, mlp) * (layers, 1, mlp)
         layers["up_kernel"] *= take(layers, "s_u")[:, None]
-    if "s_v" in layers:
+    if has_scale(config, "s_v"):
         layers["gate_kernel"] *= take(layers, "s_v")[:, None] * math.sqrt(config.width)
-    if "s_z" in top:
+    if has_scale(config, "s_z"):
         top["output_embedding"] *= take(top, "s_z")[:, None]
     if new.folded:
         shape = (config.layers, config.kv_heads, config.head_dim)
-        s_qk = take(layers, "s_qk") if "s_qk" in layers else jnp.ones(shape, new.param_dtype)
+        there = has_scale(config, "s_qk")
+        s_qk = take(layers, "s_qk") if there else jnp.ones(shape, new.param_dtype)
         factor = jnp.square(s_qk) * softmax_scale(config)
         layers[FOLDED_MARK] = jnp.repeat(factor, config.heads // config.kv_heads, axis=1)
     return top
@@ -83,7 +86,7 @@ def round_matrices(config: ModelConfig, params: Any) -> Any:
     They are cast once for all passes of a step, and gradients with respect to the result have the
     compute dtype too. The network casts the others when it has multiplied them.
     """
-    scaled = {matrix for scale, matrix in SCALED_MATRICES.items() if TABLE[scale].is_in(config)}
+    scaled = {matrix for scale, matrix in SCALED_MATRICES.items() if has_scale(config, scale)}
     return jax.tree.map(
         lambda w, p: w.astype(config.dtype) if p.is_matrix and p.name not in scaled else w,
         params, param_tree(config),

@@ -17,7 +17,7 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.config.facts import check_seed
 from ngpt_jax.model.attention import softmax_scale
-from ngpt_jax.model.params import TABLE, real_vocab, scale_factor, stored_scales
+from ngpt_jax.model.params import TABLE, learned_scales, real_vocab
 from ngpt_jax.model.transformer import Batch, Transformer
 
 TABLES, HEAD_KERNELS, MLP_KERNELS = (
@@ -122,16 +122,19 @@ def pairwise_cosines(table: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def effective_scales(config: ModelConfig, params: Any) -> dict[str, np.ndarray]:
-    """Effective values (section 2.5) of the scales that a model has, by name.
+    """Effective values (section 2.5) of the learned scales that a model has, by name.
 
-    s_z is (vocab,), the others are (layers, n). Alphas are |alpha|, as the model uses them.
+    s_z is (vocab,), the others are (layers, n); a scalar has one channel. Alphas are the sizes of
+    steps, as the model uses them.
     """
-    out = {}
-    for name, stored in stored_scales(config, params).items():
-        value = np.asarray(stored).astype(np.float64) * scale_factor(config, name)
-        value = np.abs(value) if name.startswith("alpha") else value
-        out[name] = value if name == "s_z" else value.reshape(config.layers, -1)
-    return out
+
+    def widen(stored: Any) -> np.ndarray:
+        return np.asarray(stored).astype(np.float64)
+
+    return {
+        name: values.reshape(*(() if name == "s_z" else (config.layers,)), -1)
+        for name, values in learned_scales(config, params, widen)
+    }
 
 
 # ------------------------------------------------------------------------- a step, its gradient

@@ -74,12 +74,13 @@ def residual_step(
 
     The price: where x and alpha (Norm(f) - x) cancel, the norm of the result is off by about
     eps / ||m||^2, with m the vector before the last norm. In float32 that is 1e-5 for ||m|| = 0.1,
-    1e-3 for 0.01, and below 3e-4 the result may be zero. It takes an f that is nearly -h, and alpha
-    near 1/2 in every entry: with one alpha, ||m|| is at least |1 - 2 alpha|.
+    1e-3 for 0.01, and below 3e-4 the result may be zero. With one alpha it takes an f that is
+    nearly -h and an alpha near 1/2, because ||m|| is at least |1 - 2 alpha|. With one for each
+    channel it takes Norm(f) = (1 - 1 / alpha) x in each of them.
 
     Args:
       h, f: (..., embed), the hidden state and what a branch returns.
-      alpha: (embed,), not negative, in at least float32.
+      alpha: (embed,) in at least float32, of any sign.
       normalize_h: False: x = h, for an h that is a unit vector but for rounding.
 
     Returns:
@@ -138,6 +139,30 @@ def lerp(h: jax.Array, f: jax.Array, alpha: jax.Array) -> jax.Array:
     """Norm(h + alpha (f - h)) (equations 10 and 11), in the dtype of h."""
     h32 = sphere.promote(h)
     return unit(h32 + alpha * (sphere.promote(f) - h32)).astype(h.dtype)
+
+
+def exponential_step(h: jax.Array, f: jax.Array, alpha: jax.Array) -> jax.Array:
+    """The exponential map of alpha times the part of f that is tangent at h (arXiv 2601.22095).
+
+    With v = f - <x, f> x, x = Norm(h) and one number alpha this is GeoNorm's step on the unit
+    sphere, cos(|alpha v|) x + sin(|alpha v|) alpha v / |alpha v|: along the great circle by
+    |alpha v|. It is :func:`sphere.slerp` by the share alpha sin(t) / t for a unit f at the angle t.
+
+    GeoNorm has one alpha a layer. With one for each channel, alpha v is made tangent once more,
+    which is a choice of this project: with P the projection onto the tangent space the step is
+    P alpha P f. It vanishes for an f along h, as GeoNorm's does, and P alpha P is symmetric.
+
+    Args:
+      h: (..., embed), not zero.
+      f: (..., embed), of any norm.
+      alpha: (embed,) in at least float32, of any sign.
+
+    Returns:
+      Unit vectors in the dtype of h.
+    """
+    x = unit(sphere.promote(h))
+    v = sphere.tangent(x, sphere.promote(f))
+    return sphere.exponential(x, alpha * v).astype(h.dtype)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array | None, eps: float) -> jax.Array:

@@ -21,7 +21,7 @@ from ngpt_jax.model import fused, heads, norms
 from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
 from ngpt_jax.model.declare import declare, gain, matrix, scale
 from ngpt_jax.model.embedding import embed_tokens
-from ngpt_jax.model.params import FOLDED_MARK, TABLE, refuse_folded
+from ngpt_jax.model.params import FOLDED_MARK, TABLE, depth_factors, refuse_folded, step_size
 from ngpt_jax.model.rotary import rope_tables
 from ngpt_jax.parallel import rules
 
@@ -89,6 +89,7 @@ RESIDUALS: dict[str, Callable[[jax.Array, jax.Array, Any], jax.Array]] = {
     "add": add,
     "lerp": norms.lerp,
     "slerp": sphere.slerp,
+    "exp": norms.exponential_step,
 }
 
 
@@ -113,6 +114,7 @@ class Block(nn.Module):
         hidden: tuple[jax.Array, ...],
         tables: tuple[jax.Array, jax.Array],
         segment_ids: jax.Array | None = None,
+        depth: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], None]:
         """Both steps of h.
 
@@ -120,6 +122,7 @@ class Block(nn.Module):
           hidden: h (B, T, embed), once or as often as :func:`_copies` says, all equal.
           tables: cosines and sines of RoPE.
           segment_ids: (B, T); attention stays within positions of the same id. None: no limits.
+          depth: factor on this layer's alphas, a number. None: 1.
 
         Returns:
           h as it came, and None: the form that nn.scan wants.
@@ -136,11 +139,11 @@ class Block(nn.Module):
             assert mlp_gain is not None
             middle, x = fused.add_rms_norm(c, h, f, mlp_gain)
         else:
-            x, middle = self._step(h, f, "alpha_a", 2, normalize_h=True)
+            x, middle = self._step(h, f, "alpha_a", depth, 2, normalize_h=True)
             x = self._rms_norm(x, "mlp_norm")
         self._sow_angles("attention", h, f, middle)
         f = self._mlp(x)
-        hidden = self._step(middle, f, "alpha_m", copies)
+        hidden = self._step(middle, f, "alpha_m", depth, copies)
         self._sow_angles("mlp", middle, f, hidden[0])
         hidden = tuple(rules.constrain(h, "batch", "length", "embed") for h in hidden)
         self.sow("intermediates", "hidden", hidden[0])
@@ -151,13 +154,19 @@ class Block(nn.Module):
         return norms.rms_norm(x, gain(self, c, name), c.rms_eps)
 
     def _step(
-        self, h: jax.Array, f: jax.Array, name: str, copies: int, normalize_h: bool = False
+        self,
+        h: jax.Array,
+        f: jax.Array,
+        name: str,
+        depth: jax.Array | None,
+        copies: int,
+        normalize_h: bool = False,
     ) -> tuple[jax.Array, ...]:
         """Copies of the hidden state h, normalized first or not, moved by a branch's output f."""
         c = self.config
         assert c.residual is not None
         alpha = scale(self, c, name)
-        alpha = alpha if alpha is None else jnp.abs(alpha)
+        alpha = alpha if alpha is None else step_size(c, alpha, depth)
         if c.residual == "lerp" and c.branch_norm == "unit":
             assert alpha is not None
             return fused.residual_step(c, h, f, alpha, normalize_h, copies)
@@ -306,7 +315,7 @@ class Transformer(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0, "angles": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast, 0),
             length=c.layers,
             unroll=c.layers if _unrolls(c) else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -334,7 +343,10 @@ class Transformer(nn.Module):
         dtype = jnp.promote_types(c.dtype, jnp.float32)
         where = jnp.arange(tokens.shape[1]) if positions is None else positions
         tables = rope_tables(where, c.head_dim, c.rope_base, dtype)
-        hidden, _ = self.layers((h,) * _copies(c), tables, segment_ids)
+        factors = depth_factors(c)
+        wide = jnp.promote_types(c.param_dtype, jnp.float32)
+        depth = None if factors is None else jnp.asarray(factors, wide)
+        hidden, _ = self.layers((h,) * _copies(c), tables, segment_ids, depth)
         return norms.rms_norm(hidden[0], self.final_gain, c.rms_eps), self.output_table
 
     def __call__(

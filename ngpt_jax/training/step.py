@@ -13,7 +13,7 @@ from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model import fused
 from ngpt_jax.model.folding import fold, folded_config, round_matrices
 from ngpt_jax.model.loss import CHUNK, cross_entropy
-from ngpt_jax.model.params import param_tree, scale_factor, stored_scales, unit_axes
+from ngpt_jax.model.params import learned_scales, param_tree, unit_axes
 from ngpt_jax.model.transformer import Batch, Transformer, init_params
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
@@ -135,13 +135,12 @@ def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:
     """Scalars of the parameters that are logged; none for GPT.
 
     sphere_deviation, with ``weights=sphere``: the largest deviation of a vector's norm from 1.
-    mean_NAME, for each learned scale: the mean of its effective values, for alphas of |alpha|.
+    mean_NAME, for each learned scale: the mean of its effective values, for alphas of the steps.
     """
     out = {}
     if config.weights == "sphere":
         off = jax.tree.leaves(sphere_deviation(params, unit_axes(config)))
         out["sphere_deviation"] = jnp.max(jnp.stack(off))
-    for name, stored in stored_scales(config, params).items():
-        effective = sphere.promote(stored) * scale_factor(config, name)
-        out[f"mean_{name}"] = jnp.mean(jnp.abs(effective) if "alpha" in name else effective)
+    for name, values in learned_scales(config, params, sphere.promote):
+        out[f"mean_{name}"] = jnp.mean(values)
     return out
