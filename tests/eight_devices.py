@@ -215,7 +215,9 @@ def test_what_an_optimizer_keeps_is_cut_along_the_axes_that_it_has_in_full():
         assert n.sharding.spec == P(*full) and any(full)
     moments = jax.tree.leaves(like.opt_state[0].mu)
     assert [m.sharding for m in moments] == [p.sharding for p in jax.tree.leaves(like.params)]
-    factored = layout.abstract_state(config, optax.scale_by_factored_rms(), mesh).opt_state
+    factored = layout.abstract_state(
+        config, optax.scale_by_factored_rms(min_dim_size_to_factor=2), mesh
+    ).opt_state
     for x in jax.tree.leaves(factored.v_row):  # of fewer axes: whole
         assert x.sharding.is_fully_replicated
 
