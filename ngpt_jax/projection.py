@@ -302,10 +302,7 @@ def keep_params_on_sphere(
                 r = jnp.sqrt(square) / scale
             else:
                 r = _as_radius(r, w, axis)
-            if retraction == "exp":
-                moved = sphere.exponential(w, change, r, axis, axis_name)
-            else:
-                moved = w + change
+            moved = w + change
             scaled, scale, square = sphere.rescale(moved, axis, axis_name)
             inverse = sphere.safe_rsqrt(square)
             moves = (inverse > 0) | ~jnp.isfinite(moved)  # a NaN or inf must stay visible
@@ -316,6 +313,8 @@ def keep_params_on_sphere(
                 outward, inward = (jnp.asarray(s, r.dtype) for s in shares)
                 share = jnp.where(jnp.sqrt(square) / scale > r, outward, inward)
                 kept = share * change + (1 - share) * kept
+            if retraction == "exp":
+                kept = r * sphere.exponential(w, change, r, axis, axis_name) - w
             if initial:
                 kept = jnp.where(r > 0, kept, change)
             return kept.astype(p.dtype)

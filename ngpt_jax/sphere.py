@@ -245,12 +245,13 @@ def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = Non
         return out if axis_name is None else jax.lax.psum(out, axis_name)
 
     scaled, scale, square = rescale(w, axis, axis_name)
-    direction = scaled * safe_rsqrt(square)
-    radial, tangent = jnp.zeros_like(square), promote(u)
-    for _ in range(2):  # the second time takes away what rounding left along w
-        along = dot(direction, tangent)
-        radial, tangent = radial + along, tangent - along * direction
-    return Parts(direction, jnp.sqrt(square) / scale, radial, tangent, dot(tangent, tangent))
+    inverse, norm, u = safe_rsqrt(square), jnp.sqrt(square) / scale, promote(u)
+    direction = scaled * inverse
+    radial = inverse * dot(scaled, u)
+    tangent = u - radial * direction
+    left = dot(direction, tangent)  # what rounding left along w; one pass makes both sums
+    square = jnp.maximum(dot(tangent, tangent) - left * left, 0)
+    return Parts(direction, norm, radial + left, tangent - left * direction, square)
 
 
 def exponential(
@@ -273,26 +274,32 @@ def exponential(
       axis, axis_name: as in :func:`split`.
 
     Returns:
-      Vectors in at least float32, of norm 1 to rounding. Where w is zero, which lies on no great
-      circle, u over the radius.
+      Vectors in at least float32, of norm 1 to rounding. A zero w lies on no great circle: there
+      it is the direction of u, and 0 where u is zero too.
     """
     radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
-    parts = split(w, promote(u) / jnp.where(radius > 0, radius, 1), axis, axis_name)
+    u = promote(u) / jnp.where(radius > 0, radius, 1)
+    _, scale, whole = rescale(u, axis, axis_name)
+    scale = jnp.where(whole > 0, scale, 1)
+    u = u * scale
+    parts = split(w, u, axis, axis_name)
     # Near 0 by series in the squared angle, which is smooth where the angle is not.
-    near = parts.square < 0.25
-    small, square = jnp.where(near, parts.tangent, 0), jnp.where(near, parts.square, 0)
+    near = jnp.sqrt(parts.square) < scale / 2
+    small, square = (jnp.where(near, x, 0) for x in (parts.tangent / scale, parts.square))
+    square = square / scale / scale
     cos = sinc = jnp.ones_like(square)
     for n in (12, 10, 8, 6, 4, 2):
         cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
-    scaled, scale, square = rescale(jnp.where(near, 0, parts.tangent), axis, axis_name)
-    far = scaled * safe_rsqrt(square)
-    angle = square * safe_rsqrt(square) / scale
-    return jnp.where(
+    square = jnp.where(near, 0, parts.square)
+    inverse = safe_rsqrt(square)
+    far = parts.tangent * inverse
+    angle = jnp.minimum(square * inverse / scale, jnp.finfo(scale.dtype).max)  # has no digits
+    turned = jnp.where(
         near,
-        cos * parts.direction + jnp.where(parts.norm > 0, sinc, 1) * small,
-        jnp.cos(angle) * parts.direction
-        + jnp.where(parts.norm > 0, jnp.sin(angle) * far, parts.tangent),
+        cos * parts.direction + sinc * small,
+        jnp.cos(angle) * parts.direction + jnp.sin(angle) * far,
     )
+    return jnp.where(parts.norm > 0, turned, u * safe_rsqrt(whole))
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
