@@ -47,7 +47,7 @@ def dimension_numbers(config: ModelConfig, heads: str = "together") -> Any:
 
 def _axes(numbers: MuonDimensionNumbers) -> list[tuple[int, ...]]:
     """Both sides of a matrix as tuples of axes."""
-    return [a if isinstance(a, tuple) else (a,) for a in numbers]  # type: ignore[list-item]
+    return [a if isinstance(a, tuple) else (a,) for a in numbers]
 
 
 def orthogonalize(x: jax.Array, numbers: MuonDimensionNumbers) -> jax.Array:

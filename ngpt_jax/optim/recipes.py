@@ -19,7 +19,6 @@ from ngpt_jax.optim.transformations import (
 )
 from ngpt_jax.projection import keep_params_on_sphere
 
-Transformation = optax.GradientTransformation
 Recipe = Callable[[Config, optax.Schedule], optax.GradientTransformationExtraArgs]
 
 
@@ -67,7 +66,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def _chain(
-    config: Config, schedule: optax.Schedule, direction: Transformation
+    config: Config, schedule: optax.Schedule, direction: optax.GradientTransformation
 ) -> optax.GradientTransformationExtraArgs:
     """All around the direction that a recipe steps in, in the one order.
 
@@ -91,12 +90,12 @@ def rate_factors(config: Config) -> Any:
     return factors if set(jax.tree.leaves(factors)) != {1.0} else None
 
 
-def _adam(config: Config) -> Transformation:
+def _adam(config: Config) -> optax.GradientTransformation:
     o = config.optimizer
     return scale_by_adam(o.b1, o.b2, o.eps)
 
 
-def _muon(config: Config) -> Transformation:
+def _muon(config: Config) -> optax.GradientTransformation:
     """Muon for the matrices of the blocks, Adam for all else."""
     o, model = config.optimizer, config.model
     assert o.momentum is not None and o.muon_heads is not None
