@@ -50,13 +50,29 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; moments are sharded as their parameters."""
+    """Shapes, dtypes and shardings of a run's state.
+
+    What the optimizer keeps for a parameter is sharded as the parameter is, along each axis that it
+    has in full: moments along all of them, norms not along the axis of a vector.
+    """
     shapes = jax.eval_shape(lambda: init_state(config, tx))
     params, whole = param_shardings(config.model, mesh), rules.replicated(mesh)
     guard = jax.tree.map(lambda _: whole, shapes.guard)
+
+    def as_param(x: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
+        if isinstance(x, optax.MaskedNode):
+            return x
+        if x.ndim != param.ndim:
+            return whole
+        spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+        full = (e if n == m else None for e, n, m in zip(spec, x.shape, param.shape))
+        return NamedSharding(mesh, PartitionSpec(*full))
+
     opt_state = optax.tree.map_params(
-        tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
-    )
+        tx, as_param, shapes.opt_state, shapes.params, params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
@@ -64,11 +80,17 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
     )
 
 
-def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0; each device makes its own shards."""
+def first_state(
+    config: Config, tx: optax.GradientTransformation, mesh: Mesh, params: Any = None
+) -> TrainState:
+    """The state at step 0; each device makes its own shards.
+
+    With ``params``, laid out as the state's, these are taken and their buffers donated.
+    """
     out = shardings(abstract_state(config, tx, mesh))
+    init = jax.jit(lambda p: init_state(config, tx, p), out_shardings=out, donate_argnums=0)
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(config, tx), out_shardings=out)()
+        return init(params)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

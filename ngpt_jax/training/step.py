@@ -28,8 +28,10 @@ class TrainState(NamedTuple):
     guard: Guard
 
 
-def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
-    params = init_params(config.model, jax.random.key(config.train.seed))
+def init_state(config: Config, tx: optax.GradientTransformation, params: Any = None) -> TrainState:
+    """The state at step 0, with parameters drawn from the seed, or with those given."""
+    if params is None:
+        params = init_params(config.model, jax.random.key(config.train.seed))
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
 
 
