@@ -42,7 +42,7 @@ def by_hand(config, params, batch, power):
 
 
 @pytest.mark.parametrize(
-    "power, fields",
+    ("power", "fields"),
     [
         (1.0, {}),
         (0.5, {"train.accumulate": 2, "model.loss_chunk": 8}),
@@ -84,7 +84,7 @@ def test_factors():
 
 
 @pytest.mark.parametrize(
-    "fields, message",
+    ("fields", "message"),
     [
         (
             {"model.kind": "gpt", "optimizer.logit_gradient": "preconditioned"},

@@ -64,7 +64,7 @@ def matrices_of(name, w, heads):
 CASES = [("ngpt", "together", True), ("ngpt", "apart", False), ("gpt", "together", False)]
 
 
-@pytest.mark.parametrize("kind, heads, scan", CASES)
+@pytest.mark.parametrize(("kind", "heads", "scan"), CASES)
 def test_updates_equal_numpy_for_each_matrix(x64, tiny, kind, heads, scan):
     """Two steps of the recipe: momentum with look-ahead, orthogonal, rms 0.2; Adam for the rest."""
     config = tiny(**{
@@ -89,9 +89,11 @@ def test_updates_equal_numpy_for_each_matrix(x64, tiny, kind, heads, scan):
         for index, matrix in matrices_of(name, ahead, heads):
             expected = -0.5 * 0.2 * np.sqrt(max(matrix.shape)) * newton_schulz(matrix)
             np.testing.assert_allclose(u[index].reshape(matrix.shape), expected, atol=1e-9)
+            least = np.linalg.svd(matrix / np.linalg.norm(matrix), compute_uv=False).min()
             s = np.linalg.svd(u[index].reshape(matrix.shape), compute_uv=False)
             s = s / (0.1 * np.sqrt(max(matrix.shape)))
-            assert 0.65 < s.min() and s.max() < 1.25
+            assert s.max() < 1.25
+            assert s.min() > 0.65 or least < 0.003
             assert np.sqrt(np.mean(u[index] ** 2)) == pytest.approx(0.1, rel=0.3)
     adam = optax.adam(0.5, 0.9, 0.95)
     _, theirs = adam.update(first, adam.init(params))
