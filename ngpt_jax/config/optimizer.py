@@ -29,13 +29,13 @@ class OptimizerConfig:
         "with model.parametrization=nugpt: the train.steps that the rate is given for; None: any",
     )  # fmt: skip
     output_rate: float | None = field(
-        None, POSITIVE, OWN, "factor on the rate of the output table; None: 1/2 with nugpt, else 1"
+        None, POSITIVE, OWN, "factor on the rate of the output table, 1/2 with nugpt, else 1"
     )
     schedule: str | None = field(
         None, one_of("cosine", "wsd", "wsd_sqrt", "log", "constant"), SCHEDULE,
         "of the learning rate, after the warm-up. wsd: constant, then a linear decay; wsd_sqrt:"
-        " constant, then by 1 - sqrt(progress); log: logarithmic, see log_rho; None: cosine, or"
-        " log with the recipe ngpt2026",
+        " constant, then by 1 - sqrt(progress); log: logarithmic, see log_rho. By default cosine,"
+        " and log with recipe=ngpt2026",
     )  # fmt: skip
     warmup_steps: int | None = field(
         None, NOT_NEGATIVE, SCHEDULE, "steps of warm-up; see warmup_share", always_in_digest=True
@@ -56,20 +56,23 @@ class OptimizerConfig:
     b2: float = field(0.95, BELOW_1, OWN, "Adam's decay of the second moment; lion's of the state")
     eps: float = field(1e-8, POSITIVE, OWN, "Adam's epsilon, outside the root")
     momentum: float | None = field(
-        None, BELOW_1, OWN, "decay of momentum; None: 0.95 for muon and muonh, 0.9 for sgd"
+        None, BELOW_1, OWN, "decay of momentum, by default 0.95 for muon and muonh, 0.9 for sgd"
     )
     muon_heads: str | None = field(
         None, one_of("together", "apart"), OWN,
-        "what Muon takes for one matrix in attention: all heads, or each head; None: together",
+        "what Muon takes for one matrix in attention: all heads together, or each head",
     )  # fmt: skip
     gate: float | None = field(
         None,
         POSITIVE,
         OWN,
-        "exponent a of gated Adam: times d^a/(d^a + eps_gate^a); None: 0.5",
+        "exponent a of gated Adam: times d^a/(d^a + eps_gate^a), by default 0.5",
     )
     eps_gate: float | None = field(
-        None, NOT_NEGATIVE, OWN, "of gated Adam, where d = sqrt(v) + eps; see optim/README.md"
+        None,
+        NOT_NEGATIVE,
+        OWN,
+        "of gated Adam, where d = sqrt(v) + eps; None: 0.006/sqrt(parameters), measured here",
     )
     logit_gradient: str | None = field(
         None, one_of("plain", "preconditioned"), OWN,

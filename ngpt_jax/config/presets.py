@@ -38,10 +38,6 @@ def _weight_decay(config: Config) -> float:
     return 0.0 if keeps or not reads(recipe, "weight_decay") else 0.1
 
 
-# Of gated Adam. It has no published value, and this one is ours: what a tenth of the entries of d
-# were below, see scale_by_adam in optim/transformations.py.
-EPS_GATE = 1e-6
-
 # Choices that follow from others, whatever the kind.
 _FOLLOW: Mapping[str, Any] = {
     "model.alpha_a.form": _alpha_form,
@@ -52,7 +48,6 @@ _FOLLOW: Mapping[str, Any] = {
     "optimizer.momentum": _momentum,
     "optimizer.muon_heads": _where_read("muon_heads", "together"),
     "optimizer.gate": _where_read("gate", 0.5),
-    "optimizer.eps_gate": _where_read("eps_gate", EPS_GATE),
     "optimizer.logit_gradient": _for_2026("preconditioned", "plain"),
 }
 

@@ -9,7 +9,7 @@ import optax
 from ngpt_jax.config import Config
 from ngpt_jax.directions import cap_angle, tangent, unit_step
 from ngpt_jax.model.parametrization import rate_factor
-from ngpt_jax.model.params import Param, param_tree, unit_axes
+from ngpt_jax.model.params import Param, num_params, param_tree, unit_axes
 from ngpt_jax.optim.muon import dimension_numbers, scale_by_muon
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.optim.transformations import (
@@ -19,6 +19,12 @@ from ngpt_jax.optim.transformations import (
     scale_by_learning_rate,
 )
 from ngpt_jax.projection import keep_params_on_sphere
+
+# The default of eps_gate times the square root of the number of parameters. It is this project's:
+# its authors' value was not published. d = sqrt(v) + eps of the matrices of the blocks was measured
+# in runs of this recipe without the gate (bytes of Python code; 3 x 64 at 100 to 600 steps, 4 x 128
+# at 100 to 300). A tenth of the entries were below 0.006 / sqrt(parameters), half below 0.02.
+GATED = 0.006
 
 Recipe = Callable[[Config, optax.Schedule], optax.GradientTransformationExtraArgs]
 
@@ -48,11 +54,11 @@ def ngpt2026(config: Config, schedule: optax.Schedule) -> optax.GradientTransfor
     It is made after https://arxiv.org/abs/2608.01284, whose text was not at hand: the formulas are
     those that others reproduce. The preset gives it the preconditioned gradient of the logits
     (model/logit_gradient.py), a warm-up over a tenth of the steps and the logarithmic schedule.
-    Values that nobody published are ours: eps_gate (config/presets.py), log_rho, and no max_angle.
+    Values that nobody published are ours: eps_gate (GATED), log_rho, and no max_angle.
     """
     o = config.optimizer
-    assert o.eps_gate is not None
-    return _chain(config, schedule, scale_by_adam(o.b1, o.b2, o.eps, o.gate, o.eps_gate))
+    eps = GATED / num_params(config.model) ** 0.5 if o.eps_gate is None else o.eps_gate
+    return _chain(config, schedule, scale_by_adam(o.b1, o.b2, o.eps, o.gate, eps))
 
 
 def adamh(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:

@@ -46,8 +46,8 @@ def scale_by_adam(
     Args:
       b1, b2, eps: of Adam.
       gate: the exponent a; None: Adam without a gate.
-      eps_gate: the d at which the gate is 1/2. No value was published. The default of this
-        project's recipe, config/presets.py, was measured here.
+      eps_gate: the d at which the gate is 1/2. No value was published; see GATED in
+        :mod:`.recipes` for that of this project.
     """
     adam = optax.scale_by_adam(b1, b2, eps)
 
