@@ -82,8 +82,9 @@ def test_updates_equal_numpy_for_each_matrix(x64, tiny, kind, heads, scan):
         jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype), params)
         for _ in range(2)
     )
-    _, state = tx.update(first, tx.init(params), params, step=0)
-    updates, _ = tx.update(second, state, params, step=1)
+    update = jax.jit(tx.update)
+    _, state = update(first, tx.init(params), params, step=0)
+    updates, _ = update(second, state, params, step=1)
     for name in MATRICES:
         g1, g2 = (np.asarray(g["layers"][name]) for g in (first, second))
         m = 0.95 * 0.05 * g1 + 0.05 * g2
