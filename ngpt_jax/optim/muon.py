@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers
 
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.params import Param, param_tree
+from ngpt_jax.optim.transformations import keep_state_unless_ok
+from ngpt_jax.projection import is_absent
 
 _HEADS = ("heads", "kv_heads")
 # Of https://github.com/KellerJordan/modded-nanogpt: the singular values s in (0, 1] of a matrix
@@ -125,19 +126,20 @@ def scale_by_muon(
         return ScaleByMuonState(optax.tree.zeros_like(params))
 
     def direction(g, m, n):
-        if isinstance(g, optax.MaskedNode):
+        if is_absent(g):
             return g
         sides = [_size(g, list(side)) for side in _axes(n)]
         ahead = momentum * m + (1 - momentum) * g
         return (rms * max(sides) ** 0.5 * orthogonalize(ahead, n)).astype(g.dtype)
 
-    def update_fn(updates, state, params=None, *, ok=True, **extra):
-        del params, extra
-        new = optax.tree.update_moment(updates, state.momentum, momentum, 1)
-        new = jax.tree.map(lambda n, old: jnp.where(ok, n, old), new, state.momentum)
-        absent = lambda leaf: isinstance(leaf, optax.MaskedNode)  # noqa: E731
-        leaves, treedef = jax.tree.flatten(updates, is_leaf=absent)
-        out = map(direction, leaves, treedef.flatten_up_to(new), treedef.flatten_up_to(numbers))
-        return treedef.unflatten(out), ScaleByMuonState(new)
+    def step(gradients, state, params=None):
+        del params
+        new = optax.tree.update_moment(gradients, state.momentum, momentum, 1)
+        return gradients, ScaleByMuonState(new)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    def updates_of(state, gradients):
+        leaves, treedef = jax.tree.flatten(gradients, is_leaf=is_absent)
+        trees = map(treedef.flatten_up_to, (state.momentum, numbers))
+        return treedef.unflatten(map(direction, leaves, *trees))
+
+    return keep_state_unless_ok(optax.GradientTransformation(init_fn, step), updates_of)

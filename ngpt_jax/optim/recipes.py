@@ -87,7 +87,8 @@ def lion(config: Config, schedule: optax.Schedule) -> optax.GradientTransformati
 def sgd(config: Config, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
     """Recipe sgd: gradients with momentum, :func:`optax.trace`."""
     assert config.optimizer.momentum is not None
-    return _chain(config, schedule, keep_state_unless_ok(optax.trace(config.optimizer.momentum)))
+    trace = optax.trace(config.optimizer.momentum)
+    return _chain(config, schedule, keep_state_unless_ok(trace, lambda state, _: state.trace))
 
 
 RECIPES: dict[str, Recipe] = {

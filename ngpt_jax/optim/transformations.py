@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,11 +30,8 @@ def scale_by_adam(
 ) -> optax.GradientTransformationExtraArgs:
     r""":func:`optax.scale_by_adam`, with an argument ``ok`` of ``update``, True by default.
 
-    Where ``ok`` is False the state stays the same bit for bit, and the updates have no meaning.
-    The updates are computed from the state that was chosen, so that XLA changes the moments in
-    place. If the choice came after the updates, XLA's CPU backend would copy the old moments.
-
-    With ``gate`` it is the gated Adam of https://arxiv.org/abs/2608.01284, as others tell it: with
+    See :func:`keep_state_unless_ok`. With ``gate`` it is the gated Adam of
+    https://arxiv.org/abs/2608.01284, as others reproduce it: with
     :math:`d = \sqrt{\hat v} + \epsilon` the update :math:`\hat m / d` is multiplied by
 
     .. math::
@@ -55,30 +53,34 @@ def scale_by_adam(
         d = jnp.sqrt(s) + eps
         return m / d if gate is None else m / d / (1 + (eps_gate / d) ** gate)
 
-    def update_fn(updates, state, params=None, *, ok=True, **extra):
-        del params, extra
-        _, new = adam.update(updates, state)
-        chosen = jax.tree.map(lambda n, old: jnp.where(ok, n, old), new, state)
-        mean = optax.tree.bias_correction(chosen.mu, b1, chosen.count)
-        square = optax.tree.bias_correction(chosen.nu, b2, chosen.count)
-        return jax.tree.map(step, mean, square), chosen
+    def updates_of(state, gradients):
+        del gradients
+        mean = optax.tree.bias_correction(state.mu, b1, state.count)
+        square = optax.tree.bias_correction(state.nu, b2, state.count)
+        return jax.tree.map(step, mean, square)
 
-    return optax.GradientTransformationExtraArgs(adam.init, update_fn)
+    return keep_state_unless_ok(adam, updates_of)
 
 
 def keep_state_unless_ok(
-    inner: optax.GradientTransformation,
+    inner: optax.GradientTransformation, updates_of: Callable[[Any, Any], Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation with an argument ``ok`` of ``update``, True by default.
 
-    Where ``ok`` is False the state stays the same bit for bit, and the updates have no meaning. A
-    state that its updates do not depend on, but on the old one, is chosen in place.
+    Where ``ok`` is False the state stays the same bit for bit, and the updates have no meaning.
+
+    Args:
+      inner: the transformation.
+      updates_of: a function (new state, gradients) -> updates, for transformations that have one.
+        It gets the state that was chosen, so that XLA changes the state in place. If the choice
+        came after the updates, XLA's CPU backend would copy the old state.
     """
-    inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, *, ok=True, **extra):
-        updates, new = inner.update(updates, state, params, **extra)
-        return updates, jax.tree.map(lambda n, old: jnp.where(ok, n, old), new, state)
+        del extra
+        out, new = inner.update(updates, state, params)
+        new = jax.tree.map(lambda n, old: jnp.where(ok, n, old), new, state)
+        return out if updates_of is None else updates_of(new, updates), new
 
     return optax.GradientTransformationExtraArgs(inner.init, update_fn)
 
