@@ -5,7 +5,7 @@ the learning rate, cap_angle, keep_params_on_sphere. Each may be left out.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,8 @@ def tangent(axes: Axes, axis_name: sphere.AxisName = None) -> optax.GradientTran
     """
 
     def edit(axis, w, u):
-        parts = sphere.split(w, u, axis, axis_name)
-        return parts.tangent / parts.scale
+        scaled, scale, _ = sphere.rescale(u, axis, axis_name)
+        return sphere.split(w, scaled, axis, axis_name).tangent / scale
 
     return _stateless("tangent", edit, axes)
 
@@ -210,22 +210,22 @@ def cap_angle(
 
     def update_fn(updates, state, params=None, *, step=None, **extra):
         del extra
-        angle: Any = max_angle
+        angle = max_angle
         if callable(max_angle):
             angle = max_angle(state.count if step is None else step)
             if step is None:
                 state = CapAngleState(optax.safe_increment(state.count))
 
         def edit(axis, w, u):
-            parts = sphere.split(w, u, axis, axis_name)
-            scaled, scale, square = sphere.rescale(parts.tangent, axis, axis_name)
-            theta = jnp.asarray(angle, square.dtype)
+            scaled, scale, _ = sphere.rescale(u, axis, axis_name)
+            parts = sphere.split(w, scaled, axis, axis_name)
+            theta = jnp.asarray(angle, parts.norm.dtype)
             theta = jnp.where(theta >= 0, theta, jnp.nan)
-            phi = jnp.arctan2(jnp.sqrt(square) / scale, parts.norm * parts.scale + parts.radial)
+            phi = jnp.arctan2(jnp.sqrt(parts.square), parts.norm * scale + parts.radial)
             # 1 - cos(theta) as 2 sin^2(theta / 2), which keeps its digits at small angles.
             back = 2 * jnp.square(jnp.sin(theta / 2)) * parts.direction
-            turned = jnp.sin(theta) * (scaled * sphere.safe_rsqrt(square)) - back
-            capped = jnp.where(square == 0, 0, parts.norm * turned)
+            turned = jnp.sin(theta) * (parts.tangent * sphere.safe_rsqrt(parts.square)) - back
+            capped = jnp.where(parts.square == 0, 0, parts.norm * turned)
             return jnp.where((phi <= theta) | (theta >= np.pi) | (parts.norm == 0), u, capped)
 
         return _edit("cap_angle", edit, axes, updates, params), state
@@ -303,11 +303,10 @@ def radial_share(
         if axis is None or is_absent(u):
             return None
         # One power of two for the whole leaf, so that the squares of its vectors can be added.
-        u, _, _ = sphere.rescale(u, tuple(range(u.ndim)), axis_name)
-        parts = sphere.split(sphere.promote(p), u, axis, axis_name)
-        radial = jnp.sum(jnp.square(parts.radial / parts.scale))
-        _, scale, square = sphere.rescale(parts.tangent, axis, axis_name)
-        whole = radial + jnp.sum(square / jnp.square(scale * parts.scale))
+        scaled, _, _ = sphere.rescale(u, tuple(range(u.ndim)), axis_name)
+        parts = sphere.split(p, scaled, axis, axis_name)
+        radial = jnp.sum(jnp.square(parts.radial))
+        whole = radial + jnp.sum(parts.square)
         return jnp.where(whole == 0, 0, radial / jnp.where(whole == 0, 1, whole))
 
     return map_with_axes(share, axes, params, updates)

@@ -311,7 +311,7 @@ def keep_params_on_sphere(
             moves = (inverse > 0) | ~jnp.isfinite(moved)  # a NaN or inf must stay visible
             kept = jnp.where(moves, r * scaled * inverse - w, 0)
             if mode == "ball":
-                kept = jnp.where(jnp.sqrt(square) / scale <= r, change, kept)
+                kept = jnp.where(jnp.sqrt(square) / scale > r, kept, change)
             if shares is not None:
                 outward, inward = (jnp.asarray(s, r.dtype) for s in shares)
                 share = jnp.where(jnp.sqrt(square) / scale > r, outward, inward)

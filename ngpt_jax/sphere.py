@@ -213,44 +213,44 @@ def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
 
 
 class Parts(NamedTuple):
-    """What :func:`split` returns; ``norm``, ``radial`` and ``scale`` have kept dimensions.
+    """What :func:`split` returns, in at least float32.
 
     Attributes:
       direction: unit vectors w / ||w||, zero where w is.
-      norm: ||w||.
-      radial: <w / ||w||, u> times ``scale``.
-      tangent: the rest of u, at right angles to w to rounding, times ``scale``.
-      scale: the power of two, for each vector, that takes the largest entry of u into [1, 2).
+      norm: ||w||, with kept dimensions.
+      radial: <w / ||w||, u>, with kept dimensions.
+      tangent: the rest of u, at right angles to w to rounding.
+      square: the squared norm of ``tangent``, with kept dimensions.
     """
 
     direction: jax.Array
     norm: jax.Array
     radial: jax.Array
     tangent: jax.Array
-    scale: jax.Array
+    square: jax.Array
 
 
 def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = None) -> Parts:
-    """The parts of u along w and at right angles to it, for vectors of any size.
+    """The parts of u along w and at right angles to it.
 
     Args:
-      w: vectors along ``axis``; those of a zero vector have no radial part.
-      u: vectors of the same shape.
+      w: vectors along ``axis``, of any size; where one is zero, u has no part along it.
+      u: vectors of the same shape; where the square matters, :func:`rescale` them before.
       axis: the axis or axes of a vector.
       axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
-
-    Returns:
-      The parts, in at least float32.
     """
-    scaled, w_scale, square = rescale(w, axis, axis_name)
+
+    def dot(a, b):
+        out = _dot(a, b, axis)
+        return out if axis_name is None else jax.lax.psum(out, axis_name)
+
+    scaled, scale, square = rescale(w, axis, axis_name)
     direction = scaled * safe_rsqrt(square)
-    tangent, scale, _ = rescale(u, axis, axis_name)
-    radial = jnp.zeros_like(square)
+    radial, tangent = jnp.zeros_like(square), promote(u)
     for _ in range(2):  # the second time takes away what rounding left along w
-        left = _dot(direction, tangent, axis)
-        left = left if axis_name is None else jax.lax.psum(left, axis_name)
-        radial, tangent = radial + left, tangent - left * direction
-    return Parts(direction, jnp.sqrt(square) / w_scale, radial, tangent, scale)
+        along = dot(direction, tangent)
+        radial, tangent = radial + along, tangent - along * direction
+    return Parts(direction, jnp.sqrt(square) / scale, radial, tangent, dot(tangent, tangent))
 
 
 def exponential(
@@ -260,27 +260,27 @@ def exponential(
     axis: Axis = -1,
     axis_name: AxisName = None,
 ) -> jax.Array:
-    """Where the exponential map of the sphere takes w along u, as unit vectors.
+    """Where the exponential map of a sphere takes w along u, as unit vectors.
 
-    With t the part of u at right angles to w it is
-    ``cos(||t|| / radius) w / ||w|| + sin(||t|| / radius) t / ||t||``, and w / ||w|| at t = 0.
+    With t the part of u at right angles to w, over the radius, it is
+    ``cos(||t||) w / ||w|| + sin(||t||) t / ||t||``; at t = 0 its derivative is exact.
 
     Args:
-      w: vectors along ``axis``. Instead of a zero vector, which has no great circles, its t counts.
+      w: vectors along ``axis``.
       u: vectors of the same shape.
       radius: of the sphere, broadcast against the norms with kept dimensions.
       axis, axis_name: as in :func:`split`.
 
     Returns:
-      Vectors in at least float32, of norm 1 to rounding; zero where w and u are.
+      Vectors in at least float32, of norm 1 to rounding. Where w is zero, which lies on no great
+      circle, u over the radius.
     """
-    parts = split(w, u, axis, axis_name)
-    scaled, scale, square = rescale(parts.tangent, axis, axis_name)
-    radius = jnp.asarray(radius, square.dtype)
-    angle = jnp.sqrt(square) / scale / parts.scale / jnp.where(radius > 0, radius, 1)
-    angle = jnp.minimum(angle, jnp.finfo(angle.dtype).max)
-    sine = jnp.where(parts.norm > 0, jnp.sin(angle), 1)
-    return jnp.cos(angle) * parts.direction + sine * scaled * safe_rsqrt(square)
+    radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
+    parts = split(w, promote(u) / jnp.where(radius > 0, radius, 1), axis, axis_name)
+    square = jnp.minimum(parts.square, jnp.finfo(radius.dtype).max)  # such an angle has no digits
+    angle = square * safe_rsqrt(square)
+    along = jnp.where(parts.norm > 0, _sinc(angle), 1)
+    return jnp.cos(angle) * parts.direction + along * parts.tangent
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:

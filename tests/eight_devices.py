@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
+from ngpt_jax.directions import angle_turned, cap_angle, tangent, unit_step
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model.attention import causal_attention
 from ngpt_jax.model.loss import cross_entropy
@@ -22,7 +23,7 @@ from ngpt_jax.model.params import unit_axes
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
-from ngpt_jax.projection import keep_params_on_sphere, project_params
+from ngpt_jax.projection import keep_params_on_sphere, project_params, sphere_deviation
 from ngpt_jax.training import layout
 from ngpt_jax.training import step as step_lib
 
@@ -173,6 +174,62 @@ def test_the_projection_needs_no_communication(name):
     ):
         out = layout.shardings(shapes)
         assert not collectives(jax.jit(fn, out_shardings=out).lower(shapes, shapes).compile())
+
+
+def test_what_an_optimizer_keeps_is_cut_along_the_axes_that_it_has_in_full():
+    """Norms are whole along their vectors, and a step with them needs no communication."""
+    fields = {"model__dtype": "float32", "model__param_dtype": "float32"}
+    config, mesh = on(make("ngpt", MESHES["fsdp 4, tensor 2"], **fields), jax.devices())
+    axes = unit_axes(config.model)
+    keep = optax.partition(
+        {"all": keep_params_on_sphere(axes, "initial"), "none": optax.set_to_zero()},
+        jax.tree.map(lambda _: "all", axes, is_leaf=lambda x: x is None),
+    )
+    tx = optax.chain(
+        optax.scale_by_adam(), tangent(axes), unit_step(axes, 0.1), cap_angle(axes, lambda _: 0.1),
+        keep,
+    )  # fmt: skip
+
+    def leaves(tree):
+        absent = None, optax.MaskedNode()
+        return jax.tree.leaves(tree, is_leaf=lambda x: any(x is a or x == a for a in absent))
+
+    like = layout.abstract_state(config, tx, mesh)
+    norms = like.opt_state[-1].inner_states["all"].inner_state.norms
+    vectors = [x for x in zip(*map(leaves, (axes, like.params, norms))) if x[0] is not None]
+    assert len(vectors) == len(jax.tree.leaves(norms)) == len(jax.tree.leaves(axes))
+    for axis, p, n in vectors:
+        assert n.dtype == jnp.float32 and n.shape[axis] == 1 and n.size == p.size / p.shape[axis]
+        full = [None if i == axis else e for i, e in enumerate(p.sharding.spec)]
+        assert n.sharding.spec == P(*full) and any(full)
+    moments = jax.tree.leaves(like.opt_state[0].mu)
+    assert [m.sharding for m in moments] == [p.sharding for p in jax.tree.leaves(like.params)]
+    factored = layout.abstract_state(config, optax.scale_by_factored_rms(), mesh).opt_state
+    for x in jax.tree.leaves(factored.v_row):  # of fewer axes: whole
+        assert x.sharding.is_fully_replicated
+
+    # A run that takes another's weights, which have other norms than its own.
+    params = jax.tree.map(lambda p: 3 * p, layout.first_state(config, tx, mesh).params)
+    params = jax.device_put(params, layout.shardings(like.params))
+    with jax.set_mesh(mesh):
+        state = layout.first_state(config, tx, mesh, params)
+        assert jax.tree.leaves(params)[0].is_deleted()
+        compiled = jax.jit(
+            lambda u, s, p: tx.update(u, s, p),
+            out_shardings=layout.shardings((state.params, state.opt_state)),
+        ).lower(state.params, state.opt_state, state.params).compile()  # fmt: skip
+        updates, opt_state = compiled(
+            jax.tree.map(jnp.sin, state.params), state.opt_state, state.params
+        )
+        new = optax.apply_updates(state.params, updates)
+    assert not collectives(compiled)
+    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(layout.shardings(like))):
+        assert x.sharding.is_equivalent_to(s, x.ndim)
+    norms = opt_state[-1].inner_states["all"].inner_state.norms
+    for n in jax.tree.leaves(norms):
+        np.testing.assert_allclose(n, 3, rtol=1e-6)
+    assert max(jax.tree.leaves(sphere_deviation(new, axes, 3.0))) < 3e-6
+    assert max(jax.tree.leaves(angle_turned(state.params, new, axes).largest)) > 0.05
 
 
 def test_the_projection_keeps_types_and_shardings_on_an_explicit_mesh():

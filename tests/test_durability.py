@@ -1,5 +1,6 @@
 """What may change when a run goes on, other runs' weights, and errors while a run is under way."""
 
+import dataclasses
 import errno
 import json
 import math
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 from data_helpers import ROOT, write_array_record, write_bin
@@ -24,7 +26,11 @@ from test_training import numbers, rows, stop_in_evaluation
 from ngpt_jax.checkpoint import saving
 from ngpt_jax.config import CheckpointConfig, ConfigError
 from ngpt_jax.data.tokenizers import base
-from ngpt_jax.training import evaluator, loop, saver, workdir
+from ngpt_jax.model.params import param_tree
+from ngpt_jax.optim.schedules import make_schedule
+from ngpt_jax.optim.transformations import scale_by_adam, scale_by_learning_rate
+from ngpt_jax.projection import keep_params_on_sphere
+from ngpt_jax.training import evaluator, layout, loop, saver, setup, workdir
 from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
@@ -97,8 +103,6 @@ def begun(finished, small, tmp_path):
 )
 def test_what_may_change(small, field, value, kind):
     if field == "init_from":
-        import dataclasses
-
         new = dataclasses.replace(small(), init_from=value)
     else:
         new = small(**{field: value})
@@ -271,8 +275,6 @@ def test_where_nobody_reads_what_is_said(tmp_path):
 def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
     folder, fields = begun
     config = small(**fields | {"train.steps": 1, "optimizer.learning_rate": 1e-30})
-    import dataclasses
-
     for path in (folder, folder / "checkpoints/4"):
         new = dataclasses.replace(config, init_from=str(path))
         assert loop.train(new, tmp_path / f"new{path.name}") == 0
@@ -295,6 +297,50 @@ def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
     other = dataclasses.replace(small(**fields), init_from=str(folder))
     with pytest.raises(ConfigError, match=r"init_from=.*: data.tokenizer .* is not the one"):
         loop.train(other, tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_initial_norms_are_kept_on_resume_and_are_those_of_weights_taken(
+    small, tmp_path, monkeypatch
+):
+    """Frobenius norms, which differ between seeds."""
+
+    def with_norms(config):
+        schedule = make_schedule(config.optimizer, config.train.steps)
+        axes = jax.tree.map(
+            lambda p: tuple(range(len(p.axes))) if p.is_matrix else None, param_tree(config.model)
+        )
+        steps = scale_by_adam(0.9, 0.95, 1e-8), scale_by_learning_rate(schedule)
+        return optax.chain(*steps, keep_params_on_sphere(axes, "initial")), schedule
+
+    monkeypatch.setattr(layout, "make_optimizer", with_norms)
+    monkeypatch.setattr(setup, "make_optimizer", with_norms)
+
+    def norms(state):
+        named = ocp.tree.to_flat_dict(state["opt_state"][2]["norms"], sep="/")
+        return {name: float(x.squeeze()) for name, x in named.items() if np.size(x)}
+
+    def frobenius(state):
+        named = ocp.tree.to_flat_dict(state["params"], sep="/")
+        return {name: float(np.linalg.norm(named[name])) for name in norms(state)}
+
+    fields = {"model.kind": "gpt", "train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 9}
+    first, config = tmp_path / "first", small(**fields)
+    assert loop.train(config, first) == 0
+    before, whole = arrays(first, 2), arrays(first, 4)
+    assert len(norms(whole)) > 5
+    for state in (before, whole):
+        assert norms(state) == norms(whole)
+        assert frobenius(state) == pytest.approx(norms(whole), rel=1e-5)
+    shutil.rmtree(first / "checkpoints/4")
+    assert loop.train(config, first) == 0
+    for a, b in zip(*map(jax.tree.leaves, (whole, arrays(first, 4))), strict=True):
+        np.testing.assert_array_equal(a, b)
+    other = small(**fields | {"train.seed": 7, "train.steps": 1})
+    assert loop.train(dataclasses.replace(other, init_from=str(first)), tmp_path / "other") == 0
+    state = arrays(tmp_path / "other", 1)
+    assert frobenius(state) == pytest.approx(norms(state), rel=1e-5)
+    assert norms(state) == pytest.approx(norms(whole), rel=1e-5)
 
 
 # --------------------------------------------------------------------------- while a run goes on

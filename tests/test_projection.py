@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from ngpt_jax import sphere
 from ngpt_jax.projection import keep_params_on_sphere, project_params, sphere_deviation
 
 ROOT = Path(__file__).parents[1]
@@ -348,7 +349,9 @@ def test_messages_name_the_mend(name):
         call()
 
 
-@pytest.mark.parametrize("radius", [{"w": 2.0}, None, "2", -1.0, np.float32(-2), 1j, np.array(1j)])
+@pytest.mark.parametrize(
+    "radius", [{"w": "2"}, {"w": -2.0}, None, "2", -1.0, np.float32(-2), 1j, np.array(1j)]
+)
 @pytest.mark.parametrize(
     "call", [lambda r: keep_params_on_sphere({"w": 0}, r),
              lambda r: project_params({"w": W}, {"w": 0}, r),
@@ -699,6 +702,351 @@ def test_deviation_is_in_float32(dtype):
     assert deviation == pytest.approx(off_sphere(params, 0), abs=3e-7)
 
 
+# Radii of other kinds, modes, the exponential map
+
+
+def updated(tx, params, updates, state=None):
+    """Parameters after one compiled update, and the state."""
+    state = tx.init(params) if state is None else state
+    updates, state = jax.jit(tx.update)(updates, state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def test_the_default_is_the_plain_formula_and_no_more():
+    """Options that are off add nothing to the program."""
+
+    def plain(u, w):
+        moved = w + u.astype(w.dtype)
+        scaled, _, square = sphere.rescale(moved, (0,))
+        inverse = sphere.safe_rsqrt(square)
+        moves = (inverse > 0) | ~jnp.isfinite(moved)
+        r = jnp.asarray(1.0, inverse.dtype)
+        return jnp.where(moves, r * scaled * inverse - w, 0).astype(w.dtype)
+
+    def text(fn):
+        return str(jax.make_jaxpr(fn)(W[::-1], W))
+
+    def of(*args, **options):
+        tx = keep_params_on_sphere(0, *args, **options)
+        assert jax.tree.leaves(tx.init(W)) == []
+        return text(lambda u, w: tx.update(u, optax.EmptyState(), w)[0])
+
+    assert of() == of(1.0, mode="sphere", retraction="normalize") == text(plain)
+    assert of(mode="ball") != text(plain)
+
+
+RADII = {
+    "number": (2.0, [2.0, 2.0, 2.0]),
+    "array": (np.float32([0.5, 2, 3]), [0.5, 2, 3]),
+    "kept dimensions": (np.float32([[0.5, 2, 3]]), [0.5, 2, 3]),
+    "tree": ({"w": 3.0, "b": None, "none": 1.0}, [3.0, 3.0, 3.0]),
+    "tree of arrays": ({"w": jnp.array([1.0, 2, 3]), "b": 7, "none": None}, [1.0, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("name", RADII)
+def test_radii(name):
+    radius, expected = RADII[name]
+    axes, params = {"w": 0, "b": None, "none": 0}, {"w": W, "b": B, "none": None}
+    updates = {"w": W[::-1], "b": B, "none": None}
+    params = jax.jit(lambda p: project_params(p, axes, radius))(params)
+    np.testing.assert_allclose(norms(params["w"], 0), expected, rtol=1e-6)
+    new, _ = updated(keep_params_on_sphere(axes, radius), params, updates)
+    np.testing.assert_allclose(norms(new["w"], 0), expected, rtol=1e-6)
+    assert sphere_deviation(new, axes, radius)["w"] < 1e-6
+    assert sphere_deviation(new, axes, 9.0)["w"] == pytest.approx(9 - min(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("radius", "match"),
+    [
+        (np.ones((4, 3)), r"radius must broadcast against the norms, here of shape \(1, 3\); got"),
+        (np.ones((2, 1, 3)), "radius must broadcast"),
+        (np.ones(4), "radius must broadcast"),
+        ({"w": np.ones(4), "b": 1.0}, "radius must broadcast"),
+        ({"w": None, "b": 1.0}, "radius must have a number or an array for each leaf"),
+        ({"w": 1.0}, "radius must be one number or array, or have the structure of params"),
+        ([1.0, 1.0], "radius must be one number or array, or have the structure of params"),
+    ],
+)
+@pytest.mark.parametrize("retraction", ["normalize", "exp"])
+def test_radii_that_do_not_fit_are_refused(radius, match, retraction):
+    params, axes = {"w": W, "b": B}, {"w": 0, "b": None}
+    tx = keep_params_on_sphere(axes, radius, retraction=retraction)
+    for call in (
+        lambda: tx.update(params, tx.init(params), params),
+        lambda: project_params(params, axes, radius),
+        lambda: sphere_deviation(params, axes, radius),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"mode": "cube"}, 'mode must be "sphere", "ball" or "brake"'),
+        ({"retraction": "polar"}, 'retraction must be "normalize" or "exp"'),
+        ({"retraction": "exp", "mode": "ball"}, "not with mode='ball'"),
+        ({"retraction": "exp", "mode": "brake", "shares": (0, 1)}, "not with mode='brake'"),
+        ({"mode": "brake"}, r'mode="brake" needs shares=\(outward, inward\)'),
+        ({"shares": (0, 1)}, "and no other mode does"),
+        ({"mode": "ball", "shares": (0, 1)}, "and no other mode does"),
+        ({"mode": "brake", "shares": 0.5}, "shares must be a pair"),
+        ({"mode": "brake", "shares": (0, 0.5, 1)}, "shares must be a pair"),
+        ({"mode": "brake", "shares": (0, 1.5)}, "shares must not be above 1"),
+        ({"mode": "brake", "shares": (-0.5, 1)}, "shares must not be negative"),
+        ({"mode": "brake", "shares": (0, 1), "radius": 2.0}, "leave out radius"),
+        ({"mode": "brake", "shares": (0, 1), "radius": "initial"}, "leave out radius"),
+        ({"mode": "brake", "shares": (0, 1), "radius": {"w": 1.0}}, "leave out radius"),
+        ({"radius": "first"}, "radius must be a number"),
+    ],
+)
+def test_options_that_do_not_go_together(options, match):
+    with pytest.raises((ValueError, TypeError), match=match) as e:
+        keep_params_on_sphere({"w": 0}, **options)
+    assert "\n" not in str(e.value)
+
+
+# Of a convolution's kernel (height, width, in, out) one vector an output channel; of a matrix one.
+@pytest.mark.parametrize(("shape", "axis"), [((3, 3, 4, 8), (0, 1, 2)), ((6, 5), (0, 1))])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_initial_norms_over_several_axes(dtype, shape, axis):
+    kept = tuple(1 if i in axis else n for i, n in enumerate(shape))
+    with jax.enable_x64(True):
+        params = normal(*shape, dtype=dtype)
+        tx = keep_params_on_sphere(axis, "initial")
+        state = jax.jit(tx.init)(params)
+        assert jax.eval_shape(tx.init, params).norms.shape == state.norms.shape == kept
+        assert state.norms.dtype == ("float64" if dtype == "float64" else "float32")
+        new = params
+        for seed in range(1, 4):
+            new, state = updated(tx, new, 0.3 * normal(*shape, seed=seed, dtype=dtype), state)
+    first = norms(params, axis)
+    np.testing.assert_allclose(norms(new, axis), first, rtol=2 * TOLERANCE[dtype])
+    np.testing.assert_allclose(np.squeeze(f64(state.norms)), first, rtol=2e-6)
+    assert np.abs(f64(new) - f64(params)).max() > 0.3
+
+
+def test_initial_norms_in_the_state():
+    node = optax.MaskedNode()
+    params = {"w": jnp.asarray(W), "b": B, "none": None, "masked": node}
+    axes = {"w": 0, "b": None, "none": 0, "masked": {"any": 1}}
+    tx = keep_params_on_sphere(axes, "initial")
+    state = tx.init(params)
+    assert {**state.norms, "w": None} == {"w": None, "b": node, "none": node, "masked": node}
+    updates, same = tx.update(params, state, params)
+    assert same is state and updates["none"] is None and updates["masked"] == node
+    assert updates["b"] is B
+    # The norms of the state are radii for the other two functions.
+    back = project_params({**params, "w": 3 * params["w"]}, axes, state.norms)
+    np.testing.assert_allclose(back["w"], W, rtol=1e-6)
+    assert sphere_deviation(back, axes, state.norms)["w"] < 1e-6
+
+
+@pytest.mark.parametrize("mode", ["sphere", "ball"])
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_vectors_that_are_zero_at_first_are_left_free(transform, mode):
+    tx = keep_params_on_sphere(0, "initial", mode=mode)
+    params = jnp.array([[3.0, 0], [4, 0]])
+    state = transform(tx.init)(params)
+    np.testing.assert_array_equal(state.norms, [[5, 0]])
+    new, state = updated(tx, params, jnp.array([[4.0, 6], [3, 8]]), state)
+    np.testing.assert_allclose(new, [[5 / 2**0.5, 6], [5 / 2**0.5, 8]], rtol=1e-6)
+
+
+def test_initial_norms_of_every_size():
+    params = normal(4, 3) * np.float32([1e-30, 1e30, 1e37])
+    u = normal(4, 3, seed=1) * np.float32([1e-30, 1e30, 1e37])
+    new, _ = updated(keep_params_on_sphere(0, "initial"), params, u)
+    np.testing.assert_allclose(norms(new, 0), norms(params, 0), rtol=1e-6)
+
+
+def test_vectors_in_the_ball_are_left_alone():
+    """To the bit; those outside go to its surface."""
+    params = jnp.asarray(W) * np.float32([0.1, 1, 4])
+    u = 0.01 * normal(4, 3, seed=1)
+    tx = keep_params_on_sphere(0, 3.0, mode="ball")
+    updates, _ = jax.jit(tx.update)(u, tx.init(params), params)
+    inside = norms(f64(params) + f64(u), 0) < 3
+    assert list(inside) == [True, True, False]
+    np.testing.assert_array_equal(updates[:, inside], u[:, inside])
+    assert off_sphere((params + updates)[:, ~inside], 0, 3.0) < 1e-6
+
+
+@pytest.mark.parametrize("as_tree", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_ball_of_infinite_radius_is_none(dtype, as_tree):
+    """Whatever the numbers are: none becomes NaN that was not."""
+    params, u = normal(8, 6, dtype=dtype), normal(8, 6, seed=1, dtype=dtype)
+    u = u.at[0, 0].set(np.nan).at[0, 1].set(np.inf).at[0, 2].set(-np.inf)
+    u, params = u.at[:, 3].set(-params[:, 3]), params.at[:, 4].set(0)
+    u = u.at[:, 5].set(3e38)  # its norm is infinite in float32
+    tx = keep_params_on_sphere([0], [np.inf] if as_tree else np.inf, mode="ball")
+    updates, _ = jax.jit(tx.update)([u], tx.init([params]), [params])
+    np.testing.assert_array_equal(f64(updates[0]), f64(u))
+
+
+def test_a_ball_of_radius_zero():
+    new, _ = updated(keep_params_on_sphere(0, 0.0, mode="ball"), jnp.eye(2), jnp.ones((2, 2)))
+    np.testing.assert_array_equal(new, np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0), (0.25, 0.5)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_brake_keeps_a_share_of_each_change(dtype, shares):
+    with jax.enable_x64(True):
+        params = normal(8, 40, dtype=dtype) * np.geomspace(0.1, 10, 40).astype(dtype)
+        u = normal(8, 40, seed=1, dtype=dtype)
+        new, _ = updated(keep_params_on_sphere(0, mode="brake", shares=shares), params, u)
+    old, moved = norms(params, 0), f64(params) + f64(u)
+    free = norms(moved, 0)
+    assert (free > old).any() and (free < old).any()
+    expected = old + np.where(free > old, *shares) * (free - old)
+    off = TOLERANCE[dtype] * (1 + free + old)
+    assert (np.abs(norms(new, 0) - expected) < off).all()
+    if shares == (1.0, 1.0):  # free, to the bit
+        np.testing.assert_array_equal(f64(new), f64(params + u))
+    if shares == (0.0, 1.0):
+        assert (norms(new, 0) < old + off).all()
+    if shares[0] == 0.0:  # where the norm would have grown it is kept
+        plain = old * moved / free
+        grows = free > old
+        assert (np.abs(f64(new) - plain) < off)[:, grows].all()
+
+
+def test_the_brake_at_zero():
+    """A zero vector grows by the outward share; one sent to zero shrinks where it is."""
+    params, u = jnp.array([[0.0, 3], [0, 4]]), jnp.array([[1.0, -3], [0, -4]])
+    new, _ = updated(keep_params_on_sphere(0, mode="brake", shares=(0.25, 0.5)), params, u)
+    np.testing.assert_allclose(new, [[0.25, 1.5], [0, 2]], rtol=1e-6)
+    new, _ = updated(keep_params_on_sphere(0, mode="brake", shares=(0.0, 0.0)), params, u)
+    np.testing.assert_array_equal(new, params)
+
+
+def test_the_brake_inside_inject_hyperparams():
+    """Which fills in the radius that was not given."""
+    inject = optax.inject_hyperparams(keep_params_on_sphere, static_args="axes")
+    new, _ = updated(inject(0, mode="brake", shares=(0.0, 0.0)), jnp.asarray(W), W[::-1])
+    np.testing.assert_allclose(norms(new, 0), norms(W, 0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "options",
+    [{"mode": "ball"}, {"mode": "brake", "shares": (0, 0)}, {"mode": "brake", "shares": (1, 1)},
+     {"radius": "initial"}, {"retraction": "exp"}],
+    ids=str,
+)  # fmt: skip
+def test_a_diverged_update_is_visible_with_each_option(options, bad):
+    u = jnp.array([[bad, 1.0], [0.0, 1.0]])
+    new, _ = updated(keep_params_on_sphere(0, **options), jnp.eye(2), u)
+    assert not np.isfinite(new[:, 0]).all() and np.isfinite(new[:, 1]).all()
+
+
+def exponential(w, u, radius, axis):
+    """By the formula, in the dtype given."""
+    size = np.sqrt(np.sum(w * w, axis, keepdims=True))
+    t = u - np.sum(w * u, axis, keepdims=True) / size**2 * w
+    length = np.sqrt(np.sum(t * t, axis, keepdims=True))
+    return radius * (np.cos(length / radius) * w / size + np.sin(length / radius) * t / length)
+
+
+@pytest.mark.parametrize("radius", [1.0, 2.5])
+@pytest.mark.parametrize("axis", [-1, (0, 2)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_the_exponential_map(dtype, axis, radius):
+    with jax.enable_x64(True):
+        params = project_params(normal(4, 5, 6, dtype=dtype), axis, radius)
+        u = (normal(4, 5, 6, seed=1) * np.geomspace(1e-3, 3, 5)[:, None]).astype(dtype)
+        new, _ = updated(keep_params_on_sphere(axis, radius, retraction="exp"), params, u)
+    expected = exponential(f64(params), f64(u), radius, axis)
+    tolerance = 2 * radius * TOLERANCE[dtype]
+    np.testing.assert_allclose(f64(new), expected, rtol=0, atol=tolerance)
+    assert off_sphere(new, axis, radius) < tolerance
+
+
+def test_the_exponential_map_at_its_ends():
+    """A zero or radial update, a zero vector, huge and tiny steps, NaN; and a radius of zero."""
+    params = jnp.array([[0.6], [0.8]]) * jnp.ones(7)
+    params = params.at[:, 3:5].set(0)
+    u = jnp.zeros((2, 7)).at[:, 1].set(5 * params[:, 1]).at[:, 2].set(jnp.array([-8e36, 6e36]))
+    u = u.at[:, 4].set(jnp.array([0, 9.0])).at[:, 5].set(jnp.array([-8e-30, 6e-30]))
+    u = u.at[:, 6].set(3e38 * params[:, 6])
+    new, _ = updated(keep_params_on_sphere(0, retraction="exp"), params, u)
+    np.testing.assert_allclose(new[:, jnp.array([0, 1, 5])], params[:, :3], atol=1e-7)
+    assert off_sphere(new[:, jnp.array([2, 6])], 0) < 1e-6
+    np.testing.assert_allclose(new[:, 3:5], [[0, 0], [0, 1]], atol=1e-7)
+    none, _ = updated(keep_params_on_sphere(0, 0.0, retraction="exp"), params, u)
+    np.testing.assert_array_equal(none, np.zeros((2, 7)))
+
+
+def test_derivatives_of_the_exponential_map():
+    """Against autodiff of the plain formula in float64; at u = 0 the derivative is exact."""
+
+    def plain(w, u):
+        size = jnp.linalg.norm(w, axis=0)
+        t = (u - jnp.sum(w * u, 0) / size**2 * w) / 2.5
+        length = jnp.linalg.norm(t, axis=0)
+        return jnp.cos(length) * w / size + jnp.sin(length) * t / length
+
+    def ours(w, u):
+        return sphere.exponential(w, u, 2.5, 0)
+
+    with jax.enable_x64(True):
+        w, u, g = (normal(6, 3, seed=seed, dtype="float64") for seed in range(3))
+        found = [jax.jit(lambda w, u, f=f: jax.vjp(f, w, u)[1](g))(w, u) for f in (ours, plain)]
+        for a, b in zip(*found, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+        w = project_params(w, 0)
+        _, at_zero = jax.jit(lambda w, u: jax.vjp(ours, w, u)[1](g))(w, 0 * u)
+        np.testing.assert_allclose(at_zero, sphere.tangent(w, g, 0) / 2.5, atol=1e-14)
+
+
+KEEPERS = {
+    "initial": keep_params_on_sphere(AXES, "initial"),
+    "ball": keep_params_on_sphere(AXES, 1.5, mode="ball"),
+    "brake": keep_params_on_sphere(AXES, mode="brake", shares=(0.1, 0.5)),
+    "exp": keep_params_on_sphere(AXES, retraction="exp"),
+    "tree": keep_params_on_sphere(AXES, {"kernel": 2.0, "scale": None, "bias": None}),
+}
+ONLY = {"kernel": True, "scale": False, "bias": False}
+
+
+@pytest.mark.parametrize("name", KEEPERS)
+def test_training_with_other_options(name):
+    """In scans, chain, masked, partition and MultiSteps: a norm goes where the option lets it."""
+    keeper = KEEPERS[name]
+    last = optax.chain(optax.adam(0.1), keeper)
+    params = {"kernel": normal(6, 4), "scale": jnp.ones(4), "bias": jnp.zeros(4)}
+    for tx in (
+        optax.MultiSteps(optax.chain(optax.adam(0.15), keeper), 2).gradient_transformation(),
+        optax.chain(optax.adam(0.1), optax.masked(keeper, ONLY)),
+        optax.partition({"sphere": last, "flat": optax.sgd(0.1)}, LABELS),
+    ):
+        losses, _, history = train(tx, params, linear_loss)
+        assert losses[-1] < 0.5 * losses[0]
+        sizes = norms(history["kernel"], 1)[2:]
+        if name == "brake":
+            changes = np.abs(np.diff(sizes, axis=0))
+            assert changes.max() > 1e-3
+        elif name == "ball":
+            assert sizes.max() < 1.5 + 2e-6 and sizes.min() < 1.49
+        else:
+            expected = {"initial": norms(params["kernel"], 0), "exp": 1.0, "tree": 2.0}[name]
+            np.testing.assert_allclose(sizes, np.broadcast_to(expected, sizes.shape), rtol=2e-6)
+
+
+def test_optax_maps_over_the_norms_of_its_state():
+    """With the placeholder of optax.tree.map_params too."""
+    tx = optax.chain(optax.adam(1e-3), keep_params_on_sphere({"w": 0, "b": 0}, "initial"))
+    names = optax.tree.map_params(
+        tx, lambda _, name: name, tx.init({"w": W, "b": B}), {"w": "w", "b": "b"},
+        transform_non_params=lambda _: None,
+    )  # fmt: skip
+    assert names[1].norms == {"w": "w", "b": "b"}
+
+
 # Fresh processes
 
 SHARDING = """
@@ -789,6 +1137,7 @@ def test_vectors_cut_inside_shard_map(sharded):
     ("module", "unwanted"),
     [
         ("ngpt_jax.projection", ["flax", "grain", "orbax", "tensorflow_datasets"]),
+        ("ngpt_jax.directions", ["flax", "grain", "orbax", "tensorflow_datasets"]),
         ("ngpt_jax.sphere", ["flax", "grain", "orbax", "tensorflow_datasets", "optax"]),
     ],
 )
