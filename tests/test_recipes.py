@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from ngpt_jax.config import ConfigError, from_saved, to_json
@@ -18,7 +20,7 @@ from ngpt_jax.optim.recipes import RECIPES, make_optimizer
 from ngpt_jax.optim.transformations import keep_state_unless_ok, scale_by_adam
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
-from ngpt_jax.training import layout
+from ngpt_jax.training import layout, loop
 from ngpt_jax.training.step import _loss_and_grads
 from ngpt_jax.training.workdir import changes
 
@@ -170,6 +172,21 @@ def test_another_recipe_on_resume_is_the_runs_own_and_refused(tiny):
     for recipe, kind in CASES:
         config = make(tiny, recipe, kind)
         assert from_saved(to_json(config)) == config
+
+
+def test_a_run_of_muon_goes_on_bit_for_bit(small, tmp_path):
+    """Its state has no second moment of the matrices, and no momentum of the rest."""
+    run = tmp_path / "run"
+    fields = {"model.layers": 1, "train.steps": 4, "checkpoint.every": 2, "checkpoint.keep": 9}
+    config = small(**fields, **{"optimizer.recipe": "muon"})
+    assert loop.train(config, run) == 0
+    whole = ocp.PyTreeCheckpointer().restore(run / "checkpoints/4/state")
+    shutil.rmtree(run / "checkpoints/4")
+    assert loop.train(config, run) == 0
+    again = ocp.PyTreeCheckpointer().restore(run / "checkpoints/4/state")
+    jax.tree.map(np.testing.assert_array_equal, whole, again)
+    with pytest.raises(ConfigError, match="holds another run .*optimizer.recipe: 'muon' -> 'ngpt'"):
+        loop.train(small(**fields), run)
 
 
 def test_a_run_from_before_the_recipes_goes_on(tiny):
