@@ -108,15 +108,27 @@ def test_updates_equal_numpy_for_each_matrix(x64, tiny, kind, heads, scan):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 
-def test_the_direction_is_that_of_optax(x64):
-    """But for the scale and their bias correction, which changes the share of the last gradient."""
-    g = jax.random.normal(jax.random.key(0), (3, 8, 5), jnp.float64)
-    numbers = MuonDimensionNumbers((1,), (2,))
-    theirs = optax.contrib.scale_by_muon(
-        weight_dimension_numbers=numbers, nesterov=False, eps=1e-30
+@pytest.mark.parametrize("heads", ["together", "apart"])
+def test_the_first_step_is_that_of_optax_with_these_numbers(x64, tiny, heads):
+    """Later steps differ by its bias correction, which changes the share of the last gradient."""
+    config = tiny(**{"optimizer.recipe": "muon", "optimizer.muon_heads": heads,
+                     "optimizer.clip_norm": 0.0, "model.weights": "free",
+                     "optimizer.learning_rate": 0.5})  # fmt: skip
+    params = jax.tree.map(
+        lambda p: jnp.zeros(p.shape(config.model), jnp.float64), param_tree(config.model)
     )
-    expected, _ = theirs.update(g, theirs.init(g))
-    np.testing.assert_allclose(orthogonalize(g, numbers), expected, atol=1e-10)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    grads = jax.tree.map(lambda p: jax.random.normal(next(keys), p.shape, p.dtype), params)
+    theirs = optax.contrib.muon(
+        0.5, consistent_rms=0.2, eps=1e-30,
+        muon_weight_dimension_numbers=dimension_numbers(config.model, heads),
+    )  # fmt: skip
+    ours, _ = make_optimizer(config)
+    found, _ = jax.jit(ours.update)(grads, ours.init(params), params, step=0)
+    expected, _ = jax.jit(theirs.update)(grads, theirs.init(params), params)
+    for name in MATRICES:
+        a, b = found["layers"][name], expected["layers"][name]
+        np.testing.assert_allclose(a, b, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e30])

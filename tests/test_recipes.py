@@ -1,6 +1,7 @@
 """Every recipe for both models: it learns, keeps its state where told, and is cut over meshes."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -89,6 +90,39 @@ def test_learns_and_keeps_its_state_where_told(tiny, start, recipe, kind):
         assert max(map(float, jax.tree.leaves(off))) < 1e-6
     elif recipe in ("adamh", "muonh"):
         check_norms(config, params, first)
+
+
+def test_adamh_is_the_rule_of_its_paper(tiny):
+    """W <- R n(W - lr R n(u)), with u of Adam, for a matrix of a layer; R is the norm at first."""
+    config = make(tiny, "adamh", "gpt", **{"optimizer.clip_norm": 0.0})
+    own, rng = param_tree(config.model), np.random.default_rng(0)
+    params, *all_grads = (
+        jax.tree.map(lambda p: rng.standard_normal(p.shape(config.model), np.float32), own)
+        for _ in range(3)
+    )
+    tx, adam = make_optimizer(config)[0], optax.scale_by_adam(0.9, 0.95, 1e-8)
+    expected, start, state, theirs = params, params, tx.init(params), adam.init(params)
+    update, direction = jax.jit(tx.update), jax.jit(adam.update)
+
+    def norm(w):
+        return np.linalg.norm(w.reshape(len(w), -1), axis=1).reshape(-1, *[1] * (w.ndim - 1))
+
+    def step(p, w, u, w0):
+        if p.group in ("vector", "input_table"):
+            return w - 2e-2 * np.asarray(u)
+        w, u, w0 = (
+            np.reshape(x, x.shape if p.axes[0] == "layers" else (1, -1)) for x in (w, u, w0)
+        )
+        moved = w - 2e-2 * norm(w0) * u / norm(u)
+        return (norm(w0) * moved / norm(moved)).reshape(p.shape(config.model))
+
+    for grads in all_grads:
+        updates, state = update(grads, state, params, step=0)
+        params = jax.tree.map(np.add, params, updates)
+        u, theirs = direction(grads, theirs)
+        expected = jax.tree.map(step, own, expected, u, start)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, params, expected)
 
 
 def check_norms(config, params, first):

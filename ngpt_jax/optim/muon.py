@@ -118,6 +118,17 @@ def scale_by_muon(
       A transformation whose ``update`` takes ``ok``, True by default. Where it is False the state
       stays the same bit for bit, and the updates have no meaning.
 
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from optax.contrib import MuonDimensionNumbers
+      >>> from ngpt_jax.optim.muon import scale_by_muon
+      >>> params = {"kernel": jnp.ones((3, 4, 2))}  # layers, read, written
+      >>> numbers = {"kernel": MuonDimensionNumbers((1,), (2,))}
+      >>> tx = optax.chain(scale_by_muon(numbers), optax.scale_by_learning_rate(1e-2))
+      >>> updates, state = tx.update(params, tx.init(params))
+      >>> updates["kernel"].shape
+      (3, 4, 2)
+
     References:
       Jordan, `modded-nanogpt <https://github.com/KellerJordan/modded-nanogpt>`_, 2024
     """
