@@ -90,7 +90,7 @@ def tangent(axes: Axes, axis_name: sphere.AxisName = None) -> optax.GradientTran
       [0. 5.]
 
     References:
-      Absil et al, Optimization Algorithms on Matrix Manifolds, section 3.6.1, 2008
+      Absil et al, Optimization Algorithms on Matrix Manifolds, chapter 3, 2008
     """
 
     def edit(axis, w, u):

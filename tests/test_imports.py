@@ -119,13 +119,7 @@ def test_no_file_is_long():
     assert {name: n for name, n in lines.items() if n > 400} == {}
 
 
-def test_the_two_lowest_files_work_as_a_copy_in_another_package(tmp_path):
-    package = tmp_path / "theirs"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    for name in ("projection.py", "sphere.py"):
-        (package / name).write_text((PACKAGE / name).read_text())
-    code = """
+PAIR = """
 import sys
 import jax.numpy as jnp, optax
 from theirs.projection import keep_params_on_sphere, project_params
@@ -135,4 +129,23 @@ updates, _ = tx.update({"w": jnp.ones((4, 3))}, tx.init(params), params)
 assert jnp.allclose(jnp.linalg.norm(optax.apply_updates(params, updates)["w"], axis=0), 1)
 assert not any(name.split(".")[0] in ("ngpt_jax", "flax") for name in sys.modules)
 """
+THIRD = """
+import sys
+import jax.numpy as jnp
+from theirs.directions import tangent
+tx = tangent(0)
+assert jnp.allclose(tx.update(jnp.ones(3), tx.init(jnp.ones(3)), jnp.ones(3))[0], 0, atol=1e-6)
+assert not any(name.split(".")[0] in ("ngpt_jax", "flax") for name in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "code"), [("projection sphere", PAIR), ("projection sphere directions", THIRD)]
+)
+def test_the_lowest_files_work_as_a_copy_in_another_package(tmp_path, files, code):
+    package = tmp_path / "theirs"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in files.split():
+        (package / f"{name}.py").write_text((PACKAGE / f"{name}.py").read_text())
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
