@@ -45,8 +45,7 @@ def by_hand(config, params, batch, power):
     ("power", "fields"),
     [
         (1.0, {}),
-        (0.5, {"train.accumulate": 2, "model.loss_chunk": 8}),
-        (0.0, {"model.normalize_on_read": True}),
+        (0.5, {"train.accumulate": 2, "model.loss_chunk": 8, "model.normalize_on_read": True}),
     ],
 )
 def test_the_stated_gradient(x64, tiny, power, fields):
