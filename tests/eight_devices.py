@@ -136,6 +136,13 @@ def test_scales_without_channels_and_factors_by_depth_change_nothing(x64):
     assert_same(a, b)
 
 
+def test_muon_and_the_preconditioned_logits_on_a_mesh(x64):
+    fields = {"optimizer__recipe": "muon", "optimizer__logit_gradient": "preconditioned"}
+    a = train(make("ngpt", {"fsdp": 1}, **fields), jax.devices()[:1])
+    b = train(make("ngpt", {"fsdp": 2, "tensor": 2, "data": 2}, **fields), jax.devices())
+    assert_same(a, b, atol=1e-7)  # Newton-Schulz steps make small differences larger
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [("ngpt", {"fsdp": 2, "tensor": 2}), ("gpt", {"fsdp": 2, "context": 2})],
@@ -457,7 +464,7 @@ def test_kv_heads_that_do_not_divide_stay_whole():
     specs = layout.param_shardings(config.model, mesh)["layers"]
     assert specs["key_kernel"].spec == P(None, None, None, "fsdp")
     assert specs["query_kernel"].spec == P(None, None, "tensor", "fsdp")
-    table = layout.parameter_table(config.model, mesh)
+    table = layout.parameter_table(config, mesh)
     row = next(line for line in table.splitlines() if line.startswith("layers/up_kernel"))
     assert "-, -, tensor*fsdp" in row
     assert row.endswith(f"{2 * 64 * 256 * 8 / 8 / 1024:.1f} KiB")

@@ -71,6 +71,8 @@ def begun(finished, small, tmp_path):
         ("model.s_z.init", 2.0, "the run's own"),
         ("model.param_dtype", "bfloat16", "the run's own"),
         ("optimizer.b2", 0.99, "the run's own"),
+        ("optimizer.recipe", "muon", "the run's own"),
+        ("model.parametrization", "nugpt", "the run's own"),
         ("optimizer.weight_decay", 0.1, "the run's own"),
         ("data.seed", 1, "the run's own"),
         ("data.packing", "best_fit", "the run's own"),
@@ -116,6 +118,9 @@ def test_a_constant_rate_has_no_schedule(small):
     constant = {"optimizer.schedule": "constant"}
     longer = small(**constant, **{"train.steps": 99})
     assert workdir.changes(small(**constant), longer)["free"] == ["train.steps: 12 -> 99"]
+    constant |= {"model.parametrization": "nugpt", "optimizer.base_steps": 6}  # rates follow
+    longer = small(**constant, **{"train.steps": 99})
+    assert workdir.changes(small(**constant), longer)["schedule"] == ["train.steps: 12 -> 99"]
 
 
 @pytest.mark.slow

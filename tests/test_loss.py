@@ -43,6 +43,21 @@ def test_equals_the_plain_loss_with_gradients(x64, chunk):
     assert not np.any(db[1][V:])
 
 
+@pytest.mark.parametrize("options", [("xla",), ("pallas", True)], ids=lambda o: o[0])
+def test_the_gradient_of_hidden_goes_through_the_backward_table(options):
+    hidden, table, targets, weights = inputs()
+    other = jax.random.normal(jax.random.key(9), table.shape)
+
+    def loss(h, t):
+        return cross_entropy(h, t, targets, weights, V, 18, *options, backward_table=other)
+
+    d_hidden, d_table = jax.grad(loss, (0, 1))(hidden, table)
+    logits = jnp.einsum("btd,vd->btv", hidden, table)[..., :V]
+    d_logits = (jax.nn.softmax(logits) - jax.nn.one_hot(targets, V)) * weights[..., None]
+    np.testing.assert_allclose(d_hidden, d_logits @ other[:V], atol=1e-5)
+    np.testing.assert_allclose(d_table[:V], jnp.einsum("btv,btd->vd", d_logits, hidden), atol=1e-5)
+
+
 def test_chunks_divide_the_length_and_bound_the_tokens():
     assert num_chunks(8, 256, 2048) == 1
     assert num_chunks(8, 256, 2047) == 2

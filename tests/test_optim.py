@@ -42,6 +42,24 @@ def test_wsd_is_stable_then_falls_linearly():
     assert r[-1] == 0.0
 
 
+def test_wsd_sqrt_falls_by_the_root_of_the_progress():
+    r = rates(schedule="wsd_sqrt", decay_fraction=0.2, final_fraction=0.1)
+    assert np.all(r[:81] == 2.0)
+    np.testing.assert_allclose(r[80:], 0.2 + 1.8 * (1 - np.sqrt(np.arange(21) / 20)), atol=1e-6)
+
+
+@pytest.mark.parametrize("rho", [0.01, 0.1, 1e3])
+def test_log_is_the_formula(rho):
+    r = rates(schedule="log", log_rho=rho, warmup_steps=20, final_fraction=0.1)
+    np.testing.assert_allclose(r[:20], 2 * np.arange(20) / 20, atol=1e-6)
+    progress = np.arange(81) / 80
+    expected = 0.2 + 1.8 * (1 - np.log(1 + progress / rho) / np.log(1 + 1 / rho))
+    np.testing.assert_allclose(r[20:], expected, atol=1e-5)
+    assert r[-1] == pytest.approx(0.2, abs=1e-6)
+    if rho == 1e3:  # a straight line
+        np.testing.assert_allclose(r[20:], 2 - 1.8 * progress, atol=1e-3)
+
+
 def test_constant():
     assert np.all(rates(schedule="constant") == 2.0)
 

@@ -112,9 +112,6 @@ def bytes_on_gpu():
     config = load_config("experiments/124m.py", [("model.vocab_size", "32000")])
     here = jax.sharding.SingleDeviceSharding(topology_devices("h100:1")[0])
     params = jax.eval_shape(lambda: init_state(config, optax.identity()).params)
-    of_spheres = jax.tree.map(
-        lambda x, a: None if a is None else x, params, unit_axes(config.model)
-    )
 
     def described(tree):
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), tree)

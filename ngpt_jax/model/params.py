@@ -18,6 +18,7 @@ import numpy as np
 from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.config.fields import SCALES
+from ngpt_jax.model.parametrization import initial_value
 
 Axes = tuple[str, ...]
 
@@ -188,8 +189,7 @@ def has_scale(config: ModelConfig, name: str) -> bool:
 
 def scale_factor(config: ModelConfig, name: str) -> float:
     """The effective value of a scale over its stored value (section 2.5)."""
-    spec = getattr(config, name)
-    return spec.init / spec.scale
+    return initial_value(config, name) / getattr(config, name).scale
 
 
 def initial_scale(config: ModelConfig, name: str) -> float:

@@ -120,7 +120,7 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
         ("devices", layout.describe_mesh(mesh)),
         *((f"model.{name}", what) for name, what in told.items()),
         ("memory per device", f"parameters {params},"
-         f" Adam {format_bytes(sizes[1])}, gradients {params},"
+         f" optimizer {format_bytes(sizes[1])}, gradients {params},"
          f" logits of a chunk {format_bytes(logits)}"
          f"{in_memory}; other activations come on top"),
         ("in all", _fits(least, mesh.devices.flat[0])),
@@ -129,4 +129,4 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]
     if tokenizer is not None:
         lines += [f"warning: {line}" for line in size_warnings(config, tokenizer, available)]
-    return "\n".join([layout.parameter_table(model, mesh), "", *lines]), problem
+    return "\n".join([layout.parameter_table(config, mesh), "", *lines]), problem

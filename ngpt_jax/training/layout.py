@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model.parametrization import rate_factor
 from ngpt_jax.model.params import axis_sizes, param_tree
-from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.optim.recipes import make_optimizer, rate_factors
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
 from ngpt_jax.training import choices
@@ -114,16 +115,23 @@ def describe_mesh(mesh: Mesh) -> str:
     return f"mesh: {sizes or 'one device'} over {mesh.size} x {device}{several}"
 
 
-def parameter_table(model: ModelConfig, mesh: Mesh) -> str:
-    """Name, shape, axes, axis of unit norm, group, sharding and bytes per device of parameters."""
-    names = "name", "shape", "axes", "unit norm along", "group", "sharded over", "bytes per device"
-    rows: list[tuple[str, ...]] = [names]
+def parameter_table(config: Config, mesh: Mesh) -> str:
+    """Name, shape, axes, axis of unit norm, group, sharding and bytes per device of parameters.
+
+    Where groups have factors on the learning rate, these stand there too.
+    """
+    model, factors = config.model, rate_factors(config) is not None
+    rows: list[tuple[str, ...]] = [
+        ("name", "shape", "axes", "unit norm along", "group",
+         *(("rate times",) if factors else ()), "sharded over", "bytes per device")
+    ]  # fmt: skip
     params = param_tree(model), abstract_params(model, mesh)
     for p, x in zip(*map(jax.tree.leaves, params), strict=True):
         unit = p.unit_axis if model.weights == "sphere" else None
         along = "-" if unit is None else f"embed (axis {unit})"
         rows.append(
             (p.path, " x ".join(map(str, p.shape(model))), ", ".join(p.axes), along, p.group,
+             *((f"{rate_factor(config, p.group):.4g}",) if factors else ()),
              spec_text(x.sharding.spec), format_bytes(bytes_per_device(x)))
         )  # fmt: skip
     return format_table(rows)

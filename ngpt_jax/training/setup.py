@@ -216,7 +216,7 @@ def open_run(
         say(f"warning: {warning}")
     if mesh.size > 1:
         say(layout.describe_mesh(mesh))
-        say(layout.parameter_table(model, mesh))
+        say(layout.parameter_table(on_mesh, mesh))
     say("; ".join(f"model.{name}: {what}" for name, what in told.items()))
     if restored is not None:
         end = " (the end; delete the folder or choose --workdir to train anew)"

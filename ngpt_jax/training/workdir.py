@@ -41,6 +41,7 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
     """Differences of two configs, by what a change does to a run (config/facts.py)."""
     found: dict[str, list[str]] = {_RUN: [], _SCHEDULE: [], _FREE: []}
     constant = old.optimizer.schedule == new.optimizer.schedule == "constant"
+    constant = constant and old.optimizer.base_steps is None  # else the rate follows the length
     for difference in config_lib.differences(old, new):
         field = difference.field
         # The length of a run without a schedule decides nothing but its end.
