@@ -11,6 +11,7 @@ https://arxiv.org/abs/2410.01131.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,77 @@ def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
     x32, v32 = promote(x), promote(v)
     radial = jnp.sum(x32 * v32, axis=axis, keepdims=True)
     return (v32 - radial * x32).astype(v.dtype)
+
+
+class Parts(NamedTuple):
+    """What :func:`split` returns; ``norm``, ``radial`` and ``scale`` have kept dimensions.
+
+    Attributes:
+      direction: unit vectors w / ||w||, zero where w is.
+      norm: ||w||.
+      radial: <w / ||w||, u> times ``scale``.
+      tangent: the rest of u, at right angles to w to rounding, times ``scale``.
+      scale: the power of two, for each vector, that takes the largest entry of u into [1, 2).
+    """
+
+    direction: jax.Array
+    norm: jax.Array
+    radial: jax.Array
+    tangent: jax.Array
+    scale: jax.Array
+
+
+def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = None) -> Parts:
+    """The parts of u along w and at right angles to it, for vectors of any size.
+
+    Args:
+      w: vectors along ``axis``; those of a zero vector have no radial part.
+      u: vectors of the same shape.
+      axis: the axis or axes of a vector.
+      axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
+
+    Returns:
+      The parts, in at least float32.
+    """
+    scaled, w_scale, square = rescale(w, axis, axis_name)
+    direction = scaled * safe_rsqrt(square)
+    tangent, scale, _ = rescale(u, axis, axis_name)
+    radial = jnp.zeros_like(square)
+    for _ in range(2):  # the second time takes away what rounding left along w
+        left = _dot(direction, tangent, axis)
+        left = left if axis_name is None else jax.lax.psum(left, axis_name)
+        radial, tangent = radial + left, tangent - left * direction
+    return Parts(direction, jnp.sqrt(square) / w_scale, radial, tangent, scale)
+
+
+def exponential(
+    w: jax.Array,
+    u: jax.Array,
+    radius: jax.typing.ArrayLike = 1.0,
+    axis: Axis = -1,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Where the exponential map of the sphere takes w along u, as unit vectors.
+
+    With t the part of u at right angles to w it is
+    ``cos(||t|| / radius) w / ||w|| + sin(||t|| / radius) t / ||t||``, and w / ||w|| at t = 0.
+
+    Args:
+      w: vectors along ``axis``. Instead of a zero vector, which has no great circles, its t counts.
+      u: vectors of the same shape.
+      radius: of the sphere, broadcast against the norms with kept dimensions.
+      axis, axis_name: as in :func:`split`.
+
+    Returns:
+      Vectors in at least float32, of norm 1 to rounding; zero where w and u are.
+    """
+    parts = split(w, u, axis, axis_name)
+    scaled, scale, square = rescale(parts.tangent, axis, axis_name)
+    radius = jnp.asarray(radius, square.dtype)
+    angle = jnp.sqrt(square) / scale / parts.scale / jnp.where(radius > 0, radius, 1)
+    angle = jnp.minimum(angle, jnp.finfo(angle.dtype).max)
+    sine = jnp.where(parts.norm > 0, jnp.sin(angle), 1)
+    return jnp.cos(angle) * parts.direction + sine * scaled * safe_rsqrt(square)
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:

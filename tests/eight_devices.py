@@ -380,7 +380,7 @@ def test_kv_heads_that_do_not_divide_stay_whole():
     specs = layout.param_shardings(config.model, mesh)["layers"]
     assert specs["key_kernel"].spec == P(None, None, None, "fsdp")
     assert specs["query_kernel"].spec == P(None, None, "tensor", "fsdp")
-    table = layout.parameter_table(config.model, mesh)
+    table = layout.parameter_table(config, mesh)
     row = next(line for line in table.splitlines() if line.startswith("layers/up_kernel"))
     assert "-, -, tensor*fsdp" in row
     assert row.endswith(f"{2 * 64 * 256 * 8 / 8 / 1024:.1f} KiB")

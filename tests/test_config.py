@@ -148,7 +148,10 @@ def test_describe_lists_every_field_with_type_and_meaning():
             r"data.paths is for data.source=text, tfds, hub, array_record, bin, not stdlib; leave",
         ),
         ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
-        ("optimizer.schedule=linear", r"optimizer.schedule must be one of cosine, wsd, constant"),
+        (
+            "optimizer.schedule=linear",
+            r"optimizer.schedule must be one of cosine, wsd, wsd_sqrt",
+        ),
         ("optimizer.warmup_share=0.9999", r"optimizer.warmup_steps = 700 must be below"),
         ("optimizer.warmup_share=1", r"optimizer.warmup_share must lie in \[0, 1\)"),
         (

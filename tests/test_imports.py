@@ -35,6 +35,7 @@ ROOMS = (
     "files",
     "signals",
     "errors",
+    "directions",
     "projection",
     "sphere",
 )

@@ -6,6 +6,7 @@ digests of a study's rows (study/results.py).
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,6 +48,7 @@ NOT_NEGATIVE = Allowed("must not be negative", ">= 0", lambda x: x >= 0)
 FRACTION = Allowed("must lie in [0, 1]", "in [0, 1]", lambda x: 0 <= x <= 1)
 BELOW_1 = Allowed("must lie in [0, 1)", "in [0, 1)", lambda x: 0 <= x < 1)
 BETWEEN_0_AND_1 = Allowed("must lie between 0 and 1", "in (0, 1)", lambda x: 0 < x < 1)
+ANGLE = Allowed("must lie in (0, pi]", "in (0, pi]", lambda x: 0 < x <= math.pi)
 SEED = Allowed(  # jax keeps only the lowest 32 bits of a seed
     f"must be a whole number from 0 to {2**32 - 1}",
     "from 0 to 2^32 - 1",

@@ -10,10 +10,8 @@ from typing import Any
 from ngpt_jax.config.facts import (
     ANY,
     AXIS,
-    BELOW_1,
     BETWEEN_0_AND_1,
     FOLDER,
-    FRACTION,
     FREE,
     NEUTRAL,
     NOT_NEGATIVE,
@@ -26,6 +24,7 @@ from ngpt_jax.config.facts import (
     one_of,
     section,
 )
+from ngpt_jax.config.optimizer import OptimizerConfig
 from ngpt_jax.config.sources import SOURCES
 
 
@@ -38,7 +37,9 @@ class Scale:
     """
 
     init: float = field(1.0, ANY, OWN, "effective value at the start")
-    scale: float | None = field(None, POSITIVE, OWN, "raw value at the start; None: 1/sqrt(width)")
+    scale: float | None = field(
+        None, POSITIVE, OWN, "raw value at the start; None: 1/sqrt(width), 0.03 with nugpt"
+    )
     form: str | None = field(
         None, one_of("none", "vector"), OWN, "one value per channel (vector), or no such scale"
     )
@@ -98,6 +99,18 @@ class ModelConfig:
         "free, or sphere: matrices consist of unit vectors along the embed axis, at the start and,"
         " with optimizer.project, after each step",
     )  # fmt: skip
+    parametrization: str = field(
+        "ngpt", one_of("ngpt", "nugpt", "root_width"), OWN,
+        "how rates and scales follow the model's shape. ngpt: the paper's, one rate for all;"
+        " nugpt: that of nuGPT, from a base shape; root_width: rates times"
+        " (width/base_width)^-1/2",
+    )  # fmt: skip
+    base_width: int | None = field(
+        None, POSITIVE, OWN, "nugpt, root_width: the width that rates and scales are given for"
+    )
+    base_layers: int | None = field(
+        None, POSITIVE, OWN, "nugpt: the layers that alpha's init is given for; None: layers"
+    )
     rms_eps: float = field(1e-6, NOT_NEGATIVE, OWN, "epsilon of RMSNorm")
     init_std: float | None = field(
         None, POSITIVE, OWN, "initial standard deviation of free matrices", always_in_digest=True
@@ -141,40 +154,6 @@ class ModelConfig:
         None, POSITIVE, NEUTRAL,
         "tokens per device whose logits exist at one time in the loss; None or auto: by memory",
     )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    learning_rate: float = field(1e-3, POSITIVE, SCHEDULE, "peak")
-    schedule: str = field(
-        "cosine", one_of("cosine", "wsd", "constant"), SCHEDULE,
-        "of the learning rate, after the warm-up. wsd: constant, then a linear decay",
-    )  # fmt: skip
-    warmup_steps: int | None = field(
-        None, NOT_NEGATIVE, SCHEDULE, "steps of warm-up; see warmup_share", always_in_digest=True
-    )
-    warmup_share: float | None = field(
-        None, BELOW_1, SCHEDULE, "warm-up over the length of the run; give this or warmup_steps"
-    )
-    final_fraction: float = field(
-        0.0, FRACTION, SCHEDULE, "learning rate at the end over the peak (cosine, wsd)"
-    )
-    decay_fraction: float = field(0.2, FRACTION, SCHEDULE, "share of the steps in which wsd decays")
-    b1: float = field(0.9, BELOW_1, OWN, "Adam's decay of the first moment")
-    b2: float = field(0.95, BELOW_1, OWN, "Adam's decay of the second moment")
-    eps: float = field(1e-8, POSITIVE, OWN, "Adam's epsilon, outside the root")
-    weight_decay: float | None = field(
-        None, NOT_NEGATIVE, OWN, "weight decay of matrices", always_in_digest=True
-    )
-    clip_norm: float = field(
-        1.0, NOT_NEGATIVE, OWN, "gradient clipping: largest global norm; 0: no clipping"
-    )
-    clip_eps: float = field(
-        0.0, NOT_NEGATIVE, OWN, "added to the norm to clip: 0 as in optax, 1e-6 as in PyTorch"
-    )
-    project: bool | None = field(
-        None, ANY, OWN, "put matrices back onto the sphere after each step (model.weights=sphere)"
-    )
 
 
 # A run and a study know the text and the tokenizer by fingerprints. So these fields may change.
@@ -369,7 +348,7 @@ class Config:
         None, TEXT, FREE, "a run's folder, or one of its checkpoints, whose weights a new run takes"
     )
     model: ModelConfig = section(ModelConfig, "the network")
-    optimizer: OptimizerConfig = section(OptimizerConfig, "Adam and its schedule")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "the optimizer and its schedule")
     data: DataConfig = section(DataConfig, "text and tokens")
     train: TrainConfig = section(TrainConfig, "the run")
     mesh: MeshConfig = section(MeshConfig, "how devices share model and batch")

@@ -10,17 +10,50 @@ from collections.abc import Mapping
 from typing import Any
 
 from ngpt_jax.config.fields import Config
+from ngpt_jax.config.recipes import RECIPES, reads
 
 
 def _alpha_form(config: Config) -> str:
     return "none" if config.model.residual == "add" else "vector"
 
 
+def _where_read(option: str, value: Any) -> Any:
+    """A value for the recipes that read the option, None for the others."""
+    return lambda c: value if reads(c.optimizer.recipe, option) else None
+
+
+def _for_2026(value: Any, otherwise: Any) -> Any:
+    return lambda c: value if c.optimizer.recipe == "ngpt2026" else otherwise
+
+
+def _momentum(config: Config) -> float | None:
+    recipe = RECIPES.get(config.optimizer.recipe or "")
+    return recipe.momentum if recipe else None
+
+
+def _weight_decay(config: Config) -> float:
+    """GPT's: 0.1, but 0 where the recipe keeps the norms of the weights."""
+    recipe = config.optimizer.recipe
+    keeps = config.model.weights == "sphere" and recipe not in ("ngpt", "adamw")
+    return 0.0 if keeps or not reads(recipe, "weight_decay") else 0.1
+
+
+# Of gated Adam. It has no published value, and this one is ours: what a tenth of the entries of d
+# were below, see scale_by_adam in optim/transformations.py.
+EPS_GATE = 1e-6
+
 # Choices that follow from others, whatever the kind.
 _FOLLOW: Mapping[str, Any] = {
     "model.alpha_a.form": _alpha_form,
     "model.alpha_m.form": _alpha_form,
     "optimizer.project": lambda c: c.model.weights == "sphere",
+    "optimizer.schedule": _for_2026("log", "cosine"),
+    "optimizer.output_rate": lambda c: 0.5 if c.model.parametrization == "nugpt" else 1.0,
+    "optimizer.momentum": _momentum,
+    "optimizer.muon_heads": _where_read("muon_heads", "together"),
+    "optimizer.gate": _where_read("gate", 0.5),
+    "optimizer.eps_gate": _where_read("eps_gate", EPS_GATE),
+    "optimizer.logit_gradient": _for_2026("preconditioned", "plain"),
 }
 
 _SCALES = ("model.s_qk.form", "model.s_u.form", "model.s_v.form", "model.s_z.form")
@@ -39,7 +72,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "model.weights": "sphere",
         "model.init_std": lambda c: c.model.width**-0.5,
         **dict.fromkeys(_SCALES, "vector"),
-        "optimizer.warmup_steps": 0,
+        "optimizer.recipe": "ngpt",
+        "optimizer.warmup_steps": lambda c: _for_2026(c.train.steps // 10, 0)(c),
         "optimizer.weight_decay": 0.0,
         **_FOLLOW,
     },
@@ -54,8 +88,9 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "model.weights": "free",
         "model.init_std": 0.02,
         **dict.fromkeys(_SCALES, "none"),
+        "optimizer.recipe": "adamw",
         "optimizer.warmup_steps": lambda c: min(2000, c.train.steps // 10),
-        "optimizer.weight_decay": 0.1,
+        "optimizer.weight_decay": _weight_decay,
         **_FOLLOW,
     },
 }

@@ -15,8 +15,16 @@ import ml_collections
 
 from ngpt_jax.config.convert import build, did_you_mean, fields
 from ngpt_jax.config.facts import Allowed, one_of
-from ngpt_jax.config.fields import SCALES, Config, DataConfig, ModelConfig, SourceConfig
+from ngpt_jax.config.fields import (
+    SCALES,
+    Config,
+    DataConfig,
+    ModelConfig,
+    SourceConfig,
+)
+from ngpt_jax.config.optimizer import OptimizerConfig
 from ngpt_jax.config.presets import PRESETS, fill_in
+from ngpt_jax.config.recipes import OPTIONS, RECIPES, reads
 from ngpt_jax.config.sources import SOURCES
 from ngpt_jax.errors import ConfigError
 
@@ -62,6 +70,8 @@ def resolve(config: Config) -> Config:
         f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
     )
     _check_choices(config)
+    _check_recipe(config)
+    _check_parametrization(config)
     return config
 
 
@@ -141,8 +151,9 @@ def _with_sizes(m: ModelConfig) -> ModelConfig:
         m.heads % kv_heads == 0,
         f"model.heads = {m.heads} is not divisible by model.kv_heads = {kv_heads}.",
     )
+    usual = NUGPT_SCALE if m.parametrization == "nugpt" else m.width**-0.5
     scales = {
-        name: dataclasses.replace(getattr(m, name), scale=getattr(m, name).scale or m.width**-0.5)
+        name: dataclasses.replace(getattr(m, name), scale=getattr(m, name).scale or usual)
         for name in SCALES
     }
     mlp_width = m.mlp_width or 4 * m.width
@@ -175,6 +186,86 @@ def _check_choices(config: Config) -> None:
     _require(
         not m.folded or (scaled and not m.normalize_on_read),
         "model.folded needs scales to fold (s_qk, s_u, s_v or s_z) and no normalize_on_read.",
+    )
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+NUGPT_SCALE = 0.03  # the stored value at the start of alpha, s_qk and s_z (about 1/sqrt(1020))
+
+
+def _check_recipe(config: Config) -> None:
+    """Refuses options that the recipe does not read, and those that lack what they need."""
+    o, recipe = config.optimizer, config.optimizer.recipe
+    usual = OptimizerConfig(weight_decay=0.0)
+    for name in OPTIONS:
+        value = getattr(o, name)
+        readers = ", ".join(r for r in RECIPES if reads(r, name))
+        _require(
+            reads(recipe, name) or value == getattr(usual, name),
+            f"optimizer.{name} = {value} is for optimizer.recipe = {readers}, not {recipe}; leave"
+            " it out.",
+        )
+    keeps = recipe in ("adamh", "muonh", "ngpt2026")
+    _require(
+        config.model.weights != "sphere" or bool(o.project) or not keeps,
+        f"optimizer.project must not be false with optimizer.recipe = {recipe}, which keeps the"
+        " norms of weights.",
+    )
+    _require(
+        bool(o.project) or recipe != "ngpt2026",
+        "optimizer.recipe = ngpt2026 is for unit vectors: it needs model.weights = sphere, not"
+        f" {config.model.weights}.",
+    )
+    for name, given in (("tangent", o.tangent != "none"), ("max_angle", o.max_angle is not None)):
+        _require(
+            bool(o.project) or not given,
+            f"optimizer.{name} is for unit vectors: it needs optimizer.project; leave it out.",
+        )
+    _require(
+        not (o.weight_decay and o.project) or recipe in ("ngpt", "adamw"),
+        f"optimizer.weight_decay = {o.weight_decay} pulls along unit vectors, which"
+        f" optimizer.project undoes; optimizer.recipe = {recipe} has none there; leave it out.",
+    )
+    preconditioned = o.logit_gradient == "preconditioned"
+    _require(
+        not preconditioned or config.model.s_z.form != "none",
+        "optimizer.logit_gradient = preconditioned needs model.s_z.",
+    )
+    _require(
+        preconditioned or o.logit_power == usual.logit_power,
+        f"optimizer.logit_power = {o.logit_power} is for optimizer.logit_gradient ="
+        " preconditioned; leave it out.",
+    )
+    _require(
+        o.schedule == "log" or o.log_rho == usual.log_rho,
+        f"optimizer.log_rho = {o.log_rho} is for optimizer.schedule = log, not {o.schedule}; leave"
+        " it out.",
+    )
+
+
+def _check_parametrization(config: Config) -> None:
+    m = config.model
+    bases = {
+        "model.base_width": (m.base_width, ("nugpt", "root_width")),
+        "model.base_layers": (m.base_layers, ("nugpt",)),
+        "optimizer.base_steps": (config.optimizer.base_steps, ("nugpt",)),
+    }
+    for name, (value, readers) in bases.items():
+        _require(
+            value is None or m.parametrization in readers,
+            f"{name} = {value} is for model.parametrization = {', '.join(readers)}, not"
+            f" {m.parametrization}; leave it out.",
+        )
+    _require(
+        m.parametrization == "ngpt" or m.weights == "sphere",
+        f"model.parametrization = {m.parametrization} is for unit vectors: it needs model.weights ="
+        f" sphere, not {m.weights}.",
+    )
+    _require(
+        m.parametrization != "root_width" or m.base_width is not None,
+        "model.parametrization = root_width needs model.base_width; with 1 the learning rate is"
+        " that over sqrt(width).",
     )
 
 

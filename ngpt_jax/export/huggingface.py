@@ -45,7 +45,7 @@ from ngpt_jax.export.reference_layout import pad_vocab
 from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import LoadedModel
 from ngpt_jax.model import folding
-from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab
+from ngpt_jax.model.params import FOLDED_MARK, Param, param_list, real_vocab, scale_factor
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.training.workdir import versions
 
@@ -184,7 +184,9 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": config.rms_eps,
         "folded": config.folded,
         "normalize_on_read": config.normalize_on_read,
-        "scale_factors": {n: s.init / s.scale for n, s in scales.items() if s.form != "none"},
+        "scale_factors": {
+            n: scale_factor(config, n) for n, s in scales.items() if s.form != "none"
+        },
     }
 
 

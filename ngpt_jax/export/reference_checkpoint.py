@@ -28,7 +28,7 @@ from ngpt_jax.export.huggingface import check_tensors, choices
 from ngpt_jax.export.reference_layout import from_reference, to_reference
 from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import LoadedModel
-from ngpt_jax.model.params import Param, param_tree
+from ngpt_jax.model.params import Param, param_tree, scale_factor
 from ngpt_jax.parallel.backend import enable_x64_if_used
 
 POSITION_NOTE = (
@@ -281,10 +281,12 @@ def _as_theirs(model: ModelConfig, params: Any, base_scale: float) -> Any:
     def change(w: jax.Array, param: Param) -> jax.Array:
         if model.normalize_on_read and param.unit_axis is not None:
             return sphere.normalize(w, param.unit_axis)
-        ours, theirs = getattr(model, param.name, None), constants.get(param.name)
-        if theirs is None or ours == theirs:
+        theirs = constants.get(param.name)
+        if theirs is None:
             return w
-        assert ours is not None and theirs.scale is not None
-        return w * (ours.init / ours.scale * theirs.scale / theirs.init)
+        assert theirs.scale is not None
+        factor = scale_factor(model, param.name)
+        same = factor == theirs.init / theirs.scale
+        return w if same else w * (factor * theirs.scale / theirs.init)
 
     return jax.tree.map(change, params, param_tree(model))

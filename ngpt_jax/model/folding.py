@@ -1,6 +1,7 @@
 """The weights that the network computes with: scales multiplied into the matrices."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -10,9 +11,11 @@ import jax.numpy as jnp
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model.attention import softmax_scale
+from ngpt_jax.model.logit_gradient import backward_table, factors, scale_rows
 from ngpt_jax.model.params import (
     FOLDED_MARK,
     TABLE,
+    Param,
     param_tree,
     refuse_folded,
     scale_factor,
@@ -31,7 +34,7 @@ def folded_config(config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(config, folded=folded, normalize_on_read=False, param_dtype=dtype)
 
 
-def fold(config: ModelConfig, params: Any) -> Any:
+def fold(config: ModelConfig, params: Any, logit_power: float | None = None) -> Any:
     """Multiplies scales into the matrices. The logits stay the same but for rounding.
 
     (h W_u) s_u = h (W_u s_u) and (h W_nu) s_nu sqrt(d) = h (W_nu s_nu sqrt(d)) (equations 20, 21);
@@ -42,6 +45,7 @@ def fold(config: ModelConfig, params: Any) -> Any:
     Args:
       config: resolved, of these parameters. Raises ConfigError if they are folded already.
       params: the parameters. A model without scales to fold, such as GPT, gets them back unchanged.
+      logit_power: not None: the output table gets the gradient of :mod:`.logit_gradient`.
 
     Returns:
       The parameters of :func:`folded_config`, in at least float32. The projection and training
@@ -53,11 +57,7 @@ def fold(config: ModelConfig, params: Any) -> Any:
     if new == config:
         return params
 
-    def read(w: jax.Array, p: Any) -> jax.Array:
-        normalized = config.normalize_on_read and p.is_matrix
-        return sphere.promote(sphere.normalize(w, p.axes.index("embed")) if normalized else w)
-
-    top = jax.tree.map(read, params, param_tree(config))
+    top = jax.tree.map(functools.partial(_read, config), params, param_tree(config))
     layers = top["layers"]
 
     def take(tree: dict[str, Any], name: str) -> jax.Array:
@@ -68,13 +68,39 @@ def fold(config: ModelConfig, params: Any) -> Any:
     if "s_v" in layers:
         layers["gate_kernel"] *= take(layers, "s_v")[:, None] * math.sqrt(config.width)
     if "s_z" in top:
-        top["output_embedding"] *= take(top, "s_z")[:, None]
+        s_z = take(top, "s_z")
+        if logit_power is None:
+            top["output_embedding"] *= s_z[:, None]
+        else:
+            factor = _logit_factors(config, s_z, logit_power)
+            top["output_embedding"] = scale_rows(top["output_embedding"], s_z, factor)
     if new.folded:
         shape = (config.layers, config.kv_heads, config.head_dim)
         s_qk = take(layers, "s_qk") if "s_qk" in layers else jnp.ones(shape, new.param_dtype)
         factor = jnp.square(s_qk) * softmax_scale(config)
         layers[FOLDED_MARK] = jnp.repeat(factor, config.heads // config.kv_heads, axis=1)
     return top
+
+
+def _read(config: ModelConfig, w: jax.Array, p: Param) -> jax.Array:
+    normalized = config.normalize_on_read and p.is_matrix
+    return sphere.promote(sphere.normalize(w, p.axes.index("embed")) if normalized else w)
+
+
+def _logit_factors(config: ModelConfig, s_z: jax.Array, power: float) -> jax.Array:
+    assert config.vocab_size is not None
+    return factors(s_z, power, config.vocab_size)
+
+
+def gradient_table(config: ModelConfig, params: Any, logit_power: float) -> jax.Array:
+    """What the gradient of the last hidden states goes through, in the compute dtype.
+
+    It is the output table times the factors of :mod:`.logit_gradient`. ``params`` are not folded.
+    """
+    name = "output_embedding"
+    table = _read(config, params[name], TABLE[name])
+    factor = _logit_factors(config, sphere.promote(params["s_z"]), logit_power)
+    return backward_table(table, factor, config.dtype)
 
 
 def round_matrices(config: ModelConfig, params: Any) -> Any:

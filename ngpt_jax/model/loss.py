@@ -91,11 +91,12 @@ class _Static(NamedTuple):
     with_grads: bool
 
 
-def _scan_chunks(hidden, table, targets, weights, static, cut=False):
+def _scan_chunks(hidden, table, targets, weights, static, cut=False, backward_table=None):
     """On one device: the summed nats and, ``with_grads``, the gradients of hidden and table.
 
-    With ``cut`` the table is this device's shard of the rows along ``tensor``, and the gradient of
-    hidden is the contribution of these rows.
+    The gradient of hidden goes through ``backward_table`` where there is one. With ``cut`` both
+    tables are this device's shards of the rows along ``tensor``, and the gradient of hidden is the
+    contribution of these rows.
     """
     vocab_size, chunk, kernels, interpret, with_grads = static
     tokens, width = targets.size, hidden.shape[-1]
@@ -111,7 +112,8 @@ def _scan_chunks(hidden, table, targets, weights, static, cut=False):
     def gradients(carry, nats, d_logits, h):
         sum_nats, d_table = carry
         d_table = d_table + jnp.matmul(d_logits.T, h, preferred_element_type=dtype)
-        return (sum_nats + nats, d_table), d_logits @ table
+        through = table if backward_table is None else backward_table
+        return (sum_nats + nats, d_table), d_logits @ through
 
     def body(carry, chunk_inputs):
         h, y, w = chunk_inputs  # (tokens, embed), (tokens,), (tokens,)
@@ -159,18 +161,20 @@ def _scan_chunks(hidden, table, targets, weights, static, cut=False):
     return nats, (d_hidden.reshape(hidden.shape), d_table.astype(table.dtype))
 
 
-def _on_mesh(hidden, table, targets, weights, static):
+def _on_mesh(hidden, table, targets, weights, static, backward_table=None):
     mesh = rules.current_mesh()
     if mesh is None:
-        return _scan_chunks(hidden, table, targets, weights, static)
+        return _scan_chunks(hidden, table, targets, weights, static, backward_table=backward_table)
     cut = rules.axis_size(mesh, "tensor") > 1
     token_spec = rules.activation_spec(("batch", "length"), targets.shape, mesh)
     rows_spec = table_spec(table.shape, mesh)
     axes = rules.spec_axes(token_spec)
 
-    def on_device(hidden, table, targets, weights):
-        whole = gather_rows(table, mesh)
-        nats, grads = _scan_chunks(hidden, whole, targets, weights, static, cut)
+    def on_device(hidden, table, targets, weights, backward_table=None):
+        whole, through = gather_rows(table, mesh), backward_table
+        if through is not None:
+            through = gather_rows(through, mesh)
+        nats, grads = _scan_chunks(hidden, whole, targets, weights, static, cut, through)
         nats = jax.lax.psum(nats, axes) if axes else nats
         if not static.with_grads:
             return nats, None
@@ -182,12 +186,13 @@ def _on_mesh(hidden, table, targets, weights, static):
 
     hidden_spec = P(*token_spec, None)
     out_specs = (P(), (hidden_spec, rows_spec) if static.with_grads else None)
+    tables = () if backward_table is None else (backward_table,)
     return jax.shard_map(
         on_device,
-        in_specs=(hidden_spec, rows_spec, token_spec, token_spec),
+        in_specs=(hidden_spec, rows_spec, token_spec, token_spec, *(rows_spec,) * len(tables)),
         out_specs=out_specs,
         check_vma=False,
-    )(hidden, table, targets, weights)
+    )(hidden, table, targets, weights, *tables)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
@@ -200,6 +205,7 @@ def cross_entropy(
     chunk: int,
     kernels: str = "xla",
     interpret: bool = False,
+    backward_table: jax.Array | None = None,
 ) -> jax.Array:
     """Weighted sum of -log softmax(hidden table^T)[target], in nats.
 
@@ -213,23 +219,27 @@ def cross_entropy(
       kernels: xla, or pallas: a fused kernel for NVIDIA GPUs makes the gradient of the logits.
         float64 and a vocabulary that is cut over ``tensor`` are computed as with xla.
       interpret: run the kernel without a GPU.
+      backward_table: the gradient of ``hidden`` is that of the logits times this table, in place
+        of ``table``, see :mod:`.logit_gradient`. Not differentiated.
 
     Returns:
       A scalar in at least float32. Products run in the dtype of ``hidden`` and accumulate
       in at least float32.
     """
+    del backward_table
     static = _Static(vocab_size, chunk, kernels, interpret, with_grads=False)
     return _on_mesh(hidden, table, targets, weights, static)[0]
 
 
-def _forward(hidden, table, targets, weights, *options):
-    return _on_mesh(hidden, table, targets, weights, _Static(*options, with_grads=True))
+def _forward(hidden, table, targets, weights, vocab_size, chunk, kernels, interpret, backward):
+    static = _Static(vocab_size, chunk, kernels, interpret, with_grads=True)
+    return _on_mesh(hidden, table, targets, weights, static, backward)
 
 
 def _backward(vocab_size, chunk, kernels, interpret, grads, cotangent):
     del vocab_size, chunk, kernels, interpret
     d_hidden, d_table = ((g * cotangent).astype(g.dtype) for g in grads)
-    return d_hidden, d_table, None, None
+    return d_hidden, d_table, None, None, None
 
 
 cross_entropy.defvjp(_forward, _backward)

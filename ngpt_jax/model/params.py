@@ -15,6 +15,7 @@ import jax
 
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.config.fields import SCALES
+from ngpt_jax.model.parametrization import initial_value
 
 Axes = tuple[str, ...]
 
@@ -168,8 +169,7 @@ def real_vocab(leaf: Any, axes: Axes, config: ModelConfig) -> Any:
 
 def scale_factor(config: ModelConfig, name: str) -> float:
     """The effective value of a learned scale over its stored value (section 2.5)."""
-    spec = getattr(config, name)
-    return spec.init / spec.scale
+    return initial_value(config, name) / getattr(config, name).scale
 
 
 def stored_scales(config: ModelConfig, params: Any) -> dict[str, Any]:

@@ -129,4 +129,4 @@ def report(config: Config) -> tuple[str, ConfigError | None]:
     lines = [f"{name:{width}}  {fact}" for name, fact in facts]
     if tokenizer is not None:
         lines += [f"warning: {line}" for line in size_warnings(config, tokenizer, available)]
-    return "\n".join([layout.parameter_table(model, mesh), "", *lines]), problem
+    return "\n".join([layout.parameter_table(config, mesh), "", *lines]), problem

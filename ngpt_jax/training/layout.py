@@ -13,8 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ngpt_jax.config import Config, ModelConfig
+from ngpt_jax.model.parametrization import rate_factor
 from ngpt_jax.model.params import axis_sizes, param_tree
-from ngpt_jax.optim.recipes import make_optimizer
+from ngpt_jax.optim.recipes import make_optimizer, rate_factors
 from ngpt_jax.parallel import rules
 from ngpt_jax.terminal import format_bytes, format_table
 from ngpt_jax.training import choices
@@ -49,13 +50,29 @@ def abstract_params(config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; moments are sharded as their parameters."""
+    """Shapes, dtypes and shardings of a run's state.
+
+    What the optimizer keeps for a parameter is sharded as the parameter is, along each axis that it
+    has in full: moments along all of them, norms not along the axis of a vector.
+    """
     shapes = jax.eval_shape(lambda: init_state(config, tx))
     params, whole = param_shardings(config.model, mesh), rules.replicated(mesh)
     guard = jax.tree.map(lambda _: whole, shapes.guard)
+
+    def as_param(x: Any, param: jax.ShapeDtypeStruct, sharding: NamedSharding) -> Any:
+        if isinstance(x, optax.MaskedNode):
+            return x
+        if x.ndim != param.ndim:
+            return whole
+        spec = (*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+        full = (e if n == m else None for e, n, m in zip(spec, x.shape, param.shape))
+        return NamedSharding(mesh, PartitionSpec(*full))
+
     opt_state = optax.tree.map_params(
-        tx, lambda _, s: s, shapes.opt_state, params, transform_non_params=lambda _: whole
-    )
+        tx, as_param, shapes.opt_state, shapes.params, params,
+        transform_non_params=lambda _: whole,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )  # fmt: skip
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         shapes,
@@ -63,11 +80,17 @@ def abstract_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh)
     )
 
 
-def first_state(config: Config, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state at step 0; each device makes its own shards."""
+def first_state(
+    config: Config, tx: optax.GradientTransformation, mesh: Mesh, params: Any = None
+) -> TrainState:
+    """The state at step 0; each device makes its own shards.
+
+    With ``params``, laid out as the state's, these are taken and their buffers donated.
+    """
     out = shardings(abstract_state(config, tx, mesh))
+    init = jax.jit(lambda p: init_state(config, tx, p), out_shardings=out, donate_argnums=0)
     with jax.set_mesh(mesh):
-        return jax.jit(lambda: init_state(config, tx), out_shardings=out)()
+        return init(params)
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -92,16 +115,23 @@ def describe_mesh(mesh: Mesh) -> str:
     return f"mesh: {sizes or 'one device'} over {mesh.size} x {device}{several}"
 
 
-def parameter_table(model: ModelConfig, mesh: Mesh) -> str:
-    """Name, shape, axes, axis of unit norm, group, sharding and bytes per device of parameters."""
-    names = "name", "shape", "axes", "unit norm along", "group", "sharded over", "bytes per device"
-    rows: list[tuple[str, ...]] = [names]
+def parameter_table(config: Config, mesh: Mesh) -> str:
+    """Name, shape, axes, axis of unit norm, group, sharding and bytes per device of parameters.
+
+    Where groups have factors on the learning rate, these stand there too.
+    """
+    model, factors = config.model, rate_factors(config) is not None
+    rows: list[tuple[str, ...]] = [
+        ("name", "shape", "axes", "unit norm along", "group",
+         *(("rate times",) if factors else ()), "sharded over", "bytes per device")
+    ]  # fmt: skip
     params = param_tree(model), abstract_params(model, mesh)
     for p, x in zip(*map(jax.tree.leaves, params), strict=True):
         unit = p.unit_axis if model.weights == "sphere" else None
         along = "-" if unit is None else f"embed (axis {unit})"
         rows.append(
             (p.path, " x ".join(map(str, p.shape(model))), ", ".join(p.axes), along, p.group,
+             *((f"{rate_factor(config, p.group):.4g}",) if factors else ()),
              spec_text(x.sharding.spec), format_bytes(bytes_per_device(x)))
         )  # fmt: skip
     return format_table(rows)

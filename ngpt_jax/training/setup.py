@@ -158,11 +158,11 @@ def open_run(
         if restored is not None:
             state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
         else:
-            state = layout.first_state(on_mesh, tx, mesh)
+            params = None
             if (other := config.init_from) is not None:
                 params, theirs = restore_params(other, like.params)
                 check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
-                state = state._replace(params=params)
+            state = layout.first_state(on_mesh, tx, mesh, params)
     step, steps = int(state.step), config.train.steps
     assert steps is not None
     if step > steps:
@@ -216,7 +216,7 @@ def open_run(
         say(f"warning: {warning}")
     if mesh.size > 1:
         say(layout.describe_mesh(mesh))
-        say(layout.parameter_table(model, mesh))
+        say(layout.parameter_table(on_mesh, mesh))
     say("; ".join(f"model.{name}: {what}" for name, what in told.items()))
     if restored is not None:
         end = " (the end; delete the folder or choose --workdir to train anew)"

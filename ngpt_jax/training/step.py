@@ -1,6 +1,5 @@
 """The training step, as pure functions of a state and a batch."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import optax
 from ngpt_jax import sphere
 from ngpt_jax.config import Config, ModelConfig
 from ngpt_jax.model import fused
-from ngpt_jax.model.folding import fold, folded_config, round_matrices
+from ngpt_jax.model.folding import fold, folded_config, gradient_table, round_matrices
 from ngpt_jax.model.loss import CHUNK, cross_entropy
 from ngpt_jax.model.params import param_tree, scale_factor, stored_scales, unit_axes
 from ngpt_jax.model.transformer import Batch, Transformer, init_params
@@ -29,13 +28,20 @@ class TrainState(NamedTuple):
     guard: Guard
 
 
-def init_state(config: Config, tx: optax.GradientTransformation) -> TrainState:
-    params = init_params(config.model, jax.random.key(config.train.seed))
+def init_state(config: Config, tx: optax.GradientTransformation, params: Any = None) -> TrainState:
+    """The state at step 0, with parameters drawn from the seed, or with those given."""
+    if params is None:
+        params = init_params(config.model, jax.random.key(config.train.seed))
     return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params), init_guard())
 
 
-def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
-    """The sum of -log p(target) in nats over the batch's targets, with their weights."""
+def summed_nats(
+    config: ModelConfig, params: Any, batch: Batch, backward_table: jax.Array | None = None
+) -> jax.Array:
+    """The sum of -log p(target) in nats over the batch's targets, with their weights.
+
+    ``backward_table`` is for the gradient, see :func:`cross_entropy`.
+    """
     assert config.vocab_size is not None
     outputs: Any = Transformer(config).apply(
         {"params": params}, batch["inputs"], batch.get("segment_ids"), batch.get("positions"),
@@ -46,7 +52,7 @@ def summed_nats(config: ModelConfig, params: Any, batch: Batch) -> jax.Array:
     weights = batch.get("weights", jnp.ones(targets.shape, jnp.float32))
     return cross_entropy(
         h, table, targets, weights, config.vocab_size, config.loss_chunk or CHUNK,
-        config.kernels, fused.interpreted(),
+        config.kernels, fused.interpreted(), backward_table,
     )  # fmt: skip
 
 
@@ -95,13 +101,15 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     # Scales are multiplied in once for all microbatches, and the gradients go back through the
     # products once. On TPUs each block does it, as XLA fuses it there: 4 % fewer bytes with remat.
     network, folded, through_fold = model, params, lambda grads: (grads,)
-    if rules.platform() != "tpu":
+    power = logit_power(config)
+    if rules.platform() != "tpu" or power is not None:
         network = folded_config(model)
-        folded, through_fold = jax.vjp(functools.partial(fold, model), params)
+        folded, through_fold = jax.vjp(lambda params: fold(model, params, power), params)
     weights = round_matrices(network, folded)
+    backward_table = None if power is None else gradient_table(model, params, power)
 
     def mean_nats(weights, batch):
-        return summed_nats(network, weights, batch) / tokens
+        return summed_nats(network, weights, batch, backward_table) / tokens
 
     value_and_grad = jax.value_and_grad(mean_nats)
 
@@ -127,6 +135,12 @@ def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Arra
     zeros = jnp.zeros((), dtype), jax.tree.map(zero, folded, param_tree(network))
     (loss, grads), _ = jax.lax.scan(add, zeros, jax.tree.map(cut, batch))
     return loss, of_params(grads)
+
+
+def logit_power(config: Config) -> float | None:
+    """The exponent of the preconditioned gradient of the logits; None for the plain gradient."""
+    o = config.optimizer
+    return o.logit_power if o.logit_gradient == "preconditioned" else None
 
 
 def summarize_params(config: ModelConfig, params: Any) -> dict[str, jax.Array]:
