@@ -109,7 +109,7 @@ def test_adamh_is_the_rule_of_its_paper(tiny):
 
     def step(p, w, u, w0):
         if p.group in ("vector", "input_table"):
-            return w - 2e-2 * np.asarray(u)
+            return w - 2e-2 * config.model.width**-0.5 * np.asarray(u)
         w, u, w0 = (
             np.reshape(x, x.shape if p.axes[0] == "layers" else (1, -1)) for x in (w, u, w0)
         )
@@ -189,14 +189,15 @@ def test_the_recipe_of_2026_is_for_unit_vectors(tiny):
 def test_what_the_presets_give_each_recipe(tiny):
     def given(kind, recipe):
         o = tiny(**{"model.kind": kind, "optimizer.recipe": recipe, "train.steps": 100}).optimizer
-        return o.recipe, o.schedule, o.warmup_steps, o.weight_decay, o.momentum, o.gate
+        where_read = o.momentum, o.gate, o.adam_rate
+        return o.recipe, o.schedule, o.warmup_steps, o.weight_decay, *where_read
 
-    assert given("ngpt", None) == ("ngpt", "cosine", 0, 0.0, None, None)
-    assert given("gpt", None) == ("adamw", "cosine", 10, 0.1, None, None)
-    assert given("gpt", "muon") == ("muon", "cosine", 10, 0.1, 0.95, None)
-    assert given("gpt", "adamh") == ("adamh", "cosine", 10, 0.0, None, None)
-    assert given("ngpt", "muon") == ("muon", "cosine", 0, 0.0, 0.95, None)
-    assert given("ngpt", "ngpt2026") == ("ngpt2026", "log", 10, 0.0, None, 0.5)
+    assert given("ngpt", None) == ("ngpt", "cosine", 0, 0.0, None, None, None)
+    assert given("gpt", None) == ("adamw", "cosine", 10, 0.1, None, None, None)
+    assert given("gpt", "muon") == ("muon", "cosine", 10, 0.1, 0.95, None, None)
+    assert given("gpt", "adamh") == ("adamh", "cosine", 10, 0.0, None, None, 0.25)
+    assert given("ngpt", "muon") == ("muon", "cosine", 0, 0.0, 0.95, None, None)
+    assert given("ngpt", "ngpt2026") == ("ngpt2026", "log", 10, 0.0, None, 0.5, None)
 
 
 def test_another_recipe_on_resume_is_the_runs_own_and_refused(tiny):

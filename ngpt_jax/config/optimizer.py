@@ -31,6 +31,11 @@ class OptimizerConfig:
     output_rate: float | None = field(
         None, POSITIVE, OWN, "factor on the rate of the output table, 1/2 with nugpt, else 1"
     )
+    adam_rate: float | None = field(
+        None, POSITIVE, OWN,
+        "adamh, muonh: factor on the rate of what Adam steps, that is the input table, scales and"
+        " gains; None: 1/sqrt(width)",
+    )  # fmt: skip
     schedule: str | None = field(
         None, one_of("cosine", "wsd", "wsd_sqrt", "log", "constant"), SCHEDULE,
         "of the learning rate, after the warm-up. wsd: constant, then a linear decay; wsd_sqrt:"

@@ -26,6 +26,11 @@ def _for_2026(value: Any, otherwise: Any) -> Any:
     return lambda c: value if c.optimizer.recipe == "ngpt2026" else otherwise
 
 
+def _adam_rate(config: Config) -> float | None:
+    """A unit vector moves by about rate * sqrt(width) with Adam, and by the rate with Hyperball."""
+    return config.model.width**-0.5 if reads(config.optimizer.recipe, "adam_rate") else None
+
+
 def _momentum(config: Config) -> float | None:
     recipe = RECIPES.get(config.optimizer.recipe or "")
     return recipe.momentum if recipe else None
@@ -47,6 +52,7 @@ _FOLLOW: Mapping[str, Any] = {
     "optimizer.project": lambda c: c.model.weights == "sphere",
     "optimizer.schedule": _for_2026("log", "cosine"),
     "optimizer.output_rate": lambda c: 0.5 if c.model.parametrization == "nugpt" else 1.0,
+    "optimizer.adam_rate": _adam_rate,
     "optimizer.momentum": _momentum,
     "optimizer.muon_heads": _where_read("muon_heads", "together"),
     "optimizer.gate": _where_read("gate", 0.5),

@@ -38,9 +38,12 @@ RECIPES = {
         "gated Adam, with the preconditioned gradient of the logits and the logarithmic schedule",
         f"{_ADAM} {_SPHERE} gate eps_gate",
     ),
-    "adamh": Recipe("Adam with fixed norms of weights and of updates (Hyperball)", _ADAM),
+    "adamh": Recipe(
+        "Adam with fixed norms of weights and of updates (Hyperball)", f"{_ADAM} adam_rate"
+    ),
     "muonh": Recipe(
-        "the same with Muon for the matrices of the blocks", f"{_ADAM} momentum muon_heads", 0.95
+        "the same with Muon for the matrices of the blocks",
+        f"{_ADAM} adam_rate momentum muon_heads", 0.95,
     ),
     "lion": Recipe("the sign of an average of gradients", f"b1 b2 {_SPHERE} weight_decay"),
     "sgd": Recipe("gradients with momentum", f"{_SPHERE} weight_decay momentum", 0.9),

@@ -43,10 +43,13 @@ def rate_factor(config: Config, group: str) -> float:
 
     With nugpt all rates are times (train.steps/base_steps)^(-1/3). The rate of the output table is
     always times ``optimizer.output_rate`` besides, which is 1/2 in the runs of nuGPT's authors.
+    With adamh and muonh that of the input table, scales and gains is times ``optimizer.adam_rate``.
     """
     model, optimizer = config.model, config.optimizer
     assert config.train.steps is not None and optimizer.output_rate is not None
     factor = optimizer.output_rate if group == "output_table" else 1.0
+    if group in ("input_table", "vector") and optimizer.adam_rate is not None:
+        factor *= optimizer.adam_rate
     width = _over_base(model.width, model.base_width)
     if model.parametrization == "nugpt":
         length = _over_base(config.train.steps, optimizer.base_steps)

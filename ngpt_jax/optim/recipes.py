@@ -68,7 +68,7 @@ def adamh(config: Config, schedule: optax.Schedule) -> optax.GradientTransformat
     W <- R n(W - lr R n(u)) for the matrices of the blocks and the output table, with n(x) = x/||x||
     (https://arxiv.org/abs/2606.16899). With free weights a whole matrix of a layer is one vector,
     with its norm at the start as R. With weights on the sphere each unit vector is one. The input
-    table, scales and gains make Adam's steps.
+    table, scales and gains make Adam's steps, with the rate times optimizer.adam_rate.
     """
     return _hyperball(config, schedule, _adam(config))
 
