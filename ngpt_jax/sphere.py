@@ -250,7 +250,8 @@ def split(w: jax.Array, u: jax.Array, axis: Axis = -1, axis_name: AxisName = Non
     radial = inverse * dot(scaled, u)
     tangent = u - radial * direction
     left = dot(direction, tangent)  # what rounding left along w; one pass makes both sums
-    square = jnp.maximum(dot(tangent, tangent) - left * left, 0)
+    square = dot(tangent, tangent) - left * left
+    square = jnp.where(square < 0, 0, square)  # jnp.maximum would halve derivatives at 0
     return Parts(direction, norm, radial + left, tangent - left * direction, square)
 
 
@@ -279,14 +280,15 @@ def exponential(
     """
     radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
     u = promote(u) / jnp.where(radius > 0, radius, 1)
-    _, scale, whole = rescale(u, axis, axis_name)
-    scale = jnp.where(whole > 0, scale, 1)
-    u = u * scale
-    parts = split(w, u, axis, axis_name)
-    # Near 0 by series in the squared angle, which is smooth where the angle is not.
-    near = jnp.sqrt(parts.square) < scale / 2
-    small, square = (jnp.where(near, x, 0) for x in (parts.tangent / scale, parts.square))
-    square = square / scale / scale
+    scaled, scale, whole = rescale(u, axis, axis_name)
+    scale = jnp.minimum(scale, 1)  # for large vectors: tiny ones may have a square of 0
+    parts = split(w, u * scale, axis, axis_name)
+    # Near 0 by series in the squared angle, which is smooth where the angle is not. What is left of
+    # a u of 1e9 has no digits.
+    near = (jnp.sqrt(parts.square) < scale / 2) & (scale > 2.0**-30)
+    small, square = (jnp.where(near, x, 0) for x in (parts.tangent, parts.square))
+    near_scale = jnp.where(near, scale, 1)
+    small, square = small / near_scale, square / (near_scale * near_scale)
     cos = sinc = jnp.ones_like(square)
     for n in (12, 10, 8, 6, 4, 2):
         cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
@@ -299,7 +301,7 @@ def exponential(
         cos * parts.direction + sinc * small,
         jnp.cos(angle) * parts.direction + jnp.sin(angle) * far,
     )
-    return jnp.where(parts.norm > 0, turned, u * safe_rsqrt(whole))
+    return jnp.where(parts.norm > 0, turned, scaled * safe_rsqrt(whole))
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
