@@ -15,8 +15,8 @@ parameters, of which 113.2 M in the blocks. 2.5 B tokens in 19,200 steps of 131,
 block parameter). If memory is short: --config.train.accumulate=4, for example.
 Expected cost: 8.8e8 FLOPs a token, 2.2e18 in all; 2.1 hours of one H200 at the 325,000 tokens/s
 that 20 steps of batch 32 gave there (29 % MFU). The whole run was never made.
-Variants: gpt (the baseline), debug (tiny), stdlib (on bytes of the
-standard library, without a network).
+Variants: gpt (the baseline), debug (tiny), stdlib (on bytes of the standard library, without a
+network); nugpt and root_width (rates that follow other shapes, see ngpt_jax/optim/README.md).
 """
 
 from ngpt_jax.config import default_config
@@ -41,12 +41,30 @@ def get_config(variants: str = ""):
     config.eval.batches = 20
     config.eval.batch_size = 64
     config.checkpoint.every = 1000
-    return apply_variants(config, variants, {"gpt": gpt, "debug": debug, "stdlib": stdlib})
+    names = {"gpt": gpt, "debug": debug, "stdlib": stdlib}
+    return apply_variants(config, variants, names | {"nugpt": nugpt, "root_width": root_width})
 
 
 def gpt(config):
     config.model.kind = "gpt"
     config.optimizer.learning_rate = 6e-4
+
+
+def nugpt(config):
+    """nuGPT with this shape as the base: rates and scales follow from it for other shapes."""
+    config.model.parametrization = "nugpt"
+    config.model.base_width = config.model.width
+    config.model.base_layers = config.model.layers
+    config.optimizer.base_steps = config.train.steps
+
+
+def root_width(config):
+    """The rate 0.24/sqrt(width), and alphas that start at 0.1."""
+    config.model.parametrization = "root_width"
+    config.model.base_width = 1
+    config.optimizer.learning_rate = 0.24
+    config.model.alpha_a.init = 0.1
+    config.model.alpha_m.init = 0.1
 
 
 def debug(config):

@@ -66,9 +66,11 @@ def _check_axis(axis, leaf, path):
                 mend = f" {_FLAT}"
             elif isinstance(a, jax.Array):
                 mend = f" {_STATIC[0].upper()}{_STATIC[1:]}."
+            elif not jax.tree_util.all_leaves([a]):
+                mend = " With nnx.Optimizer give axes as a function of the parameters."
             raise TypeError(
-                f"{where} must be a Python int, a tuple of ints or None, got {a!r} of type"
-                f" {type(a).__name__}.{mend}"
+                f"{where} must be a Python int, a tuple of ints or None, got"
+                f" {' '.join(repr(a).split()):.60} of type {type(a).__name__}.{mend}"
             )
         if not -jnp.ndim(leaf) <= a < jnp.ndim(leaf):
             raise ValueError(f"{where} = {a} is out of range for shape {jnp.shape(leaf)}.")

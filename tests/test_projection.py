@@ -306,6 +306,7 @@ def update_without_init(params, axes):
         ({"w": (0, 1.0), "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type float"),
         ({"w": [0], "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type list"),
         ({"w": "0", "b": 0}, TypeError, r"axes\['w'\] must be a Python int.* of type str"),
+        ({"w": {"value": None}, "b": 0}, TypeError, "With nnx.Optimizer give axes as a function"),
         ({"w": 0, "b": np.array(0)}, TypeError, r"axes\['b'\] must be .* of type ndarray"),
         ({"w": 0, "b": jnp.array(0)}, TypeError, r"axes\['b'\] must be .* of type ArrayImpl"),
     ],
