@@ -125,10 +125,10 @@ def _mend(axes: PyTree, params: PyTree) -> str:
 
 def check_number(name: str, x: Any, most: float = np.inf) -> None:
     """Refuses what is no number or array in [0, most], as far as a traced one can be known."""
-    if isinstance(x, str) or (
-        not hasattr(x, "__array__") and not isinstance(x, int | float | complex)
-    ):
-        raise TypeError(f"{name} must be a number, got {x!r} of type {type(x).__name__}.")
+    if not hasattr(x, "__array__") and not isinstance(x, int | float | complex):
+        mend = " For a schedule use optax.inject_hyperparams." if callable(x) else ""
+        known = ' (or "initial" in keep_params_on_sphere)' if name == "radius" else ""
+        raise TypeError(f"{name} must be a number{known}, got {x!r}.{mend}")
     if jnp.iscomplexobj(x):
         raise TypeError(f"{name} must be real, got {x!r}.")
     if isinstance(x, jax.core.Tracer):
@@ -168,7 +168,7 @@ def _as_radius(radius: Any, x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
     shape = tuple(1 if i in kept else n for i, n in enumerate(x.shape))
     if r.ndim > x.ndim or any(n not in (1, m) for n, m in zip(r.shape[::-1], shape[::-1])):
         raise ValueError(
-            f"radius must broadcast against the norms, here of shape {shape}; got {r.shape}."
+            f"radius must broadcast against the norms with kept dimensions, {shape}; got {r.shape}."
         )
     return r
 
