@@ -9,7 +9,7 @@ The results are in experiments/README.md.
 """
 
 from ngpt_jax.config import default_config
-from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.config.experiment import apply_variants, one_run_of_many
 from ngpt_jax.study.plan import Study
 
 BASE = 64  # the width at which nuGPT is nGPT
@@ -32,13 +32,8 @@ def get_config(variants: str = ""):
     config.train.steps = 500
     config.data.source = "stdlib"
     config.data.held_out = 0.02
-    config.eval.every = 1_000_000  # at the end alone
     config.eval.batch_size = 16
-    config.checkpoint.every = 1_000_000
-    config.checkpoint.minutes = 3.0
-    config.checkpoint.keep = 1
-    config.log.every = 50
-    config.sample.tokens = 0
+    one_run_of_many(config)
     return apply_variants(config, variants, {})
 
 

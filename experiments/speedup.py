@@ -16,7 +16,7 @@ The results are in experiments/README.md.
 import os
 
 from ngpt_jax.config import ConfigError, default_config
-from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.config.experiment import apply_variants, one_run_of_many
 from ngpt_jax.study.plan import Study
 
 PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
@@ -40,13 +40,8 @@ def get_config(variants: str = ""):
     config.model.scan_layers = False
     config.train.batch_size = 16
     config.train.steps = 500
-    config.eval.every = 1_000_000  # at the end alone
     config.eval.batch_size = 16
-    config.checkpoint.every = 1_000_000
-    config.checkpoint.minutes = 3.0
-    config.checkpoint.keep = 1
-    config.log.every = 50
-    config.sample.tokens = 0
+    one_run_of_many(config)
     return apply_variants(config, variants, {name: _same for name in STUDIES if name})
 
 

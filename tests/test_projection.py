@@ -761,7 +761,10 @@ def test_radii(name):
 @pytest.mark.parametrize(
     ("radius", "match"),
     [
-        (np.ones((4, 3)), r"radius must broadcast against the norms with kept dimensions, \(1, 3\); got"),
+        (
+            np.ones((4, 3)),
+            r"against the norms with kept dimensions, \(1, 3\); got",
+        ),
         (np.ones((2, 1, 3)), "radius must broadcast"),
         (np.ones(4), "radius must broadcast"),
         ({"w": np.ones(4), "b": 1.0}, "radius must broadcast"),

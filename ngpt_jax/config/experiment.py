@@ -41,6 +41,16 @@ def apply_variants(
     return config
 
 
+def one_run_of_many(config: ml_collections.ConfigDict) -> None:
+    """For the small runs of a study: evaluated at the end alone, saved by the clock, no sample."""
+    config.eval.every = 1_000_000
+    config.checkpoint.every = 1_000_000
+    config.checkpoint.minutes = 3.0
+    config.checkpoint.keep = 1
+    config.log.every = 50
+    config.sample.tokens = 0
+
+
 def split_spec(spec: str) -> tuple[str, str]:
     """The path and the variants of FILE[:variant,...]; the path may have a ":" too."""
     path, colon, variants = spec.rpartition(":")
