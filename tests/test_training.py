@@ -208,9 +208,9 @@ def poison(monkeypatch, config, steps):
     bad = jnp.array([sums[s - 1] for s in steps])
     real = step.summed_nats
 
-    def summed_nats(model, params, batch):
+    def summed_nats(model, params, batch, *rest):
         is_bad = jnp.isin(batch["inputs"].sum(), bad)
-        return real(model, params, batch) * jnp.where(is_bad, jnp.nan, 1)
+        return real(model, params, batch, *rest) * jnp.where(is_bad, jnp.nan, 1)
 
     monkeypatch.setattr(step, "summed_nats", summed_nats)
 
