@@ -276,32 +276,29 @@ def exponential(
 
     Returns:
       Vectors in at least float32, of norm 1 to rounding. A zero w lies on no great circle: there
-      it is the direction of u, and 0 where u is zero too.
+      it is the direction of u, and 0 where u is zero too, or its squared norm is.
     """
     radius = jnp.asarray(radius, jnp.finfo(promote(u).dtype).dtype)
     u = promote(u) / jnp.where(radius > 0, radius, 1)
-    scaled, scale, whole = rescale(u, axis, axis_name)
-    scale = jnp.minimum(scale, 1)  # for large vectors: tiny ones may have a square of 0
-    parts = split(w, u * scale, axis, axis_name)
-    # Near 0 by series in the squared angle, which is smooth where the angle is not. What is left of
-    # a u of 1e9 has no digits.
-    near = (jnp.sqrt(parts.square) < scale / 2) & (scale > 2.0**-30)
+    most = float(jnp.finfo(radius.dtype).max) ** 0.4  # such an angle has no digits
+    u = u * (most / jnp.maximum(jnp.abs(u), most))  # infinity becomes NaN
+    parts = split(w, u, axis, axis_name)
+    # Near 0 by series in the squared angle, which is smooth where the angle is not.
+    near = parts.square < 0.25
     small, square = (jnp.where(near, x, 0) for x in (parts.tangent, parts.square))
-    near_scale = jnp.where(near, scale, 1)
-    small, square = small / near_scale, square / (near_scale * near_scale)
     cos = sinc = jnp.ones_like(square)
     for n in (12, 10, 8, 6, 4, 2):
         cos, sinc = 1 - square / (n * (n - 1)) * cos, 1 - square / (n * (n + 1)) * sinc
-    square = jnp.where(near, 0, parts.square)
+    alone = parts.norm == 0
+    square = jnp.where(near & ~alone, 0, parts.square)
     inverse = safe_rsqrt(square)
-    far = parts.tangent * inverse
-    angle = jnp.minimum(square * inverse / scale, jnp.finfo(scale.dtype).max)  # has no digits
+    far, angle = parts.tangent * inverse, square * inverse
     turned = jnp.where(
         near,
         cos * parts.direction + sinc * small,
         jnp.cos(angle) * parts.direction + jnp.sin(angle) * far,
     )
-    return jnp.where(parts.norm > 0, turned, scaled * safe_rsqrt(whole))
+    return jnp.where(alone, far, turned)
 
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:

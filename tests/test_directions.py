@@ -170,7 +170,7 @@ def test_wrong_lengths(length):
         unit_step(0, length)
 
 
-@pytest.mark.parametrize("angle", [-0.1, np.nan, np.inf, jnp.float32(-1), "1", None])
+@pytest.mark.parametrize("angle", [-0.1, np.nan, np.inf, 30.0, jnp.float32(-1), "1", None])
 def test_wrong_angles(angle):
     with pytest.raises((TypeError, ValueError), match="max_angle must"):
         cap_angle(0, angle)
@@ -195,7 +195,7 @@ def test_below_the_cap_each_bit_stays(dtype):
     assert abs(float(turned) - 0.3) < ROUNDING[dtype]
 
 
-@pytest.mark.parametrize("angle", [np.pi, 4.0, np.float32(np.pi)])
+@pytest.mark.parametrize("angle", [np.pi, np.float32(np.pi)])
 def test_a_cap_at_pi_is_none(angle):
     w, u = normal(16, 8), 10 * normal(16, 8, seed=1)
     u = u.at[:, 0].set(-3 * w[:, 0]).at[2, 1].set(np.inf).at[3, 2].set(np.nan)
