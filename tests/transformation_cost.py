@@ -52,7 +52,7 @@ PASSES = {
     "tangent": 1 + 2 + 2 + 3,
     "unit_step": 2 + 2 + 3,
     "cap_angle": 1 + 2 + 2 + 3,
-    "exp": 2 + 2 + 2 + 3,
+    "exp": 1 + 2 + 2 + 3,
 }
 PROJECTION = 2 + 2 + 3
 
