@@ -1,5 +1,7 @@
 """Muon: momentum whose matrices are made orthogonal, with the matrices known by named axes."""
 
+import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -81,11 +83,8 @@ def orthogonalize(x: jax.Array, numbers: MuonDimensionNumbers) -> jax.Array:
     return m.reshape(moved.shape).transpose(inverse).astype(x.dtype)
 
 
-def _size(x: jax.Array, axes: list[int]) -> int:
-    size = 1
-    for axis in axes:
-        size *= x.shape[axis]
-    return size
+def _size(x: jax.Array, axes: Iterable[int]) -> int:
+    return math.prod(x.shape[axis] for axis in axes)
 
 
 class ScaleByMuonState(NamedTuple):
@@ -139,7 +138,7 @@ def scale_by_muon(
     def direction(g, m, n):
         if is_absent(g):
             return g
-        sides = [_size(g, list(side)) for side in _axes(n)]
+        sides = [_size(g, side) for side in _axes(n)]
         ahead = momentum * m + (1 - momentum) * g
         return (rms * max(sides) ** 0.5 * orthogonalize(ahead, n)).astype(g.dtype)
 
