@@ -141,8 +141,7 @@ def unit_step(
     check_number("length", length)
 
     def edit(axis, w, u):
-        _, scale, square = sphere.rescale(w, axis, axis_name)
-        norm = jnp.sqrt(square) / scale
+        norm = sphere.norms(w, axis, axis_name)
         scaled, _, square = sphere.rescale(u, axis, axis_name)
         return jnp.asarray(length, norm.dtype) * norm * (scaled * sphere.safe_rsqrt(square))
 
@@ -263,11 +262,7 @@ def angle_turned(
             scaled, _, square = sphere.rescale(x, axis, axis_name)
             directions.append(scaled * sphere.safe_rsqrt(square))
         a, b = directions
-        lengths = []
-        for x in (a - b, a + b):
-            _, scale, square = sphere.rescale(x, axis, axis_name)
-            lengths.append(jnp.sqrt(square) / scale)
-        return 2 * jnp.arctan2(*lengths)
+        return 2 * jnp.arctan2(*(sphere.norms(x, axis, axis_name) for x in (a - b, a + b)))
 
     of_vectors = map_with_axes(angles, axes, before, after)
     return Turned(jax.tree.map(jnp.max, of_vectors), jax.tree.map(jnp.mean, of_vectors))

@@ -277,8 +277,7 @@ def keep_params_on_sphere(
         def first(axis, p):
             if axis is None:
                 return optax.MaskedNode()
-            _, scale, square = sphere.rescale(p, axis, axis_name)
-            return jnp.sqrt(square) / scale
+            return sphere.norms(p, axis, axis_name)
 
         if not jax.tree.leaves(params):  # none in the placeholder of optax.tree.map_params
             return KeepParamsOnSphereState(params) if initial else optax.EmptyState()
@@ -299,11 +298,7 @@ def keep_params_on_sphere(
                 return u
             w = sphere.promote(p)
             change = u.astype(w.dtype)
-            if mode == "brake":
-                _, scale, square = sphere.rescale(w, axis, axis_name)
-                r = jnp.sqrt(square) / scale
-            else:
-                r = _as_radius(r, w, axis)
+            r = sphere.norms(w, axis, axis_name) if mode == "brake" else _as_radius(r, w, axis)
             moved = w + change
             scaled, scale, square = sphere.rescale(moved, axis, axis_name)
             inverse = sphere.safe_rsqrt(square)

@@ -70,11 +70,16 @@ def safe_rsqrt(square: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
+def norms(x: jax.Array, axis: Axis = -1, axis_name: AxisName = None) -> jax.Array:
+    """Norms with kept dimensions in at least float32, for no gradients; see :func:`rescale`."""
+    _, scale, square = rescale(x, axis, axis_name)
+    return jnp.sqrt(square) / scale
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def safe_norm(x: jax.Array, axis: Axis = -1, keepdims: bool = False) -> jax.Array:
     """Euclidean norm in at least float32, with gradient zero at the zero vector."""
-    _, scale, square = rescale(x, axis)
-    norm = jnp.sqrt(square) / scale
+    norm = norms(x, axis)
     return norm if keepdims else jnp.squeeze(norm, axis)
 
 
