@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-_COMMANDS = ("main", "tools/*", "data/prepare", "data/train_tokenizer")
+_COMMANDS = ("main", "tools/*", "data/prepare", "data/train_tokenizer", "data/corpora")
 
 
 def commands() -> dict[str, str]:

@@ -274,7 +274,7 @@ def test_tiny_weights(tmp_path, weights):
         (
             "data.source",
             "web",
-            "data.source must be one of stdlib, text, tfds, hub, array_record, bin",
+            "data.source must be one of stdlib, prose, text, tfds, hub, array_record, bin",
         ),
     ],
 )

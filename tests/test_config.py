@@ -144,11 +144,11 @@ def test_describe_lists_every_field_with_type_and_meaning():
             r"must be one of add, lerp, slerp, exp, got.* Did you mean slerp\?",
         ),
         ("model.s_z.form=vectr", r"model.s_z.form must be one of .* Did you mean vector\?"),
-        ("data.source=openwebtext", r"data.source must be one of stdlib, text"),
+        ("data.source=openwebtext", r"data.source must be one of stdlib, prose, text"),
         ("data.source=text", r"data.source=text needs data.paths"),
         (
             "data.paths=x.txt",
-            r"data.paths is for data.source=text, tfds, hub, array_record, bin, not stdlib; leave",
+            r"data.paths is for data.source=prose, text, .*, array_record, bin, not stdlib; leave",
         ),
         ("data.held_out=1", r"data.held_out must lie between 0 and 1"),
         (

@@ -179,7 +179,7 @@ class SourceConfig:
         "files, folders or globs, local or gs://; repeat the flag for more. text: .txt, .jsonl"
         " (also as .ndjson, .json), .parquet, all but the last also .gz, .zst; tfds: folder of a"
         " data set, or with tfds_name the folder of all data sets; hub: OWNER/NAME or"
-        " OWNER/NAME@REVISION",
+        " OWNER/NAME@REVISION; prose: the folder, where it is not the usual one",
     )  # fmt: skip
     eval_paths: tuple[str, ...] = field(
         (), ANY, NEUTRAL,

@@ -25,6 +25,7 @@ TOKEN_FORMATS = ("bin", "array_record")  # sources that can hold token ids; prep
 
 SOURCES = {
     "stdlib": Source("the running Python's own source code", "held_out"),
+    "prose": Source("speeches and documentation, see ngpt_jax.data.corpora", "paths"),
     "text": Source("files", "paths eval_paths text_key held_out", "book.txt"),
     "tfds": Source(
         "TensorFlow Datasets", "paths text_key held_out tfds_name tfds_split tfds_eval_split"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from ngpt_jax.config import DataConfig, SourceConfig
 from ngpt_jax.data.text.hub import open_hub
+from ngpt_jax.data.text.prose import open_prose
 from ngpt_jax.data.text.stdlib import open_stdlib
 from ngpt_jax.data.text.text_files import open_array_record, open_text_files
 from ngpt_jax.data.text.tfds import open_tfds
@@ -15,6 +16,7 @@ from ngpt_jax.data.text.units import TextSource
 
 OPENERS: dict[str, Callable[[SourceConfig, str, bool, str], TextSource]] = {
     "stdlib": open_stdlib,
+    "prose": open_prose,
     "text": open_text_files,
     "tfds": open_tfds,
     "hub": open_hub,

