@@ -194,6 +194,9 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         ({"ladders": {**PLAN.ladders, "gpt": ("a", "b", "c")}}, "three or more positive"),
         ({"models": {"a/b": {}}}, "a name is made of"),
         ({"baseline": "gtp"}, "baseline 'gtp' is none of the models gpt, ngpt"),
+        ({"baseline": {"ngpt": "gtp"}}, "baseline 'gtp' is none of the models gpt, ngpt"),
+        ({"baseline": {"ngtp": "gpt"}}, "baseline 'ngtp' is none of the models gpt, ngpt"),
+        ({"baseline": 3}, "baseline must be a model's name, or a dict of models"),
         ({"tuned": None}, "ladders need a field"),
         ({"tuned": None, "ladders": {}, "near": 1}, "near needs a field in tuned"),
         ({"near": -1}, "near must be a whole number"),
@@ -544,7 +547,7 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     assert "Small &amp; &lt;quick&gt;." in text
     assert not re.search(r'(src|href)=(?!"data:)', text) and "<script" not in text
     names = {p.name for p in out.glob("*.png")}
-    assert names == {"speedup.png", "tuning.png", *(f"loss_{c}.png" for c in figures.COSTS)}
+    assert names == {"speedup.png", "tuning.png", "loss_steps.png"}
     assert text.count("data:image/png;base64,") == len(names)
     # Twice as fast at equal steps: exactly 2, as the made-up losses fall by the same law.
     rows = summary.speedups_of(study, summary.cells_of(study, results.read(out / "results.csv")))
@@ -558,8 +561,26 @@ def test_the_report_stands_alone_and_its_numbers_are_those_of_the_table(
     )
     assert cells[0]["loss_at_value_above"] == math.inf and "diverged" in text
     assert cells[0]["loss"] == pytest.approx(3 - 0.3 * math.log(8) + 0.0005)
-    assert results.spread_of(study, results.read(out / "results.csv"), Point(
-        "book", "gpt", 8, 2e-3, 0)) == pytest.approx(0.001)  # fmt: skip
+    rows, tuning = results.read(out / "results.csv"), Point("book", "gpt", 8, 1e-3, 0)
+    assert results.spread_of(study, rows, tuning) == pytest.approx(0.001)
+    # Of two seeds at the best rate the one in question is left out, and one has no spread.
+    assert results.spread_of(study, rows, tuning._replace(value=2e-3)) is None
+
+
+def test_no_figure_shows_what_another_one_shows():
+    def cells(**costs):
+        models = {"gpt": 1.0, "ngpt": 2.0}
+        return [
+            {"setting": s, "model": m, "steps": n} | {k: n * f(x) for k, f in costs.items()}
+            for s in ("a", "b") for m, x in models.items() for n in (8, 16)
+        ]  # fmt: skip
+
+    def drawn(**costs):
+        return [c for c in ("steps", *costs) if figures.tells_more(cells(**costs), c)]
+
+    same, other, none = (lambda _: 0.3), (lambda x: 0.3 * x), (lambda _: 0)
+    assert drawn(tokens=same, flops=same, seconds=other) == ["steps", "seconds"]
+    assert drawn(tokens=same, flops=other, seconds=none) == ["steps", "flops"]
 
 
 def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
@@ -567,17 +588,26 @@ def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp
     run_study(experiment, out)
     c = comparison(experiment, out)
     study, table = c.study, c.table
-    row = next(r for r in results.read(table) if r["seed"] == 1)  # of a cell with two seeds
+    row = next(r for r in results.read(table) if r["value"] == 1e-3)  # not the best rate of a cell
     name = results.point_of(row).name
     assert runner.run_again(c, name, Terminal()) == 0
     assert "the same to the last bit" in capsys.readouterr().out
     moved = math.nextafter(row["loss"], 9)
-    results.add(table, study, row | {"loss": moved, "jax": "0.0.1"})
+    results.add(table, study, row | {"loss": moved})
+    assert runner.run_again(c, name, Terminal()) == 1  # the same machine and code: to the last bit
+    assert "within the spread" not in capsys.readouterr().out
+    results.add(table, study, row | {"loss": row["loss"] + 1.0, "jax": "0.0.1"})
     assert runner.run_again(c, name, Terminal()) == 1
+    results.add(table, study, row | {"loss": moved, "held_out": "another"})
+    assert runner.run_again(c, name, Terminal()) == 1
+    capsys.readouterr()
+    results.add(table, study, row | {"loss": moved, "jax": "0.0.1", "commit": "0123456789"})
+    assert runner.run_again(c, name, Terminal()) == 0
     said = capsys.readouterr().out
     assert "jax differs: 0.0.1 in the table, 0 here" in said
+    assert "commit differs: 0123456789 in the table" in said and "within the spread" in said
     assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
-    assert "spread of its cell" in said
+    assert "spread of the other seeds of its cell" in said
     results.add(table, study, row | {"status": "diverged", "loss": None})
     assert runner.run_again(c, name, Terminal()) == 1
     with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):

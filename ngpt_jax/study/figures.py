@@ -15,6 +15,20 @@ from ngpt_jax.study.summary import CellRow, OptimumRow, SpeedUpRow, curve_of
 COSTS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
+def tells_more(cells: Sequence[CellRow], cost: str) -> bool:
+    """Whether a figure against a cost shows what one against steps does not.
+
+    It does not where a step of all models of a setting costs the same, nor where runs were too
+    short to be timed.
+    """
+    if cost == "steps":
+        return True
+    a_step: dict[str, set[str]] = {}
+    for c in cells:
+        a_step.setdefault(c["setting"], set()).add(f"{c[cost] / c['steps']:.6g}")
+    return all(c[cost] for c in cells) and any(len(found) > 1 for found in a_step.values())
+
+
 def _curve(
     axis: Any, model: str, look: plots.Look, x: list, y: list, low: list, high: list
 ) -> None:
@@ -47,6 +61,7 @@ def speedups(study: Study, rows: Sequence[SpeedUpRow], path: Path) -> None:
     """Speed-up in steps against the baseline's budget; an arrow begins at a bound."""
     rows = [s for s in rows if s["cost"] == "steps"]
     settings, looks = _settings(study, rows), plots.looks(study.models)
+    base = study.baseline if isinstance(study.baseline, str) else "the baseline"
     fig, axes = plots.figure(1, len(settings))
     for axis, setting in zip(axes, settings):
         for place, model in enumerate(study.models):
@@ -68,10 +83,10 @@ def speedups(study: Study, rows: Sequence[SpeedUpRow], path: Path) -> None:
                         arrowprops={"arrowstyle": "<-", "color": looks[model].color, "shrinkA": 0},
                     )  # fmt: skip
         axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=setting, xlabel=f"steps of {study.baseline}")
+        axis.set(title=setting, xlabel=f"steps of {base}")
         axis.margins(y=0.12)  # for the arrows
         plots.log_ticks(axis.xaxis, [s["steps"] for s in rows if s["setting"] == setting])
-    axes[0].set_ylabel(f"steps of {study.baseline} / steps needed")
+    axes[0].set_ylabel(f"steps of {base} / steps needed")
     plots.legend(fig, axes)
     plots.save(fig, path)
 

@@ -38,7 +38,7 @@ class Study:
       ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
       near: so many values on either side of the best run with all seeds too, to tell where the
         optimum lies.
-      baseline: the model whose losses the others have to reach.
+      baseline: the model whose losses the others have to reach, or that of each model by name.
       cores: CPU cores that each run is pinned to; as many runs go side by side as cores allow.
         None: one run at a time, on the devices that jax finds.
       trials: how many runs the search for each model's recipe took, for the report.
@@ -53,7 +53,7 @@ class Study:
     tuned: str | None = None
     ladders: Mapping[str, Sequence[float]] = dataclasses.field(default_factory=dict)
     near: int = 0
-    baseline: str | None = None
+    baseline: str | Mapping[str, str] | None = None
     cores: int | None = None
     trials: Mapping[str, int] = dataclasses.field(default_factory=dict)
     title: str = ""
@@ -144,8 +144,12 @@ def check(study: Study) -> None:
         require(good, f"{what} must be whole numbers, ascending.")
     for seed in study.seeds:
         check_seed("seeds: each", seed)
-    good = study.baseline is None or study.baseline in study.models
-    require(good, f"baseline {study.baseline!r} is none of the models {', '.join(study.models)}.")
+    good = isinstance(study.baseline, str | Mapping | None)
+    require(good, "baseline must be a model's name, or a dict of models.")
+    for pair in baselines(study).items():
+        for name in pair:
+            none = f"{name!r} is none of the models {', '.join(study.models)}."
+            require(name in study.models, f"baseline {none}")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     good = isinstance(study.near, int) and study.near >= 0
@@ -168,6 +172,14 @@ def check(study: Study) -> None:
         require(good, f"{name} must hold three or more positive values, ascending.")
         good = max(factors) < 1.2 * min(factors)
         require(good, f"{name} must have a constant factor between values.")
+
+
+def baselines(study: Study) -> dict[str, str]:
+    """The baseline of each model that has one."""
+    if isinstance(study.baseline, Mapping):
+        return dict(study.baseline)
+    base = study.baseline
+    return {} if base is None else {m: base for m in study.models if m != base}
 
 
 def overrides_of(study: Study, point: Point) -> list[tuple[str, str]]:

@@ -71,7 +71,7 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
             )
         if cells and len(study.budgets) > 1:
             for cost, name in figures.COSTS.items():
-                if all(c[cost] for c in cells):  # else too short to be timed
+                if figures.tells_more(cells, cost):
                     figures.losses(study, cells, cost, out / f"loss_{cost}.png")
                     caption = f"Held-out loss against {name}: mean, least and largest of the seeds."
                     captions[f"loss_{cost}.png"] = caption
@@ -155,15 +155,15 @@ def _loss_table(study: Study, cells: Sequence[CellRow]) -> str:
     return table([name for _, name, _, _ in columns], rows)
 
 
-def _speedup_table(study: Study, speedups: Sequence[SpeedUpRow]) -> str:
+def _speedup_table(speedups: Sequence[SpeedUpRow]) -> str:
     costs = {"steps": "in steps", "flops": "in FLOPs", "seconds": "in time"}
     lines: dict[tuple, dict[str, str]] = {}
     for s in speedups:
         text = summary.show(summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
-        line = lines.setdefault((s["setting"], s["model"], f"{s['steps']:,}"), {})
+        line = lines.setdefault((s["setting"], s["model"], s["baseline"], f"{s['steps']:,}"), {})
         line[s["cost"]] = text.replace(" to ", "\u00a0to\u00a0")  # an interval stays on one line
     rows = [[*key, *(line.get(cost, "-") for cost in costs)] for key, line in lines.items()]
-    return table(["setting", "model", f"steps of {study.baseline}", *costs.values()], rows)
+    return table(["setting", "model", "over", "its steps", *costs.values()], rows, text=3)
 
 
 def _write_page(
@@ -210,11 +210,11 @@ def _write_page(
         parts += [
             "<h2>Speed-up at equal loss</h2>",
             f"<p>How many times fewer steps (FLOPs, seconds) a model needs for the mean loss that"
-            f" {html.escape(str(study.baseline))} reaches at a budget: straight lines between"
+            " the other one reaches at a budget: straight lines between"
             " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
             " Seconds: steps times the median seconds a step of a model's runs in that setting."
             f"{interval if len(study.seeds) > 1 else ''}</p>",
-            _speedup_table(study, speedups),
+            _speedup_table(speedups),
         ]
     parts += [picture(page.parent / name, caption) for name, caption in captions.items()]
     parts += ["<h2>Losses</h2>", _loss_table(study, cells)]

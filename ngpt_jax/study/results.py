@@ -16,7 +16,7 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.experiment import call_in_file, load_config, split_spec
 from ngpt_jax.config.presets import value_of_kind
 from ngpt_jax.files import digest_of, lock, reason
-from ngpt_jax.study.plan import Losses, Point, Study, check, overrides_of
+from ngpt_jax.study.plan import Losses, Point, Study, check, chosen, overrides_of
 
 Result = dict[str, Any]  # one run: a line of the table
 
@@ -25,6 +25,7 @@ COLUMNS: dict[str, type] = {
     "setting": str, "model": str, "steps": int, "value": float, "seed": int,
     "status": str,  # done or diverged
     "loss": float,  # held-out nats a token, mean over the held-out sets
+    "loss_by_set": str,  # of each held-out set: NAME=LOSS with spaces between
     "bits_per_byte": float,
     "tokens": int, "parameters": int, "flops": float,
     "seconds": float,  # of training, without evaluation and compilation
@@ -39,7 +40,7 @@ COLUMNS: dict[str, type] = {
 # The columns that say on what a run was made.
 MACHINE = ("cpu", "cores", "devices", "python", "jax", "jaxlib")
 LOCK = ".lock"  # of a study's folder, in which several programs may write
-_LATER = {"other_seconds"}  # older tables lack it
+_LATER = {"other_seconds", "loss_by_set"}  # older tables lack it
 _NEEDED = ("setting", "model", "steps", "seed", "status", "config")
 
 
@@ -157,10 +158,14 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path
 
 
 def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
-    """Largest less smallest loss over the seeds of a point's cell; None for a single seed."""
-    seeds = ((p._replace(seed=point.seed), x) for p, x in losses_of(study, rows).items())
-    cell = [x for p, x in seeds if p == point and math.isfinite(x)]
-    return max(cell) - min(cell) if len(cell) > 1 else None
+    """Largest less smallest loss over the seeds of a point's cell at its best value.
+
+    The point itself is left out, as its loss is in question. None where less than two are left.
+    """
+    losses = losses_of(study, rows)
+    cell = chosen(study, losses).get((point.setting, point.model, point.steps), [])
+    found = [x for p in cell if p != point and math.isfinite(x := losses[p])]
+    return max(found) - min(found) if len(found) > 1 else None
 
 
 def add(path: Path, study: Study, row: Result) -> None:
@@ -224,11 +229,13 @@ def row_of(
         values = [final[f"{name}/{metric}"] for name in sorted(sets) if f"{name}/{metric}" in final]
         return None if diverged or not values else statistics.fmean(values)
 
+    by_set = [f"{name[5:]}={final[f'{name}/loss']}" for name in sorted(sets) if not diverged]
     command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)])
     tokens = point.steps * config.train.batch_size * config.model.context
     return {
         **point._asdict(), "status": "diverged" if diverged else "done",
-        "loss": mean("loss"), "bits_per_byte": mean("bits_per_byte"),
+        "loss": mean("loss"), "loss_by_set": " ".join(by_set),
+        "bits_per_byte": mean("bits_per_byte"),
         "tokens": tokens, "parameters": num_params(config.model),
         "flops": tokens * train_flops_per_token(config.model),
         "seconds": round(last.get("train/seconds", 0.0), 2),

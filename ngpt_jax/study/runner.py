@@ -19,6 +19,7 @@ from ngpt_jax.study.results import Result
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 
+_INPUTS = ("data", "held_out", "config")  # columns that make runs comparable
 EXIT_DIVERGED = 3  # workdir.Diverged.exit_code, without loading jax
 Stopped = Callable[[], str | None]  # the name of the signal that was received, if one was
 
@@ -291,7 +292,8 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
     """Runs a point of the table once more, in a folder of its own, and compares the results.
 
     Returns:
-      The exit code: 0 where the loss is the same to the last bit, else 1.
+      The exit code: 0 where the loss is the same to the last bit, or where the machine, the
+      versions or the commit are others and it is within the spread of the seeds; else 1.
     """
     rows = {results.point_of(r).name: r for r in results.in_study(c.study, results.read(c.table))}
     if name not in rows:
@@ -317,17 +319,23 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
         if code is None:
             return EXIT_RESUME
         new = _result(apart, run)
-    for column in (*results.MACHINE, "data", "held_out", "config"):
-        if old[column] != new[column]:
-            terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
+    differ = [c for c in (*results.MACHINE, "commit", *_INPUTS) if old[c] != new[c]]
+    for column in differ:
+        terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
     before, now = (f"{r['status']}, loss {r['loss']!r}" for r in (old, new))
     terminal.say(f"in the table: {before}; now: {now}")
     if before == now:
         terminal.say("the same to the last bit")
         return 0
-    if None not in (old["loss"], new["loss"]):
-        terminal.say(f"difference: {new['loss'] - old['loss']:+.3g} nats a token")
-        spread = results.spread_of(c.study, results.read(c.table), results.point_of(old))
-        if spread is not None:
-            terminal.say(f"spread of its cell (largest less smallest seed): {spread:.3g}")
-    return 1
+    if None in (old["loss"], new["loss"]):
+        return 1
+    difference = new["loss"] - old["loss"]
+    terminal.say(f"difference: {difference:+.3g} nats a token")
+    spread = results.spread_of(c.study, results.read(c.table), results.point_of(old))
+    if spread is None:
+        return 1
+    terminal.say(f"spread of the other seeds of its cell (largest less smallest): {spread:.3g}")
+    alike = abs(difference) <= spread and differ and not set(_INPUTS).intersection(differ)
+    if alike:
+        terminal.say("within the spread, as it may be elsewhere")
+    return 0 if alike else 1

@@ -167,16 +167,16 @@ def show(s: SpeedUp) -> str:
 
 
 def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
-    """The speed-up of each model over the baseline, at the loss of each of the baseline's cells.
+    """The speed-up of each model over its baseline, at the loss of each of the baseline's cells.
 
     In steps, in FLOPs, and in seconds where runs were long enough to be timed.
     """
     out: list[SpeedUpRow] = []
-    if study.baseline is None:
-        return out
-    for setting, model in itertools.product(study.settings, study.models):
-        base, mine = (curve_of(cells, setting, m) for m in (study.baseline, model))
-        if model == study.baseline or len(mine) < 2:
+    for setting, (model, baseline) in itertools.product(
+        study.settings, plan.baselines(study).items()
+    ):
+        base, mine = (curve_of(cells, setting, m) for m in (baseline, model))
+        if len(mine) < 2:
             continue
         for target, cost in itertools.product(base, ("steps", "flops", "seconds")):
             if not all(c[cost] for c in (target, *mine)):
@@ -184,7 +184,7 @@ def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
             of_model = [Runs(c[cost], c["losses"]) for c in mine]
             s = speed_up(Runs(target[cost], target["losses"]), of_model)
             out.append({
-                "setting": setting, "model": model, "baseline": study.baseline,
+                "setting": setting, "model": model, "baseline": baseline,
                 "steps": target["steps"], "cost": cost, "bound": s.bound,
                 "speed_up": s.value, "low": s.low, "high": s.high,
             })  # fmt: skip
