@@ -1,0 +1,162 @@
+"""Writes the tables and sentences of the pages that come from the results.
+
+    python experiments/page.py
+
+In README.md and in experiments/README.md they stand between two marks, the first of which names
+one of BLOCKS below. Everything is computed from the tables of runs, experiments/*/results.csv. The
+suite compares.
+"""
+
+import math
+import re
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ngpt_jax.files import write_atomically
+from ngpt_jax.study import plan, results, summary
+from ngpt_jax.study.plan import Study
+from ngpt_jax.study.results import Result
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "experiments/README.md")
+_MARKED = re.compile(r"(<!-- page\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str) -> str:
+    """A page with what stands between its marks made anew."""
+    return _MARKED.sub(lambda m: m[1] + BLOCKS[m[2]]() + "\n" + m[3], text)
+
+
+def main() -> None:
+    for name in PAGES:
+        page = ROOT / name
+        old = page.read_text(encoding="utf-8")
+        new = filled(old)
+        if new != old:
+            write_atomically(page, new)
+        print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
+
+
+def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
+    """A study of this folder and its finished runs."""
+    spec = str(ROOT / "experiments" / f"{name}.py") + (variant and f":{variant}")
+    return results.load_study(spec), results.read(results.default_folder(spec) / "results.csv")
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    cells = [[f" {cell} " if cell else " " for cell in line] for line in (head, *rows)]
+    cells.insert(1, ["---"] * len(head))
+    return "\n".join(f"|{'|'.join(line)}|" for line in cells)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
+def _spread(losses: Sequence[float]) -> str:
+    """Mean, least and largest of the seeds."""
+    return f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+
+
+def _state(study: Study, rows: Sequence[Result]) -> str:
+    """How much of a study has run; nothing where all has."""
+    left = len(plan.forecast(study, results.losses_of(study, rows)))
+    return f"**Not complete**: {len(rows)} of about {len(rows) + left} runs." if left else ""
+
+
+# ------------------------------------------------------------------------------- the learning rate
+
+_RULES = {"ngpt": "nGPT", "nugpt": "nuGPT", "root_width": "rate/sqrt(width)"}
+
+
+def _interval(line: dict, name: str, digits: str) -> str:
+    value, low, high = (format(line[name + part], digits) for part in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
+
+
+def transfer_table() -> str:
+    study, rows = _load("lr_transfer")
+    optima = {(o["setting"], o["model"]): o for o in summary.optima_of(study, rows)}
+    lowest = _lowest(study, rows)
+    lines = []
+    for model, name in _RULES.items():
+        mine = [optima.get((setting, model)) for setting in study.settings]
+        for label, column, digits in (
+            (f"{name}: best rate", "optimum", ".2g"),
+            ("over that at the first width", "shift", ".2f"),
+        ):
+            found = (_interval(o, column, digits) if o and o[column] else "-" for o in mine)
+            lines.append([label, *found])
+    for model, name in _RULES.items():
+        mine = (lowest.get((setting, model)) for setting in study.settings)
+        lines.append([f"{name}: lowest loss", *("-" if x is None else f"{x:.3f}" for x in mine)])
+    return _table(["", *(s.replace("width", "width ") for s in study.settings)], lines)
+
+
+def _lowest(study: Study, rows: Sequence[Result]) -> dict[tuple[str, str], float]:
+    """The lowest mean over all seeds of a setting and model."""
+    losses, out = results.losses_of(study, rows), {}
+    for cell, runs in plan.chosen(study, losses).items():
+        means = []
+        for value in {p.value for p in plan.around(study, cell, runs[0].value)}:
+            seeds = [
+                losses.get(runs[0]._replace(value=value, seed=s), math.inf) for s in study.seeds
+            ]
+            means.append(statistics.fmean(seeds))
+        out[cell[:2]] = min(means)
+    return out
+
+
+def transfer_sentence() -> str:
+    study, rows = _load("lr_transfer")
+    first, *_, last = study.settings
+    shifts = {(o["setting"], o["model"]): o for o in summary.optima_of(study, rows)}
+    parts = [
+        f"{name} to {_interval(line, 'shift', '.2f')} of its start"
+        for model, name in _RULES.items()
+        if (line := shifts.get((last, model))) and line["shift"]
+    ]
+    text = f"From {first} to {last} the best rate moves: {', '.join(parts)}. " if parts else ""
+    return _paragraph(text + _state(study, rows))
+
+
+# ------------------------------------------------------------------------------------- the recipes
+
+_RECIPES = {
+    "ngpt": "Adam (`ngpt`, `adamw`)", "muon": "Muon (`muon`)", "ngpt2026": "`ngpt2026`",
+    "adamh": "AdamH (`adamh`)", "muonh": "MuonH (`muonh`)", "lion": "Lion (`lion`)",
+    "sgd": "SGD with momentum (`sgd`)",
+}  # fmt: skip
+
+
+def recipes_table() -> str:
+    study, rows = _load("recipes")
+    cells = {c["model"]: c for c in summary.cells_of(study, rows)}
+
+    def cell(model: str) -> tuple[str, str]:
+        if model not in study.models:
+            return "", ""
+        c = cells.get(model)
+        if c is None:
+            return "-", "-"
+        return (_spread(c["losses"]) if c["loss"] < math.inf else "diverged"), f"{c['value']:g}"
+
+    lines = []
+    for recipe, name in _RECIPES.items():
+        of_gpt = "adamw" if recipe == "ngpt" else recipe
+        lines.append([name, *cell(f"ngpt-{recipe}"), *cell(f"gpt_qk-{of_gpt}")])
+    return _table(["recipe", "nGPT", "rate", "GPT with QK-norm", "rate"], lines)
+
+
+def recipes_sentence() -> str:
+    return _paragraph(_state(*_load("recipes")))
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    f.__name__: f for f in (transfer_table, transfer_sentence, recipes_table, recipes_sentence)
+}
+
+if __name__ == "__main__":
+    main()
