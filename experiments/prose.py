@@ -20,7 +20,7 @@ import os
 from ngpt_jax.config import default_config
 from ngpt_jax.config.experiment import apply_variants
 
-PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
+PROSE = os.environ.get("NGPT_PROSE", "NGPT_PROSE")  # where it is not set, no such folder
 TRAIN = f"{PROSE}/prose.train.jsonl.gz"
 TOKENIZER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prose", "tokenizer.json")
 

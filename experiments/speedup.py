@@ -10,7 +10,7 @@ Variants: search, finals, playoff and starts search for the three recipes, on bu
 that the study does not use. ablation asks which piece of nGPT does it. long has twice the largest
 budget and one seed, on whatever device is at hand (a GPU, for example).
 To make one run by hand, take its command from the table and add a --workdir.
-The results are in experiments/README.md.
+The results are in experiments/earlier.md.
 """
 
 import os
@@ -19,7 +19,7 @@ from ngpt_jax.config import ConfigError, default_config
 from ngpt_jax.config.experiment import apply_variants, one_run_of_many
 from ngpt_jax.study.plan import Study
 
-PROSE = os.environ.get("NGPT_PROSE", "../shared/corpus")
+PROSE = os.environ.get("NGPT_PROSE", "NGPT_PROSE")  # where it is not set, no such folder
 SETTINGS = {
     "stdlib128": {"data.source": "stdlib", "data.held_out": 0.02},
     "prose128": {

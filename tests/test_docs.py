@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ngpt_jax.data.text import prose as prose_source
 from ngpt_jax.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
@@ -66,6 +67,9 @@ HOW = {
     "python -c": "",
     "python -m ngpt_jax ": "",
     "python experiments/prose.py": "",
+    "python experiments/page.py": ByTest(
+        "test_page.py::test_the_marked_parts_are_those_of_the_results"
+    ),
     "python -m ngpt_jax.main": " --dry_run",
     "python -m ngpt_jax.main --help_config": "",
     "python -m ngpt_jax.main --config=experiments/quickstart.py": TINY,
@@ -78,6 +82,7 @@ HOW = {
     "python -m ngpt_jax.main --config=124m --workdir=runs/owt": ByTest(
         "test_nanogpt.py::test_openwebtext_as_prepared_for_nanogpt"
     ),
+    "python -m ngpt_jax.data.corpora prose": ByTest("test_prose.py::test_the_corpus_itself"),
     "python -m ngpt_jax.data.prepare": "",
     "python -m ngpt_jax.data.prepare --source=text --paths=openwebtext": " --out=owt{n}",
     "python -m ngpt_jax.data.prepare --source=hub": " --out=hub{n}",
@@ -449,6 +454,9 @@ def prepared(server, tmp_path_factory):
     choice = {"id": 1, "context": "The sphere", "continuations": [" turns", " moves"], "label": 1}
     for name in ("lambada_openai", "hellaswag", "arc_easy", "winogrande"):
         write(home / "evals" / f"{name}.jsonl", json.dumps(choice) + "\n")
+    for name in prose_source.FILES:
+        write(prose_source.default_folder() / name, lines)
+    write(prose_source.default_folder() / prose_source.SHA256_FILE, prose_source.SHA256)
     (home / "DISK").symlink_to(".")  # "storage that all hosts share"
 
     def run(*command):
