@@ -7,24 +7,18 @@ one CPU core for each run, on the prose that `python -m ngpt_jax.data.corpora pr
 Variants: search (for the four recipes: one field at a time, as many trials for each).
 """
 
-from ngpt_jax.config import ConfigError, default_config
-from ngpt_jax.config.experiment import apply_variants, one_run_of_many
+from small import small_model
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.experiment import apply_variants
 from ngpt_jax.study.plan import Study
 
 SETTINGS = {"prose128": {"data.source": "prose"}}
 
 
 def get_config(variants: str = ""):
-    config = default_config()
-    config.model.layers = 3
-    config.model.width = 64
-    config.model.heads = 2
-    config.model.context = 128
-    config.model.scan_layers = False
-    config.train.batch_size = 16
+    config = small_model()
     config.train.steps = 1500
-    config.eval.batch_size = 16
-    one_run_of_many(config)
     return apply_variants(config, variants, dict.fromkeys(STUDIES, _same))
 
 

@@ -8,24 +8,17 @@ alone: scales, warm-up and weight decay are those that speedup.py found for Adam
 advantage. The results are in experiments/README.md.
 """
 
-from ngpt_jax.config import default_config
-from ngpt_jax.config.experiment import apply_variants, one_run_of_many
+from small import small_model
+
+from ngpt_jax.config.experiment import apply_variants
 from ngpt_jax.study.plan import Study
 
 
 def get_config(variants: str = ""):
-    config = default_config()
-    config.model.layers = 3
-    config.model.width = 64
-    config.model.heads = 2
-    config.model.context = 128
-    config.model.scan_layers = False
-    config.train.batch_size = 16
+    config = small_model()
     config.train.steps = 1000
     config.data.source = "stdlib"
     config.data.held_out = 0.02
-    config.eval.batch_size = 16
-    one_run_of_many(config)
     return apply_variants(config, variants, {})
 
 

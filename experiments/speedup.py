@@ -15,8 +15,10 @@ The results are in experiments/earlier.md.
 
 import os
 
-from ngpt_jax.config import ConfigError, default_config
-from ngpt_jax.config.experiment import apply_variants, one_run_of_many
+from small import small_model
+
+from ngpt_jax.config import ConfigError
+from ngpt_jax.config.experiment import apply_variants
 from ngpt_jax.study.plan import Study
 
 PROSE = os.environ.get("NGPT_PROSE", "NGPT_PROSE")  # where it is not set, no such folder
@@ -32,16 +34,8 @@ SETTINGS["prose512"] = SETTINGS["prose128"] | {"model.context": 512, "train.batc
 
 
 def get_config(variants: str = ""):
-    config = default_config()
-    config.model.layers = 3
-    config.model.width = 64
-    config.model.heads = 2
-    config.model.context = 128
-    config.model.scan_layers = False
-    config.train.batch_size = 16
+    config = small_model()
     config.train.steps = 500
-    config.eval.batch_size = 16
-    one_run_of_many(config)
     return apply_variants(config, variants, {name: _same for name in STUDIES if name})
 
 
