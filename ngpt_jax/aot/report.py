@@ -17,8 +17,8 @@ from ngpt_jax.model.params import num_params
 from ngpt_jax.parallel import rules
 from ngpt_jax.parallel.mesh import device_mesh, make_mesh
 from ngpt_jax.training import layout, throughput
+from ngpt_jax.training.throughput import GIB
 
-GIB = 2**30
 _LARGEST = 10  # instructions in the report
 
 

@@ -5,12 +5,12 @@ import math
 from typing import Any
 
 from ngpt_jax.aot import report as report_lib
-from ngpt_jax.aot.report import GIB
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.parallel import rules
 from ngpt_jax.parallel.mesh import mesh_shape
 from ngpt_jax.parallel.rules import MESH_AXES
 from ngpt_jax.training import choices, throughput
+from ngpt_jax.training.throughput import GIB
 
 
 def with_sequences(config: Config, devices: int, count: int) -> Config:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from ngpt_jax.aot.report import GIB
 from ngpt_jax.terminal import format_bytes, format_table
-from ngpt_jax.training.throughput import FRACTION
+from ngpt_jax.training.throughput import FRACTION, GIB
 
 LEAST_STEP = 1e-3  # seconds; starting a step takes some of it, so no bound below says anything
 _OF = {"train": "a step", "prefill": "a prefill", "decode": "a token"}

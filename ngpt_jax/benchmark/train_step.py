@@ -146,7 +146,7 @@ def show(numbers: dict[str, Any]) -> str:
             model, f"{row['median_ms']:.1f}", f"{row['min_ms']:.1f}",
             f"{row['tokens_per_second']:,.0f}",
             "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{(row['peak_bytes'] or 0) / 2**30:.2f}",
+            f"{(row['peak_bytes'] or 0) / throughput.GIB:.2f}",
         ))  # fmt: skip
     lines = [format_table(rows)]
     for name, value in numbers["ratios"].items():
@@ -154,7 +154,7 @@ def show(numbers: dict[str, Any]) -> str:
             lines.append(f"{name}: {value:.3f} (median of the ratios of steps side by side)")
     if (peak := numbers["device_peak_bytes"]) is not None:
         lines.append(
-            f"peak in use on the first device, all models together: {peak / 2**30:.2f} GiB"
+            f"peak in use on the first device, all models together: {peak / throughput.GIB:.2f} GiB"
         )
     lines.append(f"{numbers['steps']} steps each on {numbers['device']}, {numbers['machine']}")
     return "\n".join(lines)

@@ -14,8 +14,8 @@ from ngpt_jax.model.loss import auto_chunk
 from ngpt_jax.model.params import num_params, padded_vocab_size
 from ngpt_jax.parallel import rules
 from ngpt_jax.training import throughput
+from ngpt_jax.training.throughput import GIB
 
-GIB = 2**30
 _SAFE = 0.85  # of the usable memory: the estimate below is rough
 _FEW_LAYERS = 8  # a CPU compiles so many unrolled blocks fast enough, and runs them 8 % faster
 _MANY_LAYERS = 64  # unrolled they would take a GPU's compiler minutes

@@ -20,7 +20,7 @@ from ngpt_jax.parallel.rules import axis_size
 from ngpt_jax.terminal import format_bytes
 from ngpt_jax.training import layout
 from ngpt_jax.training.setup import epochs_of, size_warnings
-from ngpt_jax.training.throughput import chip_of, train_flops_per_token
+from ngpt_jax.training.throughput import GIB, chip_of, train_flops_per_token
 
 _ENOUGH = 100_000  # characters, from which the number of tokens is estimated
 
@@ -58,7 +58,7 @@ def _fits(least: int, device: jax.Device) -> str:
     """At least how much of a device's memory is used."""
     chip, limit = chip_of(device), (device.memory_stats() or {}).get("bytes_limit")
     if chip is not None:
-        limit = limit or int(chip.memory * 2**30)
+        limit = limit or int(chip.memory * GIB)
     elif device.platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = memory // jax.local_device_count()

@@ -7,6 +7,7 @@ import jax
 
 from ngpt_jax.config import ConfigError, ModelConfig
 
+GIB = 2**30  # bytes
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory, which jax takes at its start
 
 
