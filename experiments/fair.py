@@ -1,10 +1,15 @@
 """nGPT and GPT with QK-norm, each with Adam and with Muon, each tuned with the same care.
 
-    python -m ngpt_jax.tools.compare --experiment=experiments/fair.py:search
+    python -m ngpt_jax.tools.compare --experiment=experiments/fair.py
 
 0.23 M parameters (3 layers, width 64, 2 heads), bytes, context 128, 2,048 tokens a step, float32,
-one CPU core for each run, on the prose that `python -m ngpt_jax.data.corpora prose` makes.
-Variants: search (for the four recipes: one field at a time, as many trials for each).
+one CPU core for each run. Two texts: the source of Python's standard library, and the prose that
+`python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens a parameter, five seeds; the
+learning rate is tuned for each model, text and budget.
+Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
+channels), on prose with three seeds; search (for the recipes, on a budget and a seed that the
+tables do not use).
+The results are in experiments/README.md.
 """
 
 from small import small_model
@@ -13,13 +18,14 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.config.experiment import apply_variants
 from ngpt_jax.study.plan import Study
 
-SETTINGS = {"prose128": {"data.source": "prose"}}
+PROSE = {"data.source": "prose"}
+SETTINGS = {"stdlib128": {"data.source": "stdlib", "data.held_out": 0.02}, "prose128": PROSE}
 
 
 def get_config(variants: str = ""):
     config = small_model()
-    config.train.steps = 1500
-    return apply_variants(config, variants, dict.fromkeys(STUDIES, _same))
+    config.train.steps = 1130
+    return apply_variants(config, variants, {name: _same for name in STUDIES if name})
 
 
 def _same(config):
@@ -33,7 +39,7 @@ def _alpha(init: float) -> dict[str, float]:
     return {"model.alpha_a.init": init, "model.alpha_m.init": init}
 
 
-# Where the search starts: what speedup.py found for Adam.
+# What speedup.py found for Adam in 50 runs a model.
 _NGPT = (
     {"model.s_z.init": 10.0, "optimizer.warmup_share": 0.1}
     | _alpha(0.2)
@@ -47,8 +53,8 @@ _GPT = {
     "optimizer.warmup_share": 0.2,
 }
 _MUON = {"optimizer.recipe": "muon"}
-# Model -> the fields where the search starts, and the rates of which the middle one is searched at.
-START = {
+# Model -> its fields, and the rates to start from; the search has the middle one.
+MODELS = {
     "ngpt": (_NGPT, (3.5e-3, 7e-3, 1.4e-2)),
     "ngpt_muon": (_NGPT | _MUON, (7e-3, 1.4e-2, 2.8e-2)),
     "gpt_qk": (_GPT, (3e-3, 6e-3, 1.2e-2)),
@@ -82,15 +88,53 @@ TRIALS = {
 def get_study(variants: str = ""):
     if variants not in STUDIES:
         raise ConfigError(
-            f"There is no study {variants!r}; there are {', '.join(STUDIES)}, as FILE:NAME."
+            f"Unknown variant {variants!r}; known are {', '.join(filter(None, STUDIES))}."
         )
     return STUDIES[variants]()
 
 
+def _study(title: str, settings, budgets: tuple[int, ...], seeds: tuple[int, ...]) -> Study:
+    return Study(
+        title=title,
+        models={model: fields for model, (fields, _) in MODELS.items()},
+        settings=settings,
+        budgets=budgets,
+        seeds=seeds,
+        tuned="optimizer.learning_rate",
+        ladders={model: rates for model, (_, rates) in MODELS.items()},
+        baseline={"ngpt": "gpt_qk", "ngpt_muon": "gpt_qk_muon", "gpt_qk_muon": "gpt_qk"},
+        cores=1,
+        trials=dict.fromkeys(MODELS, len(TRIALS["ngpt"])),
+    )
+
+
+def fair():
+    """5, 10 and 36 tokens a parameter."""
+    title = "nGPT and GPT with QK-norm, with Adam and with Muon"
+    return _study(title, SETTINGS, (565, 1130, 4080), (11, 12, 13, 14, 15))
+
+
+def long():
+    """130 tokens a parameter: 30 M tokens, most of the prose once."""
+    return _study("130 tokens a parameter", {"prose128": PROSE}, (14_720,), (11, 12, 13))
+
+
+def context():
+    """Sequences of 1,024 tokens, 18 and 36 tokens a parameter."""
+    fields = PROSE | {"model.context": 1024, "train.batch_size": 2}
+    return _study("Context 1,024", {"prose1024": fields}, (2040, 4080), (11, 12, 13))
+
+
+def width():
+    """Twice as wide: 0.86 M parameters, 5 and 10 tokens a parameter."""
+    fields = PROSE | {"model.width": 128, "model.heads": 4}
+    return _study("Width 128", {"prose128x128": fields}, (2100, 4200), (11, 12, 13))
+
+
 def search():
-    """One field at a time from where the search starts; as many trials for each model."""
+    """One field at a time; as many trials for each model."""
     models = {}
-    for model, (start, rates) in START.items():
+    for model, (start, rates) in MODELS.items():
         for name, fields in TRIALS[model.removesuffix("_muon")].items():
             models[f"{model}{name and '+' + name}"] = (
                 start | fields | {"optimizer.learning_rate": rates[1]}
@@ -98,11 +142,11 @@ def search():
     return Study(
         title="Search for the recipes of fair.py",
         models=models,
-        settings=SETTINGS,
+        settings={"prose128": PROSE},
         budgets=(1500,),
         seeds=(7,),
         cores=1,
     )
 
 
-STUDIES = {"search": search}
+STUDIES = {"": fair, "long": long, "context": context, "width": width, "search": search}

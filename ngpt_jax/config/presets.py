@@ -22,8 +22,8 @@ def _where_read(option: str, value: Any) -> Any:
     return lambda c: value if reads(c.optimizer.recipe, option) else None
 
 
-def _for_2026(value: Any, otherwise: Any) -> Any:
-    return lambda c: value if c.optimizer.recipe == "ngpt2026" else otherwise
+def _of_2026(config: Config) -> bool:
+    return config.optimizer.recipe == "ngpt2026"
 
 
 def _adam_rate(config: Config) -> float | None:
@@ -50,13 +50,13 @@ _FOLLOW: Mapping[str, Any] = {
     "model.alpha_depth": "constant",
     "model.alpha_sign": "absolute",
     "optimizer.project": lambda c: c.model.weights == "sphere",
-    "optimizer.schedule": _for_2026("log", "cosine"),
+    "optimizer.schedule": lambda c: "log" if _of_2026(c) else "cosine",
     "optimizer.output_rate": lambda c: 0.5 if c.model.parametrization == "nugpt" else 1.0,
     "optimizer.adam_rate": _adam_rate,
     "optimizer.momentum": _momentum,
     "optimizer.muon_heads": _where_read("muon_heads", "together"),
     "optimizer.gate": _where_read("gate", 0.5),
-    "optimizer.logit_gradient": _for_2026("preconditioned", "plain"),
+    "optimizer.logit_gradient": lambda c: "preconditioned" if _of_2026(c) else "plain",
 }
 
 _SCALES = ("model.s_qk.form", "model.s_u.form", "model.s_v.form", "model.s_z.form")
@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "model.init_std": lambda c: c.model.width**-0.5,
         **dict.fromkeys(_SCALES, "vector"),
         "optimizer.recipe": "ngpt",
-        "optimizer.warmup_steps": lambda c: _for_2026(c.train.steps // 10, 0)(c),
+        "optimizer.warmup_steps": lambda c: c.train.steps // 10 if _of_2026(c) else 0,
         "optimizer.weight_decay": 0.0,
         **_FOLLOW,
     },
