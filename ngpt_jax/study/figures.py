@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,31 +64,51 @@ def speedups(study: Study, rows: Sequence[SpeedUpRow], path: Path) -> None:
     base = study.baseline if isinstance(study.baseline, str) else "the baseline"
     fig, axes = plots.figure(1, len(settings))
     for axis, setting in zip(axes, settings):
-        for place, model in enumerate(study.models):
-            mine = [s for s in rows if (s["setting"], s["model"]) == (setting, model)]
-            aside = 1.03 ** (place - (len(study.models) - 1) / 2)  # or bars would hide each other
-            known = [s for s in mine if not s["bound"]]
-            y = [s["speed_up"] for s in known]
-            low = [min(s["low"] or v, v) for s, v in zip(known, y)]
-            high = [max(s["high"] or v, v) for s, v in zip(known, y)]
-            if mine:
-                _curve(axis, model, looks[model], [s["steps"] * aside for s in known], y, low, high)
-            for s in mine:
-                if s["bound"]:
-                    foot = s["steps"] * aside, s["speed_up"]
-                    axis.plot(*foot, marker="_", color=looks[model].color)
-                    up = 22 if s["bound"] == ">" else -22
-                    axis.annotate(
-                        "", foot, (0, up), textcoords="offset points",
-                        arrowprops={"arrowstyle": "<-", "color": looks[model].color, "shrinkA": 0},
-                    )  # fmt: skip
-        axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+        mine = [s for s in rows if s["setting"] == setting]
+        lines = {m: [s for s in mine if s["model"] == m] for m in study.models}
+        bounded(axis, lines, "steps", looks)
         axis.set(title=setting, xlabel=f"steps of {base}")
-        axis.margins(y=0.12)  # for the arrows
-        plots.log_ticks(axis.xaxis, [s["steps"] for s in rows if s["setting"] == setting])
     axes[0].set_ylabel(f"steps of {base} / steps needed")
     plots.legend(fig, axes)
     plots.save(fig, path)
+
+
+def bounded(
+    axis: Any,
+    lines: Mapping[str, Sequence[dict[str, Any]]],
+    x: str,
+    looks: Mapping[str, plots.Look],
+) -> None:
+    """Speed-ups with their intervals, a line a name, and a dotted one at 1.
+
+    Where a speed-up is a bound, an arrow begins at it and points to where it may lie.
+
+    Args:
+      axis: of matplotlib; x is logarithmic.
+      lines: rows of :func:`ngpt_jax.study.summary.speedups_of` by the line's name.
+      x: the column that is drawn to the right.
+      looks: of the names.
+    """
+    for place, (name, rows) in enumerate(lines.items()):
+        aside = 1.03 ** (place - (len(lines) - 1) / 2)  # or bars would hide each other
+        known = [s for s in rows if not s["bound"]]
+        y = [s["speed_up"] for s in known]
+        low = [min(s["low"] or v, v) for s, v in zip(known, y)]
+        high = [max(s["high"] or v, v) for s, v in zip(known, y)]
+        if rows:
+            _curve(axis, name, looks[name], [s[x] * aside for s in known], y, low, high)
+        for s in rows:
+            if s["bound"]:
+                foot = s[x] * aside, s["speed_up"]
+                axis.plot(*foot, marker="_", color=looks[name].color)
+                up = 22 if s["bound"] == ">" else -22
+                axis.annotate(
+                    "", foot, (0, up), textcoords="offset points",
+                    arrowprops={"arrowstyle": "<-", "color": looks[name].color, "shrinkA": 0},
+                )  # fmt: skip
+    axis.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
+    axis.margins(y=0.12)  # for the arrows
+    plots.log_ticks(axis.xaxis, sorted({s[x] for rows in lines.values() for s in rows}))
 
 
 def _settings(study: Study, rows: Sequence[dict[str, Any]]) -> list[str]:
