@@ -223,27 +223,36 @@ def test_cost_is_read_off_straight_lines_in_the_logarithm():
     assert cost_at([1, 2, 4], [3.0, 2.0, 2.5], 2.0) == (pytest.approx(2), "")
 
 
-@given(gain=st.floats(1.05, 6), slope=st.floats(0.05, 1), budget=st.integers(1, 3))
+@given(gain=st.floats(1.05, 9), slope=st.floats(0.05, 1), budget=st.integers(0, 3))
 def test_a_model_so_many_times_faster_has_that_speed_up(gain, slope, budget):
     costs = [100.0, 200.0, 400.0, 800.0]
 
     def curve(factor):
-        return [Runs(c, [5 - slope * math.log(factor * c)] * 3) for c in costs]
+        return {i: Runs(c, [5 - slope * math.log(factor * c)] * 3) for i, c in enumerate(costs)}
 
-    found = speed_up(curve(1)[budget], curve(gain), resamples=20)
-    if gain <= 2**budget:
+    found = speed_up(curve(1), curve(gain), budget, resamples=20)
+    slower = speed_up(curve(gain), curve(1), budget, resamples=20)
+    assert found.value * slower.value == pytest.approx(1)
+    assert {found.bound + slower.bound} <= {"", "><"}
+    if gain <= max(2**budget, 2 ** (3 - budget)):  # what one of the curves covers
         assert found.bound == "" and found.value == pytest.approx(gain)
         assert found.low == pytest.approx(gain) == found.high
-    else:  # faster than the smallest budget can show
+    else:
         assert found.bound == ">" and found.value == pytest.approx(2**budget)
-    slower = speed_up(curve(1)[3], curve(1 / gain), resamples=20)
-    assert slower.bound == "<" and slower.value == pytest.approx(1)
+    # Without runs of the budget, the loss to reach is the baseline's.
+    short = {i: runs for i, runs in curve(1 / gain).items() if i < 3}
+    behind = speed_up(curve(1), short, 3, resamples=20)
+    assert behind.bound == "<" and behind.value == pytest.approx(2)
 
 
 def test_the_interval_is_that_of_resampled_seeds():
     base = Runs(400.0, [1.0, 1.02, 0.98])
     curve = [Runs(100.0, [1.5, 1.52, 1.48]), Runs(200.0, [1.0, 1.04, 0.96]), Runs(400.0, [0.7] * 3)]
-    found = speed_up(base, curve, resamples=4000)
+
+    def measured(base, curve, **options):
+        return speed_up({400: base}, dict(zip((100, 200, 400), curve)), 400, **options)
+
+    found = measured(base, curve, resamples=4000)
     assert found.value == pytest.approx(2.0)
     # All 27 ** 3 resamples, one after another.
     ratios = []
@@ -261,8 +270,8 @@ def test_the_interval_is_that_of_resampled_seeds():
     assert found.low == pytest.approx(low, abs=0.02) and found.high == pytest.approx(high, abs=0.02)
     assert found.low < 1.95 and found.high > 2.05
     # The baseline's own spread is part of it.
-    steady = speed_up(Runs(400.0, [1.0] * 3), [c._replace(losses=[c.losses[0]] * 3) for c in curve])
-    moved = speed_up(base, [c._replace(losses=[c.losses[0]] * 3) for c in curve])
+    same = [c._replace(losses=[c.losses[0]] * 3) for c in curve]
+    steady, moved = measured(Runs(400.0, [1.0] * 3), same), measured(base, same)
     assert steady.low == steady.high and moved.low < moved.value < moved.high
     assert summary.show(found) == f"2.00 ({found.low:.2f} to {found.high:.2f})"
 
@@ -700,13 +709,13 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
 def test_a_bound_is_an_arrow_and_no_point_of_the_line(tmp_path, monkeypatch):
     rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
     found = summary.speedups_of(PLAN, summary.cells_of(PLAN, rows))
-    assert {(s["steps"], s["bound"]) for s in found if s["cost"] == "steps"} == {
-        (10, ">"), (20, ""), (40, ""), (80, ""),
-    }  # fmt: skip
+    assert {s["steps"] for s in found} == {10, 20, 40, 80}
     drawn = []
     monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
     for bound, down in ((">", 0), ("<", 1)):
-        changed = [s | {"bound": s["bound"] and bound} for s in found]
+        changed = [
+            s | ({"bound": bound, "speed_up": 1.0} if s["steps"] == 10 else {}) for s in found
+        ]
         figures.speedups(PLAN, changed, tmp_path / "speedup.png")
         for panel in drawn[-1].axes:
             ((line, _, _),) = panel.containers

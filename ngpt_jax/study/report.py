@@ -209,8 +209,8 @@ def _write_page(
         )
         parts += [
             "<h2>Speed-up at equal loss</h2>",
-            f"<p>How many times fewer steps (FLOPs, seconds) a model needs for the mean loss that"
-            " the other one reaches at a budget: straight lines between"
+            "<p>How many times fewer steps (FLOPs, seconds) a model needs than the other one for"
+            " the same mean loss: at each budget that of one of both. Straight lines between"
             " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
             " Seconds: steps times the median seconds a step of a model's runs in that setting."
             f"{interval if len(study.seeds) > 1 else ''}</p>",

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ class Runs(NamedTuple):
     losses: Sequence[float]  # one a seed
 
 
-Curve = Sequence[Runs]  # of one model, costs ascending
+Curve = Mapping[int, Runs]  # of one model by budget, ascending
 
 
 class SpeedUp(NamedTuple):
@@ -122,30 +122,50 @@ def cost_at(costs: Sequence[float], losses: Sequence[float], loss: float) -> tup
 
 
 def speed_up(
-    baseline: Runs, curve: Curve, resamples: int = 2000, level: float = 0.95, seed: int = 0
+    baseline: Curve,
+    curve: Curve,
+    budget: int,
+    resamples: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
 ) -> SpeedUp:
-    """The baseline's cost for its mean loss over what a model needs for the same loss.
+    """The baseline's cost over the model's, for one mean loss at a budget of both.
+
+    The loss is the higher one of their two there: the worse one has spent the budget, and the cost
+    of the better one is read off its curve. Where that curve begins below, it is the lower loss,
+    and the cost of the worse one is read off. Where the model has no runs of that budget, it is the
+    baseline's loss.
 
     The interval is a bootstrap over seeds. In each resample, every budget of both models draws as
     many of its own losses as it has, with replacement; the interval's ends are percentiles of the
-    speed-ups. It is rough with three seeds. A resample that leaves the curve counts with its end.
+    speed-ups. It is rough with three seeds. A resample that leaves a curve counts with its end.
 
     Args:
-      baseline: its runs of one budget.
-      curve: the model's runs, a budget each.
+      baseline, curve: the runs of both.
+      budget: one of the baseline's.
       resamples: how many.
       level: the probability that the interval covers.
       seed: of the resampling.
     """
-    costs = [cell.cost for cell in curve]
+    base_costs, costs = ([cell.cost for cell in c.values()] for c in (baseline, curve))
+    base_place = list(baseline).index(budget)
+    place = list(curve).index(budget) if budget in curve else None
 
-    def ratio(target: float, losses: Sequence[float]) -> tuple[float, str]:
-        cost, bound = cost_at(costs, losses, target)
-        return baseline.cost / cost, bound
+    def ratio(base_losses: Sequence[float], losses: Sequence[float]) -> tuple[float, str]:
+        cost, bound = cost_at(costs, losses, base_losses[base_place])
+        found = [(base_costs[base_place] / cost, bound)]
+        if place is not None:
+            cost, bound = cost_at(base_costs, base_losses, losses[place])
+            # Of the baseline, to need less makes the model slower.
+            found.append((cost / costs[place], {"": "", ">": "<", "<": ">"}[bound]))
+            if losses[place] > base_losses[base_place]:
+                found.reverse()
+        return next((f for f in found if not f[1]), found[0])
 
-    means = [statistics.fmean(cell.losses) for cell in curve]
-    value, bound = ratio(statistics.fmean(baseline.losses), means)
-    if min(len(cell.losses) for cell in (baseline, *curve)) < 2:
+    cells = [*baseline.values(), *curve.values()]
+    means = [statistics.fmean(cell.losses) for cell in cells]
+    value, bound = ratio(means[: len(baseline)], means[len(baseline) :])
+    if min(len(cell.losses) for cell in cells) < 2:
         return SpeedUp(value, bound, None, None)
     rng = np.random.default_rng(check_seed("seed", seed))
 
@@ -153,8 +173,8 @@ def speed_up(
         x = np.asarray(runs.losses, np.float64)
         return x[rng.integers(0, len(x), (resamples, len(x)))].mean(axis=1)
 
-    targets, drawn = draw(baseline), np.stack([draw(cell) for cell in curve], axis=1)
-    ratios = [ratio(t, losses)[0] for t, losses in zip(targets.tolist(), drawn.tolist())]
+    drawn = np.stack([draw(cell) for cell in cells], axis=1).tolist()
+    ratios = [ratio(x[: len(baseline)], x[len(baseline) :])[0] for x in drawn]
     tail = (1 - level) / 2
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return SpeedUp(value, bound, float(low), float(high))
@@ -167,7 +187,7 @@ def show(s: SpeedUp) -> str:
 
 
 def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
-    """The speed-up of each model over its baseline, at the loss of each of the baseline's cells.
+    """The speed-up of each model over its baseline, at each of the baseline's budgets.
 
     In steps, in FLOPs, and in seconds where runs were long enough to be timed.
     """
@@ -179,10 +199,12 @@ def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
         if len(mine) < 2:
             continue
         for target, cost in itertools.product(base, ("steps", "flops", "seconds")):
-            if not all(c[cost] for c in (target, *mine)):
+            if not all(c[cost] for c in (*base, *mine)):
                 continue
-            of_model = [Runs(c[cost], c["losses"]) for c in mine]
-            s = speed_up(Runs(target[cost], target["losses"]), of_model)
+            of_base, of_model = (
+                {c["steps"]: Runs(c[cost], c["losses"]) for c in cells_} for cells_ in (base, mine)
+            )
+            s = speed_up(of_base, of_model, target["steps"])
             out.append({
                 "setting": setting, "model": model, "baseline": baseline,
                 "steps": target["steps"], "cost": cost, "bound": s.bound,
