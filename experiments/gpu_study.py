@@ -11,7 +11,7 @@ Never run; what it costs and needs is in experiments/gpu_study.md.
 Variants: 32m or 127m (one size alone), long (32m at 160 and 320 tokens a parameter), and debug: the
 study with tiny models, on bytes of the standard library, in a minute or two on two CPU cores:
 
-    python -m ngpt_jax.tools.compare --experiment=experiments/gpu_study.py:debug --out=runs/gpu_debug
+    python -m ngpt_jax.tools.compare --experiment=experiments/gpu_study.py:debug --out=runs/gpu
 """
 
 import dataclasses
@@ -71,10 +71,10 @@ def debug(config):
     config.log.every = 1
 
 
-# Each model has its authors' recipe, and the rate alone is tuned. nGPT has no warm-up and the
-# paper's scales: 11,000 steps and more are enough to travel from where they start, which the
-# hundreds of steps of fair.py are not. GPT has a weight decay of 0.1 and a warm-up of a tenth, as
-# anGPT's tuned baseline; its init is about half of 1/sqrt(width), which was best at width 64.
+# Each model has a published recipe, and the rate alone is tuned. nGPT has the paper's: no warm-up,
+# and the scales start where the paper starts them, because 11,000 steps and more are enough to
+# travel from there. GPT has a weight decay of 0.1 and a warm-up of a tenth, as anGPT's tuned
+# baseline; its init is about half of 1/sqrt(width), which was best at width 64.
 _GPT = {
     "model.kind": "gpt",
     "model.qk_norm": True,

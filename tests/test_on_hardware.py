@@ -1,4 +1,4 @@
-"""What waits for hardware: the study for one GPU and the paper's 0.5B point, as far as CPUs tell."""
+"""What waits for hardware: the study for one GPU, and the paper's 0.5B point."""
 
 import re
 import subprocess
