@@ -53,6 +53,7 @@ TINY = (
     " --config.eval.batches=1 --config.eval.batch_size=64 --config.sample.tokens=8"
     " --config.data.held_out=0.002"
 )
+OWT = " --dry_run --config.data.tokenizer=llama2.json"  # that of the tests' own owt_llama2
 
 
 class ByTest(NamedTuple):
@@ -75,6 +76,8 @@ HOW = {
     "python -m ngpt_jax.main --config=experiments/quickstart.py": TINY,
     "python -m ngpt_jax.main --config=experiments/quickstart.py:gpt": " --dry_run",
     "python -m ngpt_jax.main --config=experiments/quickstart.py --print_config": "",
+    "python -m ngpt_jax.main --config=experiments/0_5b.py --workdir": OWT,
+    "python -m ngpt_jax.main --config=experiments/0_5b.py:gpt --workdir": OWT,
     "python -m ngpt_jax.main --config=quickstart": TINY,
     "python -m ngpt_jax.main --config=quickstart --workdir=runs/shakespeare_char": ByTest(
         "test_nanogpt.py::test_characters_as_prepared_for_nanogpt"
