@@ -103,7 +103,7 @@ STUDY = Study(
     seeds=(0, 1, 2),
     tuned="optimizer.learning_rate",
     ladders=LADDERS,
-    baseline="gpt_qk",
+    baseline={"ngpt": "gpt_qk", "ngpt_muon": "gpt_qk_muon", "gpt_qk_muon": "gpt_qk"},
 )
 
 
