@@ -105,8 +105,15 @@ def assert_same(a, b, atol=1e-9):
         np.testing.assert_allclose(x, y, atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["ngpt", "gpt"])
-@pytest.mark.parametrize("name", MESHES)
+# GPT differs in its norms, which no mesh cuts: two meshes are enough for it.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "ngpt") for name in MESHES),
+        ("data 2, fsdp 4", "gpt"),
+        ("fsdp 2, tensor 2, context 2", "gpt"),
+    ],
+)
 def test_every_mesh_trains_what_one_device_trains(x64, one_device, name, kind):
     result = train(make(kind, MESHES[name]), jax.devices())
     assert_same(result, one_device(kind))
