@@ -71,7 +71,7 @@ def debug(config):
     config.log.every = 1
 
 
-# Each model has a published recipe, and the rate alone is tuned. nGPT has the paper's: no warm-up,
+# The rate alone is tuned. nGPT has the paper's: no warm-up,
 # and the scales start where the paper starts them, because 11,000 steps and more are enough to
 # travel from there. GPT has a weight decay of 0.1 and a warm-up of a tenth, as anGPT's tuned
 # baseline; its init is about half of 1/sqrt(width), which was best at width 64.

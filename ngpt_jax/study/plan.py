@@ -38,7 +38,7 @@ class Study:
       ladders: values of ``tuned`` for each model, ascending, a constant factor apart, at least 3.
       near: so many values on either side of the best run with all seeds too, to tell where the
         optimum lies.
-      baseline: the model whose losses the others have to reach, or that of each model by name.
+      baseline: the model that the others are compared with, or that of each model by name.
       cores: CPU cores that each run is pinned to; as many runs go side by side as cores allow.
         None: one run at a time, on the devices that jax finds.
       trials: how many runs the search for each model's recipe took, for the report.
@@ -150,6 +150,7 @@ def check(study: Study) -> None:
         for name in pair:
             none = f"{name!r} is none of the models {', '.join(study.models)}."
             require(name in study.models, f"baseline {none}")
+        require(pair[0] != pair[1], f"baseline: {pair[0]!r} is its own.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
     good = isinstance(study.near, int) and study.near >= 0

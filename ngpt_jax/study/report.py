@@ -210,8 +210,9 @@ def _write_page(
         parts += [
             "<h2>Speed-up at equal loss</h2>",
             "<p>How many times fewer steps (FLOPs, seconds) a model needs than the other one for"
-            " the same mean loss: at each budget that of one of both. Straight lines between"
-            " budgets in the logarithm of the cost; &gt; and &lt;: outside of what they cover."
+            " one mean loss. At each budget it is the loss of the worse model, or that of the"
+            " better one where its curve begins below. Straight lines between"
+            " budgets in the logarithm of the cost; &gt; and &lt;: outside of what both cover."
             " Seconds: steps times the median seconds a step of a model's runs in that setting."
             f"{interval if len(study.seeds) > 1 else ''}</p>",
             _speedup_table(speedups),

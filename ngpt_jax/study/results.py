@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -191,15 +192,21 @@ def origin_of(experiment: str, study: Study, point: Point) -> Result:
 
 
 def _commit(experiment: str) -> str | None:
-    """The commit of this code, with + where it or the experiment was changed since."""
-    package = Path(__file__).parent.parent
+    """The commit of this code, with + where it or the experiment was changed since.
 
-    def git(*arguments: str) -> str:
+    The experiment is its file, and what it imports from beside it.
+    """
+    package, file = Path(__file__).parent.parent, Path(experiment).resolve()
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""  # else a short name
+    imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
+    beside = [p for p in file.parent.glob("*.py") if p.stem in imported]
+
+    def git(*arguments: str | Path) -> str:
         command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", str(Path(experiment).resolve()))
+        changed = git("status", "--porcelain", "--", ".", file, *beside)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None

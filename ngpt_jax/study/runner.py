@@ -333,6 +333,7 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
     terminal.say(f"difference: {difference:+.3g} nats a token")
     spread = results.spread_of(c.study, results.read(c.table), results.point_of(old))
     if spread is None:
+        terminal.say("its cell has no two other seeds to compare it with")
         return 1
     terminal.say(f"spread of the other seeds of its cell (largest less smallest): {spread:.3g}")
     alike = abs(difference) <= spread and differ and not set(_INPUTS).intersection(differ)

@@ -90,7 +90,7 @@ class SpeedUp(NamedTuple):
 
     Attributes:
       value: the factor.
-      bound: ">" or "<" where the curve does not reach so far, else "".
+      bound: ">" or "<" where no curve covers the other model's loss, else "".
       low, high: the ends of the interval, within what the curve covers; None for a single seed.
     """
 

@@ -4,15 +4,17 @@
 """
 
 import functools
+import hashlib
+import shlex
 from pathlib import Path
 
 from etils import epath
 
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
-from ngpt_jax.data.list_files import real_path, stamp
+from ngpt_jax.data.list_files import parse_path, real_path
 from ngpt_jax.data.text.text_files import read_documents
 from ngpt_jax.data.text.units import TextSource, Unit
-from ngpt_jax.files import reason
+from ngpt_jax.files import is_remote, reason
 
 # Files of the corpus: the first one is to train on, the others are held-out sets.
 FILES = ("train.jsonl", "speeches.jsonl", "documentation.jsonl")
@@ -22,40 +24,40 @@ SHA256_FILE = "sha256.txt"
 
 def open_prose(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
     """As :func:`ngpt_jax.data.text.sources.open_source`; a missing corpus is refused."""
-    if len(config.paths) > 1:
-        raise ConfigError(f"{prefix}paths: give the one folder that data.corpora made.")
-    folder = Path(config.paths[0]).expanduser() if config.paths else default_folder()
-    out = f" --out={folder}" if config.paths else ""
-    _check_made(folder, f"{prefix}source=prose", f"python -m ngpt_jax.data.corpora prose{out}")
     field = f"{prefix}paths" if config.paths else f"{prefix}source"
+    if len(config.paths) > 1 or any(map(is_remote, config.paths)):
+        raise ConfigError(f"{field}: give the one folder of this machine that data.corpora made.")
+    folder = Path(parse_path(config.paths[0], field)) if config.paths else usual_folder(cache)
+    _check_made(folder, field)
 
     def unit(name: str) -> Unit:
         file = epath.Path(folder / name)
         read = functools.partial(read_documents, file, field, "text", field)
-        return Unit(stamp(file), file.stat().length, read, real_path(file))
+        return Unit(f"{SHA256} {name}", file.stat().length, read, real_path(file))
 
     train, *held_out = FILES
     sets = {name.removesuffix(".jsonl"): [unit(name)] for name in held_out}
     return TextSource([unit(train)], sets, field)
 
 
-def default_folder() -> Path:
-    """Where the corpus lies unless data.paths names another folder."""
-    return Path(DataConfig().cache).expanduser() / "prose"
+def usual_folder(cache: str | None = None) -> Path:
+    """Where the corpus lies, unless data.paths names another folder: in data.cache."""
+    return Path(cache or DataConfig().cache).expanduser() / "prose"
 
 
-def _check_made(folder: Path, what: str, command: str) -> None:
-    """Raises ConfigError where the corpus of this version is not; ``command`` makes it."""
+def _check_made(folder: Path, field: str) -> None:
+    """Raises ConfigError where the folder has not the very corpus of this version."""
+    out = "" if folder == usual_folder() else f" --out={shlex.quote(str(folder))}"
+    mend = f"python -m ngpt_jax.data.corpora prose{out}"
+    if field.endswith("paths"):
+        mend += f", or leave {field} out"
+    if not (folder / SHA256_FILE).exists():
+        raise ConfigError(f"{field}: there is no corpus in {str(folder)!r}; make it once: {mend}")
+    digest = hashlib.sha256()
     try:
-        made = (folder / SHA256_FILE).read_text(encoding="ascii").split()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{what}: there is no corpus in {str(folder)!r}; make it once: {command}"
-        ) from None
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"{what}: {str(folder)!r} cannot be read: {reason(e)}.") from e
-    if made[:1] != [SHA256] or not all((folder / name).is_file() for name in FILES):
-        raise ConfigError(
-            f"{what}: {str(folder)!r} is another corpus, or a part of one; delete it, then"
-            f" {command}"
-        )
+        for name in FILES:
+            digest.update((folder / name).read_bytes())
+    except OSError as e:
+        raise ConfigError(f"{field}: {e.filename} cannot be read: {reason(e)}; {mend}") from e
+    if digest.hexdigest() != SHA256:
+        raise ConfigError(f"{field}: {str(folder)!r} is another corpus; make it anew: {mend}")
