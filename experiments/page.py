@@ -2,8 +2,7 @@
 
     python experiments/page.py
 
-In README.md and in experiments/README.md they stand between two marks, the first of which names
-one of BLOCKS below. Everything is computed from the tables of runs, experiments/*/results.csv. The
+On each of PAGES they stand between two marks, the first of which names one of BLOCKS below. Everything is computed from the tables of runs, experiments/*/results.csv. The
 suite compares.
 """
 
@@ -20,7 +19,7 @@ from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "experiments/README.md")
+PAGES = ("experiments/README.md",)
 _MARKED = re.compile(r"(<!-- page\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -39,9 +38,9 @@ def main() -> None:
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
 
 
-def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
+def _load(name: str) -> tuple[Study, list[Result]]:
     """A study of this folder and its finished runs."""
-    spec = str(ROOT / "experiments" / f"{name}.py") + (variant and f":{variant}")
+    spec = str(ROOT / "experiments" / f"{name}.py")
     return results.load_study(spec), results.read(results.default_folder(spec) / "results.csv")
 
 
