@@ -2,8 +2,8 @@
 
     python experiments/page.py
 
-On each of PAGES they stand between two marks, the first of which names one of BLOCKS below. Everything is computed from the tables of runs, experiments/*/results.csv. The
-suite compares.
+On each of PAGES they stand between two marks, the first of which names one of BLOCKS below.
+Everything is computed from the tables of runs, experiments/*/results.csv. The suite compares.
 """
 
 import math
