@@ -7,9 +7,9 @@ one CPU core for each run. Two texts: the source of Python's standard library, a
 `python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens a parameter, five seeds; the
 learning rate is tuned for each model, text and budget.
 Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
-channels), on prose with three seeds; search (for the recipes, on a budget and a seed that the
-tables do not use).
-There are no results yet.
+channels), on prose with three seeds. search looks for the hyperparameters, on a budget and a seed
+that the tables do not use: 16 runs for each model. Those with Adam had 48 or 50 more in speedup.py.
+168 runs or more, about 9 core-hours on an AMD EPYC; --dry_run lists them. There are no results yet.
 """
 
 from small import small_model
@@ -39,8 +39,7 @@ def _alpha(init: float) -> dict[str, float]:
     return {"model.alpha_a.init": init, "model.alpha_m.init": init}
 
 
-# What speedup.py found for Adam, there on other prose. On source code nGPT did better without a
-# warm-up and with slower scales.
+# What speedup.py found for Adam on other prose.
 _NGPT = (
     {"model.s_z.init": 10.0, "optimizer.warmup_share": 0.1}
     | _alpha(0.2)
@@ -94,12 +93,6 @@ def get_study(variants: str = ""):
     return STUDIES[variants]()
 
 
-RECIPES = {
-    "stdlib128": {
-        model: {"optimizer.warmup_share": 0.0} | dict.fromkeys(_SCALES, 1.0)
-        for model in ("ngpt", "ngpt_muon")
-    }
-}
 # Runs of the search here, and of that of speedup.py.
 FOUND_IN = {"ngpt": 16 + 50, "ngpt_muon": 16, "gpt_qk": 16 + 48, "gpt_qk_muon": 16}
 
@@ -115,7 +108,6 @@ def _study(title: str, settings, budgets: tuple[int, ...], seeds: tuple[int, ...
         ladders={model: rates for model, (_, rates) in MODELS.items()},
         baseline={"ngpt": "gpt_qk", "ngpt_muon": "gpt_qk_muon", "gpt_qk_muon": "gpt_qk"},
         cores=1,
-        recipes={setting: RECIPES[setting] for setting in RECIPES if setting in settings},
         trials=FOUND_IN,
     )
 

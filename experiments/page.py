@@ -67,7 +67,7 @@ def _state(study: Study, rows: Sequence[Result]) -> str:
 
 # ------------------------------------------------------------------------------- the learning rate
 
-_RULES = {"ngpt": "nGPT", "nugpt": "nuGPT", "root_width": "rate/sqrt(width)"}
+_RULES = {"ngpt": "nGPT", "nugpt": "nuGPT", "root_width": "`root_width`"}
 
 
 def _interval(line: dict, name: str, digits: str) -> str:
@@ -84,7 +84,7 @@ def transfer_table() -> str:
         mine = [optima.get((setting, model)) for setting in study.settings]
         for label, column, digits in (
             (f"{name}: best rate", "optimum", ".2g"),
-            ("over that at the first width", "shift", ".2f"),
+            ("over that at width 32", "shift", ".2f"),
         ):
             found = (_interval(o, column, digits) if o and o[column] else "-" for o in mine)
             lines.append([label, *found])
