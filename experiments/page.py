@@ -113,11 +113,12 @@ def transfer_sentence() -> str:
     first, *_, last = study.settings
     shifts = {(o["setting"], o["model"]): o for o in summary.optima_of(study, rows)}
     parts = [
-        f"{name} to {_interval(line, 'shift', '.2f')} of its start"
+        f"to {_interval(line, 'shift', '.2f')} of its start for {name}"
         for model, name in _RULES.items()
         if (line := shifts.get((last, model))) and line["shift"]
     ]
-    text = f"From {first} to {last} the best rate moves: {', '.join(parts)}. " if parts else ""
+    widths = " to ".join(s.removeprefix("width") for s in (first, last))
+    text = f"From width {widths} the best number goes {', '.join(parts)}. " if parts else ""
     return _paragraph(text + _state(study, rows))
 
 
