@@ -239,6 +239,31 @@ def test_the_search_ends_at_the_most_that_leaves_some_memory(
     assert search.search(tiny(), [device])["n"] == 20
 
 
+@pytest.mark.parametrize(
+    "peak",
+    [
+        lambda n: n / 33.5,
+        lambda n: n / 33.5 if n < 34 else 1.2 - n / 1000,  # falls where XLA computes again
+        lambda n: n / 33.5 if n < 34 else None,  # the compiler does not say
+        lambda n: 0.5 + n / 67,
+        lambda n: (n / 33.5) ** 2,
+    ],
+)
+@pytest.mark.parametrize("first", [1, 20, 41, 60])
+def test_the_search_finds_the_most_whatever_does_not_fit(peak, first, tiny, monkeypatch):
+    device = SimpleNamespace(device_kind="TPU v6 lite", platform="tpu")
+    limit = throughput.usable_share("tpu") * 32 * report_lib.GIB
+
+    def report_of(config, devices):
+        n = config.train.batch_size
+        bytes_ = None if peak(n) is None else peak(n) * limit
+        return {"fits": bytes_ is not None and bytes_ <= limit, "peak_bytes": bytes_, "n": n}
+
+    monkeypatch.setattr(report_lib, "report_of", report_of)
+    monkeypatch.setattr(search.choices, "estimate", lambda *_: (0.01 * limit, 0.99 * limit / first))
+    assert search.search(tiny(), [device])["n"] == 33
+
+
 def test_the_share_of_a_gpu_is_the_one_that_jax_will_take(monkeypatch):
     monkeypatch.setenv(throughput.FRACTION, "0.95")
     assert (throughput.usable_share("gpu"), throughput.usable_share("tpu")) == (0.95, 0.97)
