@@ -151,7 +151,19 @@ def recipes_table() -> str:
 
 
 def recipes_sentence() -> str:
-    return _paragraph(_state(*_load("recipes")))
+    study, rows = _load("recipes")
+    loss = {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
+    pairs = {"Adam": ("ngpt-ngpt", "gpt_qk-adamw"), "Muon": ("ngpt-muon", "gpt_qk-muon")}
+    text = ""
+    if all(model in loss for pair in pairs.values() for model in pair):
+        gains = [loss[a] - loss[b] for a, b in zip(*pairs.values())]
+        apart = {name: loss[a] - loss[b] for name, (a, b) in pairs.items()}
+        text = (
+            f"Muon instead of Adam is worth {gains[0]:.3f} nats a token to nGPT and {gains[1]:.3f}"
+            f" to GPT with QK-norm. nGPT's loss is above GPT's by {apart['Adam']:.3f} with Adam and by"
+            f" {apart['Muon']:.3f} with Muon. "
+        )
+    return _paragraph(text + _state(study, rows))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
