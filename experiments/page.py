@@ -160,8 +160,8 @@ def recipes_sentence() -> str:
         apart = {name: loss[a] - loss[b] for name, (a, b) in pairs.items()}
         text = (
             f"Muon instead of Adam is worth {gains[0]:.3f} nats a token to nGPT and {gains[1]:.3f}"
-            f" to GPT with QK-norm. nGPT's loss is above GPT's by {apart['Adam']:.3f} with Adam and by"
-            f" {apart['Muon']:.3f} with Muon. "
+            f" to GPT with QK-norm. nGPT's loss is above GPT's by {apart['Adam']:.3f} with Adam and"
+            f" by {apart['Muon']:.3f} with Muon. "
         )
     return _paragraph(text + _state(study, rows))
 
