@@ -1,11 +1,14 @@
-"""Writes the tables and sentences of the pages that come from the results.
+"""Writes the tables, sentences and figures of the pages that come from the results.
 
     python experiments/page.py
 
-On each of PAGES they stand between two marks, the first of which names one of BLOCKS below.
-Everything is computed from the tables of runs, experiments/*/results.csv. The suite compares.
+On each of PAGES they stand between two marks, the first of which names one of BLOCKS below; the
+figures are those of FIGURES, each a PNG and a CSV. Everything is computed from the tables of runs,
+experiments/*/results.csv. The suite compares.
 """
 
+import dataclasses
+import functools
 import math
 import re
 import statistics
@@ -13,10 +16,12 @@ import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ngpt_jax import plots
 from ngpt_jax.files import write_atomically
-from ngpt_jax.study import plan, results, summary
+from ngpt_jax.study import figures, plan, results, summary
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
+from ngpt_jax.study.summary import CellRow, SpeedUpRow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("experiments/README.md",)
@@ -36,11 +41,13 @@ def main() -> None:
         if new != old:
             write_atomically(page, new)
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
+    for draw in FIGURES:
+        print(draw())
 
 
-def _load(name: str) -> tuple[Study, list[Result]]:
+def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
     """A study of this folder and its finished runs."""
-    spec = str(ROOT / "experiments" / f"{name}.py")
+    spec = str(ROOT / "experiments" / f"{name}.py") + (variant and f":{variant}")
     return results.load_study(spec), results.read(results.default_folder(spec) / "results.csv")
 
 
@@ -166,8 +173,132 @@ def recipes_sentence() -> str:
     return _paragraph(text + _state(study, rows))
 
 
+# --------------------------------------------------------------------------------- the fair table
+
+_TEXTS = {
+    "stdlib128": "Python source", "prose128": "prose", "prose1024": "prose, context 1,024",
+    "prose128x128": "prose, width 128",
+}  # fmt: skip
+_ARMS = {
+    "ngpt": "nGPT, Adam", "gpt_qk": "GPT with QK-norm, Adam",
+    "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
+}  # fmt: skip
+_PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
+
+
+@functools.cache
+def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
+    """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
+    settings, cells, missing = {}, [], ""
+    for variant in ("", "long", "context", "width"):
+        study, rows = _load("fair", variant)
+        settings |= study.settings
+        cells += summary.cells_of(study, rows)
+        if state := _state(study, rows):
+            missing += f" {f'`fair.py:{variant}`' if variant else '`fair.py`'}: {state}"
+    cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
+    together = dataclasses.replace(study, settings=settings)
+    speedups = summary.speedups_of(together, cells)
+    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
+    for s in speedups:
+        s["tokens_per_parameter"] = of_cell[s["setting"], s["baseline"], s["steps"]][
+            "tokens_per_parameter"
+        ]
+        s["context"] = 1024 if s["setting"] == "prose1024" else 128
+    return cells, speedups, missing.strip()
+
+
+def _budgets(cells: Sequence[CellRow]) -> list[tuple[str, int, float]]:
+    """(setting, steps, tokens a parameter) of the lines of the tables."""
+    first = {(c["setting"], c["steps"]): c["tokens_per_parameter"] for c in reversed(cells)}
+    return [(*key, tokens) for key, tokens in reversed(first.items())]
+
+
+def fair_losses() -> str:
+    cells, _, _ = _fair()
+    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
+
+    def loss(setting: str, model: str, steps: int) -> str:
+        c = of_cell.get((setting, model, steps))
+        return f"{c['loss']:.3f} ± {c['loss_std']:.3f} ({c['value']:g})" if c else "-"
+
+    lines = [
+        [_TEXTS[setting], f"{tokens:.0f}", *(loss(setting, m, steps) for m in _ARMS)]
+        for setting, steps, tokens in _budgets(cells)
+    ]
+    return _table(["text", "tokens a parameter", *_ARMS.values()], lines)
+
+
+def fair_speedups() -> str:
+    cells, speedups, _ = _fair()
+    shown = {
+        (s["setting"], s["model"], s["steps"], s["cost"]): summary.show(
+            summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"])
+        )
+        for s in speedups
+    }
+    lines = [
+        [
+            _TEXTS[setting], f"{tokens:.0f}",
+            *(shown.get((setting, m, steps, c), "-") for m in _PAIRS for c in ("steps", "seconds")),
+        ]
+        for setting, steps, tokens in _budgets(cells)
+    ]  # fmt: skip
+    head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in ("steps", "time")]
+    return _table(["text", "tokens a parameter", *head], lines)
+
+
+def fair_state() -> str:
+    return _paragraph(_fair()[2])
+
+
+def growth() -> str:
+    """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
+    settings = ("stdlib128", "prose128")
+    return _draw("growth", settings, "tokens_per_parameter", "tokens a parameter")
+
+
+def context() -> str:
+    """The same against the context, on prose at the budget that both contexts have."""
+    rows = [s for s in _fair()[1] if s["steps"] == 4080]
+    return _draw("context", ("prose",), "context", "context, 36 tokens a parameter", rows)
+
+
+def _draw(
+    name: str, panels: Sequence[str], x: str, label: str, rows: Sequence[SpeedUpRow] | None = None
+) -> str:
+    """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path."""
+    rows = [s for s in rows or _fair()[1] if s["cost"] == "steps" and s["model"] in _PAIRS]
+    rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
+    looks = dict(zip(_PAIRS.values(), plots.looks(("gpt", "ngpt")).values()))
+    fig, axes = plots.figure(1, len(panels))
+    for axis, panel in zip(axes, panels):
+        mine = [s for s in rows if s["setting"].startswith(panel)]
+        lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
+        figures.bounded(axis, lines, x, looks)
+        axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
+    axes[0].set_ylabel("steps of GPT with QK-norm / steps nGPT needs")
+    plots.legend(fig, axes)
+    path = ROOT / "experiments" / "fair" / f"{name}.png"
+    plots.save(fig, path)
+    columns = ["setting", "model", "baseline", "steps", x, "bound", "speed_up", "low", "high"]
+    columns = list(dict.fromkeys(columns))
+    plots.write_csv(path.with_suffix(".csv"), columns, [{c: s[c] for c in columns} for s in rows])
+    return str(path.relative_to(ROOT))
+
+
+FIGURES = (growth, context)
 BLOCKS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (transfer_table, transfer_sentence, recipes_table, recipes_sentence)
+    f.__name__: f
+    for f in (
+        transfer_table,
+        transfer_sentence,
+        recipes_table,
+        recipes_sentence,
+        fair_losses,
+        fair_speedups,
+        fair_state,
+    )
 }
 
 if __name__ == "__main__":
