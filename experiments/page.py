@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -184,6 +185,7 @@ _ARMS = {
     "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
 }  # fmt: skip
 _PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
+_SPEED_UP = ("speed_up", "bound", "low", "high")  # the columns of a SpeedUp
 
 
 @functools.cache
@@ -233,7 +235,7 @@ def fair_speedups() -> str:
     cells, speedups, _ = _fair()
     shown = {
         (s["setting"], s["model"], s["steps"], s["cost"]): summary.show(
-            summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"])
+            summary.SpeedUp(*(s[c] for c in _SPEED_UP))
         )
         for s in speedups
     }
@@ -252,6 +254,88 @@ def fair_state() -> str:
     return _paragraph(_fair()[2])
 
 
+def _range(values: Sequence[float], digits: str) -> str:
+    low, high = (format(x, digits) for x in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def fair_answer() -> str:
+    """The answer in three sentences."""
+    cells, speedups, _ = _fair()
+    loss = {(c["setting"], c["steps"], c["model"]): c["loss"] for c in cells}
+    lines = [
+        {m: loss[setting, steps, m] for m in _ARMS}
+        for setting, steps, _ in _budgets(cells)
+        if all((setting, steps, m) in loss for m in _ARMS)
+    ]
+    if not lines or not speedups:
+        return ""
+
+    def speed(model: str, cost: str) -> str:
+        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, cost)]
+        ends = [s["low"] for s in mine], [s["high"] for s in mine]
+        found = _range([s["speed_up"] for s in mine], ".2f")
+        return f"{found} (intervals from {min(ends[0]):.2f} to {max(ends[1]):.2f})"
+
+    def apart(a: str, b: str) -> str:
+        return _range([line[a] - line[b] for line in lines], "+.3f")
+
+    best = Counter(min(line, key=line.__getitem__) for line in lines)
+    tokens = _range([t for _, _, t in _budgets(cells)], ".0f")
+    return _paragraph(
+        f"At 0.23 to 0.86 M parameters and {tokens} tokens a parameter, nGPT's speed-up over GPT"
+        f" with QK-norm is {speed('ngpt', 'steps')} in steps and {_bare(speed('ngpt', 'seconds'))}"
+        f" in time with Adam, and {speed('ngpt_muon', 'steps')} and"
+        f" {_bare(speed('ngpt_muon', 'seconds'))} with Muon. nGPT's loss minus that of GPT with"
+        f" QK-norm is {apart('ngpt', 'gpt_qk')} nats a token with Adam and"
+        f" {apart('ngpt_muon', 'gpt_qk_muon')} with Muon, while Muon instead of Adam changes the"
+        f" loss by {apart('ngpt_muon', 'ngpt')} for nGPT and by {apart('gpt_qk_muon', 'gpt_qk')}"
+        f" for GPT with QK-norm. The lowest loss of a line of the table is that of "
+        + " and ".join(f"{_ARMS[m]} ({n} of {len(lines)})" for m, n in best.most_common())
+        + "."
+    )
+
+
+def _bare(text: str) -> str:
+    return text.replace("intervals from ", "")
+
+
+def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
+    """'with Adam 0.90 (0.85 to 0.95), then 0.95 (...)': the speed-ups in the order of x."""
+    parts = []
+    for model, name in _PAIRS.items():
+        mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
+        shown = [summary.show(summary.SpeedUp(*(s[c] for c in _SPEED_UP))) for s in mine]
+        parts.append(f"{name} {', then '.join(shown)}")
+    return "; ".join(parts)
+
+
+def growth_sentence() -> str:
+    rows = [s for s in _fair()[1] if s["setting"] == "prose128" and s["cost"] == "steps"]
+    if not rows:
+        return ""
+    of_cell = sorted({s["tokens_per_parameter"] for s in rows})
+    at = ", ".join(f"{t:.0f}" for t in of_cell)
+    return _paragraph(
+        f"On prose, at {at} tokens a parameter, the speed-up in steps is"
+        f" {_course(rows, 'tokens_per_parameter')}."
+    )
+
+
+def context_sentence() -> str:
+    rows = [s for s in _at_both_contexts() if s["cost"] == "steps"]
+    if len({s["context"] for s in rows}) < 2:
+        return ""
+    return _paragraph(
+        "On prose, at 36 tokens a parameter and at contexts 128 and 1,024, the speed-up in steps is"
+        f" {_course(rows, 'context')}."
+    )
+
+
+def _at_both_contexts() -> list[SpeedUpRow]:
+    return [s for s in _fair()[1] if s["steps"] == 4080 and s["setting"].startswith("prose")]
+
+
 def growth() -> str:
     """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
     settings = ("stdlib128", "prose128")
@@ -260,7 +344,7 @@ def growth() -> str:
 
 def context() -> str:
     """The same against the context, on prose at the budget that both contexts have."""
-    rows = [s for s in _fair()[1] if s["steps"] == 4080]
+    rows = _at_both_contexts()
     return _draw("context", ("prose",), "context", "context, 36 tokens a parameter", rows)
 
 
@@ -298,6 +382,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fair_losses,
         fair_speedups,
         fair_state,
+        fair_answer,
+        growth_sentence,
+        context_sentence,
     )
 }
 
