@@ -14,8 +14,7 @@ that the tables do not use: 16 runs for each model. Those with Adam had 48 or 50
 
 from small import small_model
 
-from ngpt_jax.config import ConfigError
-from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.config.experiment import apply_variants, variant
 from ngpt_jax.study.plan import Study
 
 PROSE = {"data.source": "prose"}
@@ -86,15 +85,12 @@ TRIALS = {
 
 
 def get_study(variants: str = ""):
-    if variants not in STUDIES:
-        raise ConfigError(
-            f"Unknown variant {variants!r}; known are {', '.join(filter(None, STUDIES))}."
-        )
-    return STUDIES[variants]()
+    return variant(variants, STUDIES)()
 
 
 # Runs of the search here, and of that of speedup.py.
-FOUND_IN = {"ngpt": 16 + 50, "ngpt_muon": 16, "gpt_qk": 16 + 48, "gpt_qk_muon": 16}
+_HERE = len(SETTINGS) * len(TRIALS["ngpt"])
+FOUND_IN = dict.fromkeys(MODELS, _HERE) | {"ngpt": _HERE + 50, "gpt_qk": _HERE + 48}
 
 
 def _study(title: str, settings, budgets: tuple[int, ...], seeds: tuple[int, ...]) -> Study:

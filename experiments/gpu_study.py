@@ -16,8 +16,8 @@ study with tiny models, on bytes of the standard library, in a minute or two on 
 
 import dataclasses
 
-from ngpt_jax.config import ConfigError, default_config
-from ngpt_jax.config.experiment import apply_variants, one_run_of_many
+from ngpt_jax.config import default_config
+from ngpt_jax.config.experiment import apply_variants, one_run_of_many, variant
 from ngpt_jax.study.plan import Study
 
 SETTINGS = {
@@ -71,10 +71,10 @@ def debug(config):
     config.log.every = 1
 
 
-# The rate alone is tuned. nGPT has the paper's: no warm-up,
-# and the scales start where the paper starts them, because 11,000 steps and more are enough to
-# travel from there. GPT has a weight decay of 0.1 and a warm-up of a tenth, as anGPT's tuned
-# baseline; its init is about half of 1/sqrt(width), which was best at width 64.
+# The rate alone is tuned. nGPT has the paper's recipe: no warm-up, and the scales start where the
+# paper starts them, because 11,000 steps and more are enough to travel from there. GPT has a weight
+# decay of 0.1 and a warm-up of a tenth, as anGPT's tuned baseline; its init is about half of
+# 1/sqrt(width), which was best at width 64.
 _GPT = {
     "model.kind": "gpt",
     "model.qk_norm": True,
@@ -128,8 +128,4 @@ STUDIES = {
 
 
 def get_study(variants: str = ""):
-    if variants not in STUDIES:
-        raise ConfigError(
-            f"Unknown variant {variants!r}; known are {', '.join(filter(None, STUDIES))}."
-        )
-    return STUDIES[variants]
+    return variant(variants, STUDIES)

@@ -17,8 +17,7 @@ import os
 
 from small import small_model
 
-from ngpt_jax.config import ConfigError
-from ngpt_jax.config.experiment import apply_variants
+from ngpt_jax.config.experiment import apply_variants, variant
 from ngpt_jax.study.plan import Study
 
 PROSE = os.environ.get("NGPT_PROSE", "NGPT_PROSE")  # where it is not set, no such folder
@@ -77,11 +76,7 @@ RATES = {
 
 
 def get_study(variants: str = ""):
-    if variants not in STUDIES:
-        raise ConfigError(
-            f"Unknown variant {variants!r}; known are {', '.join(list(STUDIES)[1:])}."
-        )
-    return STUDIES[variants]()
+    return variant(variants, STUDIES)()
 
 
 def speedup():

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 TOOLS = sorted(path.stem for path in (ROOT / "ngpt_jax" / "tools").glob("[a-z]*.py"))
 
 
-COMMANDS = ["main", "data.prepare", "data.train_tokenizer", *(f"tools.{tool}" for tool in TOOLS)]
+DATA = ["data.corpora", "data.prepare", "data.train_tokenizer"]
+COMMANDS = ["main", *DATA, *(f"tools.{tool}" for tool in TOOLS)]
 
 
 def test_the_list_has_every_command():

@@ -434,7 +434,7 @@ def test_the_command(config, tmp_path):
         (["--source=text", "--paths=x"], "--out is missing"),
         (
             ["--source=bin", "--paths=x", out],
-            "--source must be one of stdlib, text, tfds, hub, arr",
+            "--source must be one of stdlib, prose, text, tfds, h",
         ),
         (["--source=text", "--paths=gone", out], "--paths: there is no file or folder 'gone'"),
         # Names of files are told as they are.
@@ -443,7 +443,7 @@ def test_the_command(config, tmp_path):
         (["--source=text", f"--paths={data}", "--text_key=x", other], f"--paths: {data!r}, line 1"),
         (["--source=text", f"--paths={data}", "--text_key=x", other], "'text'; set --text_key."),
         (["--source=text", "--paths=x", "--held_out=2", out], "--held_out must lie between"),
-        (["--source=stdlib", "--paths=x", out], "--paths is for --source=text"),
+        (["--source=stdlib", "--paths=x", out], "--paths is for --source=prose, text"),
         (["--source=stdlib", "--tokenizer=gone", out], "--tokenizer: "),
         (["--source=stdlib", "--workers=0", out], "workers"),
         (["--verify", f"--out={tmp_path}"], "there is no manifest.json in it"),

@@ -44,6 +44,12 @@ def _check_not_empty(flag: str, value: Any) -> None:
         raise ConfigError(f"{flag} is empty; give it a value, or leave it out.")
 
 
+def refuse_overrides(overrides: Sequence[tuple[str, str]]) -> None:
+    """For commands that read no config; raises ConfigError."""
+    for name, _ in overrides:
+        raise ConfigError(f"--config.{name} is a flag of training; see --help.")
+
+
 def _fail(message: str) -> NoReturn:
     tell(f"error: {message}")
     sys.exit(2)

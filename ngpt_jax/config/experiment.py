@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 
@@ -18,6 +18,7 @@ from ngpt_jax.config.presets import PRESETS
 from ngpt_jax.config.resolve import from_config_dict
 from ngpt_jax.errors import ConfigError
 
+_T = TypeVar("_T")
 Edit = Callable[[ml_collections.ConfigDict], None]
 
 
@@ -32,13 +33,18 @@ def apply_variants(
       known: a function that edits a config, for each name.
     """
     for name in filter(None, variants.split(",")):
-        if name not in known:
-            raise ConfigError(
-                f"Unknown variant {name!r}; known are {', '.join(known)}."
-                f"{convert.did_you_mean(name, known)}"
-            )
-        known[name](config)
+        variant(name, known)(config)
     return config
+
+
+def variant(name: str, known: Mapping[str, _T]) -> _T:
+    """What ``known`` has under the name of a variant, "" for none; raises ConfigError."""
+    if name not in known:
+        raise ConfigError(
+            f"Unknown variant {name!r}; known are {', '.join(filter(None, known))}."
+            f"{convert.did_you_mean(name, known)}"
+        )
+    return known[name]
 
 
 def one_run_of_many(config: ml_collections.ConfigDict) -> None:

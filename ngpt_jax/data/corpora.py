@@ -212,8 +212,7 @@ def _line(text: str) -> str:
 
 
 def _command(overrides: list[tuple[str, str]], corpus: str = "") -> int:
-    if overrides:
-        raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
+    command.refuse_overrides(overrides)
     if corpus != "prose":
         raise ConfigError("Name the corpus: python -m ngpt_jax.data.corpora prose")
     if is_remote(_OUT.value or ""):

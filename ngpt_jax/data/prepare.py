@@ -42,8 +42,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with i
 
 
 def _command(overrides: list[tuple[str, str]]) -> int:
-    if overrides:
-        raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
+    command.refuse_overrides(overrides)
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
     from ngpt_jax.data.list_files import parse_path

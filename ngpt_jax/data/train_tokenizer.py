@@ -35,8 +35,7 @@ _EOD = "<|endoftext|>"
 
 
 def _command(overrides: list[tuple[str, str]]) -> int:
-    if overrides:
-        raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
+    command.refuse_overrides(overrides)
     out = _OUT.value or ""
     if not out.endswith(".json"):
         raise ConfigError("--out: name the file to write, such as book.json.")

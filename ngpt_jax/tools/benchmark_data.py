@@ -11,7 +11,7 @@ text is the source of Python's standard library.
 
 from absl import flags
 
-from ngpt_jax.config import ConfigError, DataConfig, command
+from ngpt_jax.config import DataConfig, command
 
 _PATHS = flags.DEFINE_multi_string("paths", [], "Text, as --config.data.paths of training.")
 _TOKENIZER = flags.DEFINE_string("tokenizer", "byte", "As --config.data.tokenizer of training.")
@@ -23,8 +23,7 @@ _JSON = flags.DEFINE_string("json", None, "Also write the numbers to this file."
 
 
 def _main(overrides: list[tuple[str, str]]) -> None:
-    if overrides:
-        raise ConfigError(f"--config.{overrides[0][0]} is a flag of training; see --help.")
+    command.refuse_overrides(overrides)
     command.check_output(json=_JSON.value)
     from ngpt_jax.benchmark import data
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from etils import epath
 
 from ngpt_jax.config import ConfigError, DataConfig, SourceConfig
-from ngpt_jax.data.list_files import parse_path, real_path
+from ngpt_jax.data.list_files import parse_path, real_path, stamp
 from ngpt_jax.data.text.text_files import read_documents
 from ngpt_jax.data.text.units import TextSource, Unit
 from ngpt_jax.files import is_remote, reason
@@ -53,11 +53,15 @@ def _check_made(folder: Path, field: str) -> None:
         mend += f", or leave {field} out"
     if not (folder / SHA256_FILE).exists():
         raise ConfigError(f"{field}: there is no corpus in {str(folder)!r}; make it once: {mend}")
-    digest = hashlib.sha256()
     try:
-        for name in FILES:
-            digest.update((folder / name).read_bytes())
+        digest = _digest(tuple(stamp(epath.Path(folder / name)) for name in FILES), folder)
     except OSError as e:
         raise ConfigError(f"{field}: {e.filename} cannot be read: {reason(e)}; {mend}") from e
-    if digest.hexdigest() != SHA256:
+    if digest != SHA256:
         raise ConfigError(f"{field}: {str(folder)!r} is another corpus; make it anew: {mend}")
+
+
+@functools.cache  # a study asks for each of its models
+def _digest(stamps: tuple[str, ...], folder: Path) -> str:
+    """sha256 of the files, one after the other; ``stamps`` change when they do."""
+    return hashlib.sha256(b"".join((folder / name).read_bytes() for name in FILES)).hexdigest()
