@@ -8,7 +8,7 @@ one CPU core for each run. Two texts: the source of Python's standard library, a
 learning rate is tuned for each model, text and budget.
 Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
 channels), on prose with three seeds. search looks for the hyperparameters, on a budget and a seed
-that the tables do not use: 16 runs for each model. Those with Adam had 48 or 50 more in speedup.py.
+that the tables do not use: 20 runs for each model. Those with Adam had 48 or 50 more in speedup.py.
 168 runs or more, about 9 core-hours on an AMD EPYC; --dry_run lists them. There are no results yet.
 """
 
@@ -82,6 +82,25 @@ TRIALS = {
         "b2_0.99": {"optimizer.b2": 0.99},
     },
 }
+# What did well, together, and one step further where the best lay at an edge.
+SECOND = {
+    "ngpt": {
+        "alpha0.5": _alpha(0.5),
+        "alpha0.35+b2_0.99": _alpha(0.35) | {"optimizer.b2": 0.99},
+    },
+    "ngpt_muon": {
+        "warmup0+s_z20": {"optimizer.warmup_share": 0.0, "model.s_z.init": 20.0},
+        "warmup0+b2_0.99": {"optimizer.warmup_share": 0.0, "optimizer.b2": 0.99},
+    },
+    "gpt_qk": {
+        "warmup30": {"optimizer.warmup_share": 0.3},
+        "decay0+b2_0.99": {"optimizer.weight_decay": 0.0, "optimizer.b2": 0.99},
+    },
+    "gpt_qk_muon": {
+        "init0.015": {"model.init_std": 0.015},
+        "init0.03+decay0": {"model.init_std": 0.03, "optimizer.weight_decay": 0.0},
+    },
+}
 
 
 def get_study(variants: str = ""):
@@ -89,7 +108,7 @@ def get_study(variants: str = ""):
 
 
 # Runs of the search here, and of that of speedup.py.
-_HERE = len(SETTINGS) * len(TRIALS["ngpt"])
+_HERE = len(SETTINGS) * (len(TRIALS["ngpt"]) + len(SECOND["ngpt"]))
 FOUND_IN = dict.fromkeys(MODELS, _HERE) | {"ngpt": _HERE + 50, "gpt_qk": _HERE + 48}
 
 
@@ -132,10 +151,10 @@ def width():
 
 
 def search():
-    """One field at a time; as many trials for each model."""
+    """One field at a time, then two more trials; as many for each model."""
     models = {}
     for model, (start, rates) in MODELS.items():
-        for name, fields in TRIALS[model.removesuffix("_muon")].items():
+        for name, fields in (TRIALS[model.removesuffix("_muon")] | SECOND[model]).items():
             models[f"{model}{name and '+' + name}"] = (
                 start | fields | {"optimizer.learning_rate": rates[1]}
             )
