@@ -43,7 +43,8 @@ def main() -> None:
             write_atomically(page, new)
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
     for draw in FIGURES:
-        print(draw())
+        if path := draw():
+            print(path)
 
 
 def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
@@ -273,31 +274,24 @@ def fair_answer() -> str:
 
     def speed(model: str, cost: str) -> str:
         mine = [s for s in speedups if (s["model"], s["cost"]) == (model, cost)]
-        ends = [s["low"] for s in mine], [s["high"] for s in mine]
-        found = _range([s["speed_up"] for s in mine], ".2f")
-        return f"{found} (intervals from {min(ends[0]):.2f} to {max(ends[1]):.2f})"
+        return _range([s["speed_up"] for s in mine], ".2f")
 
-    def apart(a: str, b: str) -> str:
-        return _range([line[a] - line[b] for line in lines], "+.3f")
+    def ends(model: str) -> str:
+        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, "steps")]
+        return f"{min(s['low'] for s in mine):.2f} to {max(s['high'] for s in mine):.2f}"
 
-    best = Counter(min(line, key=line.__getitem__) for line in lines)
-    tokens = _range([t for _, _, t in _budgets(cells)], ".0f")
+    def less(a: str, b: str) -> str:
+        return _range([line[b] - line[a] for line in lines], ".3f")
+
+    best = Counter(min(line, key=line.__getitem__) for line in lines).most_common()
     return _paragraph(
-        f"At 0.23 to 0.86 M parameters and {tokens} tokens a parameter, nGPT's speed-up over GPT"
-        f" with QK-norm is {speed('ngpt', 'steps')} in steps and {_bare(speed('ngpt', 'seconds'))}"
-        f" in time with Adam, and {speed('ngpt_muon', 'steps')} and"
-        f" {_bare(speed('ngpt_muon', 'seconds'))} with Muon. nGPT's loss minus that of GPT with"
-        f" QK-norm is {apart('ngpt', 'gpt_qk')} nats a token with Adam and"
-        f" {apart('ngpt_muon', 'gpt_qk_muon')} with Muon, while Muon instead of Adam changes the"
-        f" loss by {apart('ngpt_muon', 'ngpt')} for nGPT and by {apart('gpt_qk_muon', 'gpt_qk')}"
-        f" for GPT with QK-norm. The lowest loss of a line of the table is that of "
-        + " and ".join(f"{_ARMS[m]} ({n} of {len(lines)})" for m, n in best.most_common())
-        + "."
+        f"nGPT's speed-up over GPT with QK-norm is {speed('ngpt', 'steps')} in steps (intervals"
+        f" from {ends('ngpt')}) and {speed('ngpt', 'seconds')} in time with Adam, and"
+        f" {speed('ngpt_muon', 'steps')} ({ends('ngpt_muon')}) and {speed('ngpt_muon', 'seconds')}"
+        f" with Muon. Muon instead of Adam is worth {less('ngpt_muon', 'ngpt')} nats a token to"
+        f" nGPT and {less('gpt_qk_muon', 'gpt_qk')} to GPT with QK-norm. The lowest loss is that"
+        f" of {' and '.join(f'{_ARMS[m]}, {n} times out of {len(lines)}' for m, n in best)}."
     )
-
-
-def _bare(text: str) -> str:
-    return text.replace("intervals from ", "")
 
 
 def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
@@ -310,26 +304,28 @@ def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
     return "; ".join(parts)
 
 
-def growth_sentence() -> str:
+def growth_part() -> str:
     rows = [s for s in _fair()[1] if s["setting"] == "prose128" and s["cost"] == "steps"]
-    if not rows:
-        return ""
-    of_cell = sorted({s["tokens_per_parameter"] for s in rows})
-    at = ", ".join(f"{t:.0f}" for t in of_cell)
-    return _paragraph(
-        f"On prose, at {at} tokens a parameter, the speed-up in steps is"
-        f" {_course(rows, 'tokens_per_parameter')}."
+    tokens = sorted({s["tokens_per_parameter"] for s in rows})
+    if len(tokens) < 2:
+        return "Speed-up against tokens a parameter: not measured yet."
+    text = (
+        f"On prose, at {', '.join(f'{t:.0f}' for t in tokens)} tokens a parameter, the speed-up in"
+        f" steps is {_course(rows, 'tokens_per_parameter')}."
     )
+    picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
+    return f"{_paragraph(text)}\n\n{picture}"
 
 
-def context_sentence() -> str:
+def context_part() -> str:
     rows = [s for s in _at_both_contexts() if s["cost"] == "steps"]
     if len({s["context"] for s in rows}) < 2:
-        return ""
-    return _paragraph(
+        return "Speed-up against the context: not measured yet."
+    text = (
         "On prose, at 36 tokens a parameter and at contexts 128 and 1,024, the speed-up in steps is"
         f" {_course(rows, 'context')}."
     )
+    return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
 
 
 def _at_both_contexts() -> list[SpeedUpRow]:
@@ -351,9 +347,14 @@ def context() -> str:
 def _draw(
     name: str, panels: Sequence[str], x: str, label: str, rows: Sequence[SpeedUpRow] | None = None
 ) -> str:
-    """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path."""
+    """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path.
+
+    Nothing where there is but one place on the axis.
+    """
     rows = [s for s in rows or _fair()[1] if s["cost"] == "steps" and s["model"] in _PAIRS]
     rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
+    if len({s[x] for s in rows}) < 2:
+        return ""
     looks = dict(zip(_PAIRS.values(), plots.looks(("gpt", "ngpt")).values()))
     fig, axes = plots.figure(1, len(panels))
     for axis, panel in zip(axes, panels):
@@ -383,8 +384,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fair_speedups,
         fair_state,
         fair_answer,
-        growth_sentence,
-        context_sentence,
+        growth_part,
+        context_part,
     )
 }
 
