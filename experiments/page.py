@@ -7,8 +7,11 @@ figures are those of FIGURES, each a PNG and a CSV. Everything is computed from 
 experiments/*/results.csv. The suite compares.
 """
 
+import csv
 import dataclasses
 import functools
+import itertools
+import json
 import math
 import re
 import statistics
@@ -25,7 +28,7 @@ from ngpt_jax.study.results import Result
 from ngpt_jax.study.summary import CellRow, SpeedUpRow
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("experiments/README.md",)
+PAGES = ("README.md", "experiments/README.md")
 _MARKED = re.compile(r"(<!-- page\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -186,7 +189,11 @@ _ARMS = {
     "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
 }  # fmt: skip
 _PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
-_SPEED_UP = ("speed_up", "bound", "low", "high")  # the columns of a SpeedUp
+_COSTS = {"steps": "steps", "seconds": "time"}
+
+
+def _show(row: SpeedUpRow) -> str:
+    return summary.show(summary.SpeedUp(row["speed_up"], row["bound"], row["low"], row["high"]))
 
 
 @functools.cache
@@ -234,20 +241,15 @@ def fair_losses() -> str:
 
 def fair_speedups() -> str:
     cells, speedups, _ = _fair()
-    shown = {
-        (s["setting"], s["model"], s["steps"], s["cost"]): summary.show(
-            summary.SpeedUp(*(s[c] for c in _SPEED_UP))
-        )
-        for s in speedups
-    }
+    shown = {(s["setting"], s["model"], s["steps"], s["cost"]): _show(s) for s in speedups}
     lines = [
         [
             _TEXTS[setting], f"{tokens:.0f}",
-            *(shown.get((setting, m, steps, c), "-") for m in _PAIRS for c in ("steps", "seconds")),
+            *(shown.get((setting, m, steps, c), "-") for m in _PAIRS for c in _COSTS),
         ]
         for setting, steps, tokens in _budgets(cells)
     ]  # fmt: skip
-    head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in ("steps", "time")]
+    head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in _COSTS.values()]
     return _table(["text", "tokens a parameter", *head], lines)
 
 
@@ -299,8 +301,7 @@ def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
     parts = []
     for model, name in _PAIRS.items():
         mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
-        shown = [summary.show(summary.SpeedUp(*(s[c] for c in _SPEED_UP))) for s in mine]
-        parts.append(f"{name} {', then '.join(shown)}")
+        parts.append(f"{name} {', then '.join(map(_show, mine))}")
     return "; ".join(parts)
 
 
@@ -372,6 +373,101 @@ def _draw(
     return str(path.relative_to(ROOT))
 
 
+# --------------------------------------------------------------------------------- the quickstart
+
+
+def _minutes(rows: Sequence[Result]) -> str:
+    """The median time from the command to its end."""
+    total = statistics.median(r["seconds"] + (r["other_seconds"] or 0.0) for r in rows)
+    return f"{round(total) // 60}:{round(total) % 60:02}"
+
+
+def _quickstart() -> dict[str, list[Result]]:
+    """The runs of quickstart.py:finals, by recipe."""
+    study, rows = _load("quickstart", "finals")
+    return {m: [r for r in rows if r["model"] == m] for m in study.models}
+
+
+def quickstart_table() -> str:
+    names = {
+        "ngpt": "nGPT, Muon", "gpt": "GPT with QK-norm, Muon: `:gpt`",
+        "paper": "nGPT, Adam: `:paper`",
+    }  # fmt: skip
+    lines = [
+        [
+            f"{names[model]} ({rows[0]['parameters']:,} parameters)",
+            _spread([r["loss"] for r in rows]),
+            _spread([r["bits_per_byte"] for r in rows]),
+            _minutes(rows),
+        ]
+        for model, rows in _quickstart().items()
+        if rows
+    ]
+    return _table(["model", "nats a token", "bits a byte", "minutes"], lines)
+
+
+# ------------------------------------------------------------------------------------- README.md
+
+
+def numbers() -> str:
+    """The table of README.md."""
+    lines = []
+    quick = {m: rows for m, rows in _quickstart().items() if rows}
+    if "ngpt" in quick and "gpt" in quick:
+        bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
+        seeds, of_gpt = len(quick["ngpt"]), bits["gpt"]
+        lines.append([
+            "quickstart, held-out bits a byte", f"{bits['ngpt']}; QK-norm {of_gpt}",
+            f"{seeds} seeds; {_minutes(quick['ngpt'])} minutes, {_minutes(quick['gpt'])}",
+        ])  # fmt: skip
+    lines += _speedup_lines()
+    lines.append(_length_line())
+    lines.append(_h200_line())
+    return _table(["measured", "nGPT", "caveat"], lines)
+
+
+def _speedup_lines() -> list[list[str]]:
+    """nGPT over GPT with QK-norm, at each text's largest budget."""
+    lines = []
+    for setting, model in itertools.product(("prose128", "stdlib128"), _PAIRS):
+        mine = [s for s in _fair()[1] if (s["setting"], s["model"]) == (setting, model)]
+        if not mine:
+            continue
+        most = max(s["steps"] for s in mine)
+        last = {s["cost"]: s for s in mine if s["steps"] == most}
+        shown = [f"{_show(last[cost])} in {name}" for cost, name in _COSTS.items()]
+        tokens = last["steps"]["tokens_per_parameter"]
+        lines.append([
+            f"speed-up {_PAIRS[model]}, {_TEXTS[setting]}", ", ".join(shown),
+            f"{tokens:.0f} tokens a parameter",
+        ])  # fmt: skip
+    return lines
+
+
+def _length_line() -> list[str]:
+    found = {}
+    for name in ("length", "length_gpt_qk"):
+        path = ROOT / "experiments" / "speedup-length" / f"{name}.csv"
+        with path.open(encoding="utf-8", newline="") as f:
+            for row in csv.DictReader(f):
+                found[row["run"].split("-")[1], int(row["length"])] = float(row["perplexity"])
+    at = {model: f"{found[model, 2048]:.1f}" for model in ("ngpt", "gpt", "gpt_qk")}
+    return [
+        "perplexity at 4 times the training context",
+        f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each",
+    ]  # fmt: skip
+
+
+def _h200_line() -> list[str]:
+    path = ROOT / "experiments" / "h200" / "train_full_remat.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        "time of a step, 12 layers of width 768, H200",
+        f"{found['ratios']['ngpt/gpt']:.2f} times GPT's",
+        f"{found['steps']} steps of older code; never trained",
+    ]
+
+
 FIGURES = (growth, context)
 BLOCKS: dict[str, Callable[[], str]] = {
     f.__name__: f
@@ -385,6 +481,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fair_state,
         fair_answer,
         growth_part,
+        quickstart_table,
+        numbers,
         context_part,
     )
 }
