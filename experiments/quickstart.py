@@ -28,10 +28,7 @@ _GPT_QK = _GPT | _MUON | {"model.qk_norm": True}
 # What get_study() found. With Adam, a high rate over few steps wants a short warm-up, though the
 # paper's has none; with Muon, none is as good.
 RECIPES = {
-    "ngpt": _SLOW | _MUON | _alpha(0.35) | {
-        "optimizer.warmup_share": 0.0,
-        "optimizer.learning_rate": 1.4e-2,
-    },
+    "ngpt": _SLOW | _MUON | _alpha(0.35) | {"optimizer.learning_rate": 1.4e-2},  # no warm-up
     "gpt": _GPT_QK | {"model.init_std": 0.03, "optimizer.learning_rate": 6e-3},
     "paper": _SLOW | _alpha(0.35) | {
         "optimizer.recipe": "ngpt",
