@@ -1,31 +1,24 @@
-"""Writes the tables, sentences and figures of the pages that come from the results.
+"""Writes the tables and sentences of the pages that come from the results.
 
     python experiments/page.py
 
-On each of PAGES they stand between two marks, the first of which names one of BLOCKS below; the
-figures are those of FIGURES, each a PNG and a CSV. Everything is computed from the tables of runs,
-experiments/*/results.csv. The suite compares.
+On each of PAGES they stand between two marks, the first of which names one of BLOCKS below.
+Everything is computed from the tables in experiments/. The suite compares.
 """
 
 import csv
-import dataclasses
-import functools
-import itertools
 import json
 import math
 import re
 import statistics
 import textwrap
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ngpt_jax import plots
 from ngpt_jax.files import write_atomically
-from ngpt_jax.study import figures, plan, results, summary
+from ngpt_jax.study import plan, results, summary
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
-from ngpt_jax.study.summary import CellRow, SpeedUpRow
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "experiments/README.md")
@@ -45,9 +38,6 @@ def main() -> None:
         if new != old:
             write_atomically(page, new)
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
-    for draw in FIGURES:
-        if path := draw():
-            print(path)
 
 
 def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
@@ -162,9 +152,13 @@ def recipes_table() -> str:
     return _table(["recipe", "nGPT", "rate", "GPT with QK-norm", "rate"], lines)
 
 
+def _recipe_losses() -> dict[str, float]:
+    return {c["model"]: c["loss"] for c in summary.cells_of(*_load("recipes"))}
+
+
 def recipes_sentence() -> str:
     study, rows = _load("recipes")
-    loss = {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
+    loss = _recipe_losses()
     pairs = {"Adam": ("ngpt-ngpt", "gpt_qk-adamw"), "Muon": ("ngpt-muon", "gpt_qk-muon")}
     text = ""
     if all(model in loss for pair in pairs.values() for model in pair):
@@ -176,201 +170,6 @@ def recipes_sentence() -> str:
             f" by {apart['Muon']:.3f} with Muon. "
         )
     return _paragraph(text + _state(study, rows))
-
-
-# --------------------------------------------------------------------------------- the fair table
-
-_TEXTS = {
-    "stdlib128": "Python source", "prose128": "prose", "prose1024": "prose, context 1,024",
-    "prose128x128": "prose, width 128",
-}  # fmt: skip
-_ARMS = {
-    "ngpt": "nGPT, Adam", "gpt_qk": "GPT with QK-norm, Adam",
-    "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
-}  # fmt: skip
-_PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
-_COSTS = {"steps": "steps", "seconds": "time"}
-
-
-def _show(row: SpeedUpRow) -> str:
-    return summary.show(summary.SpeedUp(row["speed_up"], row["bound"], row["low"], row["high"]))
-
-
-@functools.cache
-def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
-    """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
-    settings, cells, missing = {}, [], ""
-    for variant in ("", "long", "context", "width"):
-        study, rows = _load("fair", variant)
-        settings |= study.settings
-        cells += summary.cells_of(study, rows)
-        if state := _state(study, rows):
-            missing += f" {f'`fair.py:{variant}`' if variant else '`fair.py`'}: {state}"
-    cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
-    together = dataclasses.replace(study, settings=settings)
-    speedups = summary.speedups_of(together, cells)
-    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
-    for s in speedups:
-        s["tokens_per_parameter"] = of_cell[s["setting"], s["baseline"], s["steps"]][
-            "tokens_per_parameter"
-        ]
-        s["context"] = 1024 if s["setting"] == "prose1024" else 128
-    return cells, speedups, missing.strip()
-
-
-def _budgets(cells: Sequence[CellRow]) -> list[tuple[str, int, float]]:
-    """(setting, steps, tokens a parameter) of the lines of the tables."""
-    first = {(c["setting"], c["steps"]): c["tokens_per_parameter"] for c in reversed(cells)}
-    return [(*key, tokens) for key, tokens in reversed(first.items())]
-
-
-def fair_losses() -> str:
-    cells, _, _ = _fair()
-    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
-
-    def loss(setting: str, model: str, steps: int) -> str:
-        c = of_cell.get((setting, model, steps))
-        return f"{c['loss']:.3f} ± {c['loss_std']:.3f} ({c['value']:g})" if c else "-"
-
-    lines = [
-        [_TEXTS[setting], f"{tokens:.0f}", *(loss(setting, m, steps) for m in _ARMS)]
-        for setting, steps, tokens in _budgets(cells)
-    ]
-    return _table(["text", "tokens a parameter", *_ARMS.values()], lines)
-
-
-def fair_speedups() -> str:
-    cells, speedups, _ = _fair()
-    shown = {(s["setting"], s["model"], s["steps"], s["cost"]): _show(s) for s in speedups}
-    lines = [
-        [
-            _TEXTS[setting], f"{tokens:.0f}",
-            *(shown.get((setting, m, steps, c), "-") for m in _PAIRS for c in _COSTS),
-        ]
-        for setting, steps, tokens in _budgets(cells)
-    ]  # fmt: skip
-    head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in _COSTS.values()]
-    return _table(["text", "tokens a parameter", *head], lines)
-
-
-def fair_state() -> str:
-    return _paragraph(_fair()[2])
-
-
-def _range(values: Sequence[float], digits: str) -> str:
-    low, high = (format(x, digits) for x in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}"
-
-
-def fair_answer() -> str:
-    """The answer in three sentences."""
-    cells, speedups, _ = _fair()
-    loss = {(c["setting"], c["steps"], c["model"]): c["loss"] for c in cells}
-    lines = [
-        {m: loss[setting, steps, m] for m in _ARMS}
-        for setting, steps, _ in _budgets(cells)
-        if all((setting, steps, m) in loss for m in _ARMS)
-    ]
-    if not lines or not speedups:
-        return ""
-
-    def speed(model: str, cost: str) -> str:
-        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, cost)]
-        return _range([s["speed_up"] for s in mine], ".2f")
-
-    def ends(model: str) -> str:
-        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, "steps")]
-        return f"{min(s['low'] for s in mine):.2f} to {max(s['high'] for s in mine):.2f}"
-
-    def less(a: str, b: str) -> str:
-        return _range([line[b] - line[a] for line in lines], ".3f")
-
-    best = Counter(min(line, key=line.__getitem__) for line in lines).most_common()
-    return _paragraph(
-        f"nGPT's speed-up over GPT with QK-norm is {speed('ngpt', 'steps')} in steps (intervals"
-        f" from {ends('ngpt')}) and {speed('ngpt', 'seconds')} in time with Adam, and"
-        f" {speed('ngpt_muon', 'steps')} ({ends('ngpt_muon')}) and {speed('ngpt_muon', 'seconds')}"
-        f" with Muon. Muon instead of Adam is worth {less('ngpt_muon', 'ngpt')} nats a token to"
-        f" nGPT and {less('gpt_qk_muon', 'gpt_qk')} to GPT with QK-norm. The lowest loss is that"
-        f" of {' and '.join(f'{_ARMS[m]}, {n} times out of {len(lines)}' for m, n in best)}."
-    )
-
-
-def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
-    """'with Adam 0.90 (0.85 to 0.95), then 0.95 (...)': the speed-ups in the order of x."""
-    parts = []
-    for model, name in _PAIRS.items():
-        mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
-        parts.append(f"{name} {', then '.join(map(_show, mine))}")
-    return "; ".join(parts)
-
-
-def growth_part() -> str:
-    rows = [s for s in _fair()[1] if s["setting"] == "prose128" and s["cost"] == "steps"]
-    tokens = sorted({s["tokens_per_parameter"] for s in rows})
-    if len(tokens) < 2:
-        return "Speed-up against tokens a parameter: not measured yet."
-    text = (
-        f"On prose, at {', '.join(f'{t:.0f}' for t in tokens)} tokens a parameter, the speed-up in"
-        f" steps is {_course(rows, 'tokens_per_parameter')}."
-    )
-    picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
-    return f"{_paragraph(text)}\n\n{picture}"
-
-
-def context_part() -> str:
-    rows = [s for s in _at_both_contexts() if s["cost"] == "steps"]
-    if len({s["context"] for s in rows}) < 2:
-        return "Speed-up against the context: not measured yet."
-    text = (
-        "On prose, at 36 tokens a parameter and at contexts 128 and 1,024, the speed-up in steps is"
-        f" {_course(rows, 'context')}."
-    )
-    return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
-
-
-def _at_both_contexts() -> list[SpeedUpRow]:
-    return [s for s in _fair()[1] if s["steps"] == 4080 and s["setting"].startswith("prose")]
-
-
-def growth() -> str:
-    """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
-    settings = ("stdlib128", "prose128")
-    return _draw("growth", settings, "tokens_per_parameter", "tokens a parameter")
-
-
-def context() -> str:
-    """The same against the context, on prose at the budget that both contexts have."""
-    rows = _at_both_contexts()
-    return _draw("context", ("prose",), "context", "context, 36 tokens a parameter", rows)
-
-
-def _draw(
-    name: str, panels: Sequence[str], x: str, label: str, rows: Sequence[SpeedUpRow] | None = None
-) -> str:
-    """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path.
-
-    Nothing where there is but one place on the axis.
-    """
-    rows = [s for s in rows or _fair()[1] if s["cost"] == "steps" and s["model"] in _PAIRS]
-    rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
-    if len({s[x] for s in rows}) < 2:
-        return ""
-    looks = dict(zip(_PAIRS.values(), plots.looks(("gpt", "ngpt")).values()))
-    fig, axes = plots.figure(1, len(panels))
-    for axis, panel in zip(axes, panels):
-        mine = [s for s in rows if s["setting"].startswith(panel)]
-        lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
-        figures.bounded(axis, lines, x, looks)
-        axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
-    axes[0].set_ylabel("steps of GPT with QK-norm / steps nGPT needs")
-    plots.legend(fig, axes)
-    path = ROOT / "experiments" / "fair" / f"{name}.png"
-    plots.save(fig, path)
-    columns = ["setting", "model", "baseline", "steps", x, "bound", "speed_up", "low", "high"]
-    columns = list(dict.fromkeys(columns))
-    plots.write_csv(path.with_suffix(".csv"), columns, [{c: s[c] for c in columns} for s in rows])
-    return str(path.relative_to(ROOT))
 
 
 # --------------------------------------------------------------------------------- the quickstart
@@ -411,35 +210,43 @@ def quickstart_table() -> str:
 
 def numbers() -> str:
     """The table of README.md."""
-    lines = []
-    quick = {m: rows for m, rows in _quickstart().items() if rows}
-    if "ngpt" in quick and "gpt" in quick:
-        bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
-        seeds, of_gpt = len(quick["ngpt"]), bits["gpt"]
-        lines.append([
-            "quickstart, held-out bits a byte", f"{bits['ngpt']}; QK-norm {of_gpt}",
-            f"{seeds} seeds; {_minutes(quick['ngpt'])} minutes, {_minutes(quick['gpt'])}",
-        ])  # fmt: skip
-    lines += _speedup_lines()
-    lines.append(_length_line())
-    lines.append(_h200_line())
+    quick = _quickstart()
+    bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
+    minutes = f"{_minutes(quick['ngpt'])} minutes, {_minutes(quick['gpt'])}"
+    loss = _recipe_losses()
+    of_ngpt, of_gpt = (
+        f"{loss[f'{model}-muon']:.3f}, {loss[f'{model}-{adam}']:.3f}"
+        for model, adam in (("ngpt", "ngpt"), ("gpt_qk", "adamw"))
+    )
+    lines = [
+        ["quickstart, bits a byte", f"{bits['ngpt']}; QK-norm {bits['gpt']}", minutes],
+        ["nats a token: Muon, Adam", f"{of_ngpt}; QK-norm {of_gpt}", "source, 1,000 steps"],
+        *_speedup_lines(),
+        _length_line(),
+        _h200_line(),
+    ]
     return _table(["measured", "nGPT", "caveat"], lines)
 
 
 def _speedup_lines() -> list[list[str]]:
-    """nGPT over GPT with QK-norm, at each text's largest budget."""
+    """The models of speedup.py over its GPT, at its largest budget."""
+    study, rows = _load("speedup")
+    found = {
+        (s["setting"], s["model"], s["cost"]): s
+        for s in summary.speedups_of(study, summary.cells_of(study, rows))
+        if s["steps"] == study.budgets[-1]
+    }
+
     lines = []
-    for setting, model in itertools.product(("prose128", "stdlib128"), _PAIRS):
-        mine = [s for s in _fair()[1] if (s["setting"], s["model"]) == (setting, model)]
-        if not mine:
-            continue
-        most = max(s["steps"] for s in mine)
-        last = {s["cost"]: s for s in mine if s["steps"] == most}
-        shown = [f"{_show(last[cost])} in {name}" for cost, name in _COSTS.items()]
-        tokens = last["steps"]["tokens_per_parameter"]
+    names = {"prose128": "prose at 128", "prose512": "prose at 512", "stdlib128": "source at 128"}
+    for setting, name in names.items():
+        steps, time = (
+            summary.show(summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
+            for s in (found[setting, "ngpt", cost] for cost in ("steps", "seconds"))
+        )
+        of_qk = (f"{found[setting, 'gpt_qk', c]['speed_up']:.2f}" for c in ("steps", "seconds"))
         lines.append([
-            f"speed-up {_PAIRS[model]}, {_TEXTS[setting]}", ", ".join(shown),
-            f"{tokens:.0f} tokens a parameter",
+            f"speed-up, {name}", f"{steps} in steps, {time} in time", f"QK-norm {', '.join(of_qk)}",
         ])  # fmt: skip
     return lines
 
@@ -468,7 +275,6 @@ def _h200_line() -> list[str]:
     ]
 
 
-FIGURES = (growth, context)
 BLOCKS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -476,14 +282,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
         transfer_sentence,
         recipes_table,
         recipes_sentence,
-        fair_losses,
-        fair_speedups,
-        fair_state,
-        fair_answer,
-        growth_part,
         quickstart_table,
         numbers,
-        context_part,
     )
 }
 
