@@ -61,24 +61,48 @@ def debug(config):
     config.log.every = 5
 
 
-def get_study(variants: str = ""):
-    """The search for both recipes: python -m ngpt_jax.tools.compare --experiment=FILE
+# Of models with Adam; "slow": the scales start near where they end and move in small steps.
+_STARTS = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
+_SCALES = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
+_SLOW = _STARTS | dict.fromkeys(_SCALES, 0.5) | {"optimizer.warmup_share": 0.1}
+_GPT = {"model.kind": "gpt", "optimizer.warmup_share": 0.2}
+_GPT |= _STARTS | dict.fromkeys(_SCALES, None)  # not read by GPT; what its rows were made with
+_MUON = {"optimizer.recipe": "muon"}
+_GPT_QK = _GPT | _MUON | {"model.qk_norm": True}
 
-    Each model has the two recipes that did best in the search of speedup.py, and one step further.
+
+def _alpha(init: float) -> dict[str, float]:
+    return {"model.alpha_a.init": init, "model.alpha_m.init": init}
+
+
+_ADAM_MODELS = {
+    "gpt_init0.06": _GPT | {"model.init_std": 0.06},
+    "gpt_init0.09": _GPT | {"model.init_std": 0.09},  # 1/sqrt(width)
+    "gpt_init0.125": _GPT | {"model.init_std": 0.125},
+    "ngpt+slow": _SLOW,
+    "ngpt+slow+alpha0.35": _SLOW | _alpha(0.35),
+    "ngpt+slower": _STARTS | dict.fromkeys(_SCALES, 1.0) | {"optimizer.warmup_share": 0.0},
+}
+_MUON_MODELS = {
+    "ngpt_muon": _SLOW | _MUON | _alpha(0.35),
+    "ngpt_muon+warmup0": _SLOW | _MUON | _alpha(0.35) | {"optimizer.warmup_share": 0.0},
+    "ngpt_muon+warmup0+alpha0.5": _SLOW | _MUON | _alpha(0.5) | {"optimizer.warmup_share": 0.0},
+    "gpt_qk_muon": _GPT_QK | {"model.init_std": 0.06},
+    "gpt_qk_muon+init0.03": _GPT_QK | {"model.init_std": 0.03},
+    "gpt_qk_muon+init0.03+warmup10": _GPT_QK
+    | {"model.init_std": 0.03, "optimizer.warmup_share": 0.1},
+}
+
+
+def get_study(variants: str = ""):
+    """The search for the recipes: python -m ngpt_jax.tools.compare --experiment=FILE
+
+    With Adam, each model has the two recipes that did best in the search of speedup.py, and one
+    step further; with Muon three that did well in fair.py:search.
     """
-    ngpt = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
-    scales = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
-    gpt = {"model.kind": "gpt", "optimizer.warmup_share": 0.2}
-    gpt |= ngpt | dict.fromkeys(scales, None)  # not read by GPT; what its rows were made with
-    slow = ngpt | dict.fromkeys(scales, 0.5) | {"optimizer.warmup_share": 0.1}
-    models = {
-        "gpt_init0.06": gpt | {"model.init_std": 0.06},
-        "gpt_init0.09": gpt | {"model.init_std": 0.09},  # 1/sqrt(width)
-        "gpt_init0.125": gpt | {"model.init_std": 0.125},
-        "ngpt+slow": slow,
-        "ngpt+slow+alpha0.35": slow | {"model.alpha_a.init": 0.35, "model.alpha_m.init": 0.35},
-        "ngpt+slower": ngpt | dict.fromkeys(scales, 1.0) | {"optimizer.warmup_share": 0.0},
-    }
+    models = _ADAM_MODELS | _MUON_MODELS
+    rates = {"gpt_i": (2e-3, 4e-3, 8e-3), "ngpt+": (7e-3, 1.4e-2, 2.8e-2)}
+    rates |= {"ngpt_": (7e-3, 1.4e-2, 2.8e-2), "gpt_q": (6e-3, 1.2e-2, 2.4e-2)}
     once = {"eval.every": 1_000_000, "checkpoint.every": 1_000_000, "sample.tokens": 0}
     return Study(
         title="Search for the recipes of quickstart.py",
@@ -87,8 +111,6 @@ def get_study(variants: str = ""):
         budgets=(700,),
         seeds=(7,),
         tuned="optimizer.learning_rate",
-        ladders={
-            m: (2e-3, 4e-3, 8e-3) if m.startswith("gpt") else (7e-3, 1.4e-2, 2.8e-2) for m in models
-        },
+        ladders={m: rates[m[:5]] for m in models},
         cores=1,
     )
