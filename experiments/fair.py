@@ -7,9 +7,10 @@ one CPU core for each run. Two texts: the source of Python's standard library, a
 `python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens a parameter, five seeds; the
 learning rate is tuned for each model, text and budget.
 Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
-channels), on prose with three seeds; ablation takes single pieces away. search finds the recipes,
+channels), on prose with three seeds; ablation changes single pieces. search finds the recipes,
 on a budget and a seed that the tables do not use: 20 runs for each model. Those with Adam had 48 or
-50 more in speedup.py. 168 runs or more, about 8 core-hours on an AMD EPYC; --dry_run lists them.
+50 more in speedup.py. The study without a variant has 168 runs or more, about 8 core-hours on an
+AMD EPYC; --dry_run lists them.
 """
 
 from small import small_model
@@ -168,7 +169,7 @@ def width():
 
 
 def ablation():
-    """One piece taken away or put back, all with Muon, each with a rate of its own."""
+    """One piece changed, all with Muon, each with a rate of its own."""
     changed = {
         "ngpt_muon": {
             "": {},
@@ -192,8 +193,8 @@ def ablation():
     }
     names = {
         f"{model}{name and '+' + name}": (model, fields)
-        for model, trials in changed.items()
-        for name, fields in trials.items()
+        for model, pieces in changed.items()
+        for name, fields in pieces.items()
     }
     return Study(
         title="Which piece does it, with Muon?",

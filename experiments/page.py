@@ -152,13 +152,13 @@ def recipes_table() -> str:
     return _table(["recipe", "nGPT", "rate", "GPT with QK-norm", "rate"], lines)
 
 
-def _recipe_losses() -> dict[str, float]:
-    return {c["model"]: c["loss"] for c in summary.cells_of(*_load("recipes"))}
+def _recipe_losses(study: Study, rows: Sequence[Result]) -> dict[str, float]:
+    return {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
 
 
 def recipes_sentence() -> str:
     study, rows = _load("recipes")
-    loss = _recipe_losses()
+    loss = _recipe_losses(study, rows)
     pairs = {"Adam": ("ngpt-ngpt", "gpt_qk-adamw"), "Muon": ("ngpt-muon", "gpt_qk-muon")}
     text = ""
     if all(model in loss for pair in pairs.values() for model in pair):
@@ -176,7 +176,7 @@ def recipes_sentence() -> str:
 
 
 def _minutes(rows: Sequence[Result]) -> str:
-    """The median time from the command to its end."""
+    """The median time from the command to its end, as minutes:seconds."""
     total = statistics.median(r["seconds"] + (r["other_seconds"] or 0.0) for r in rows)
     return f"{round(total) // 60}:{round(total) % 60:02}"
 
@@ -212,8 +212,8 @@ def numbers() -> str:
     """The table of README.md."""
     quick = _quickstart()
     bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
-    minutes = f"{_minutes(quick['ngpt'])} minutes, {_minutes(quick['gpt'])}"
-    loss = _recipe_losses()
+    minutes = f"Muon; {_minutes(quick['ngpt'])} minutes, QK-norm {_minutes(quick['gpt'])}"
+    loss = _recipe_losses(*_load("recipes"))
     of_ngpt, of_gpt = (
         f"{loss[f'{model}-muon']:.3f}, {loss[f'{model}-{adam}']:.3f}"
         for model, adam in (("ngpt", "ngpt"), ("gpt_qk", "adamw"))
