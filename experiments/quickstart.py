@@ -31,8 +31,8 @@ RECIPES = {
     "ngpt": _SLOW | _MUON | _alpha(0.35) | {"optimizer.learning_rate": 1.4e-2},  # no warm-up
     "gpt": _GPT_QK | {
         "model.init_std": 0.03,
-        "optimizer.warmup_share": 0.1,
-        "optimizer.learning_rate": 3e-3,
+        "optimizer.weight_decay": 0.0,
+        "optimizer.learning_rate": 6e-3,
     },
     "paper": _SLOW | _alpha(0.35) | {
         "optimizer.recipe": "ngpt",
