@@ -32,8 +32,8 @@ def test_defaults_are_resolved():
     paper = load("--config.model.alpha_a.scale=None")
     assert paper.model.alpha_a.scale == 128**-0.5
     assert (config.optimizer.weight_decay, config.optimizer.warmup_steps) == (0.0, 0)
-    plain = "--config.optimizer.warmup_share=None", "--config.model.qk_norm=None"
-    gpt = load(*plain, spec=QUICKSTART + ":gpt")
+    own = "optimizer.warmup_share", "optimizer.weight_decay", "model.qk_norm"
+    gpt = load(*(f"--config.{name}=None" for name in own), spec=QUICKSTART + ":gpt")
     assert gpt.model.qk_norm is False
     assert gpt.optimizer.weight_decay == 0.1
     assert gpt.optimizer.warmup_steps == gpt.train.steps // 10
