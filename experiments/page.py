@@ -182,16 +182,13 @@ def _minutes(rows: Sequence[Result]) -> str:
 
 
 def _quickstart() -> dict[str, list[Result]]:
-    """The runs of quickstart.py:finals, by recipe."""
+    """The runs of quickstart.py:finals, by model."""
     study, rows = _load("quickstart", "finals")
     return {m: [r for r in rows if r["model"] == m] for m in study.models}
 
 
 def quickstart_table() -> str:
-    names = {
-        "ngpt": "nGPT, Muon", "gpt": "GPT with QK-norm, Muon: `:gpt`",
-        "paper": "nGPT, Adam: `:paper`",
-    }  # fmt: skip
+    names = {"ngpt": "nGPT", "gpt": "GPT with QK-norm, `:gpt`"}
     lines = [
         [
             f"{names[model]} ({rows[0]['parameters']:,} parameters)",

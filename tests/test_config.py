@@ -180,7 +180,7 @@ def test_bad_fields(override, message):
 
 
 def test_two_lengths_of_the_warm_up_disagree():
-    message = r"warmup_steps = 500 and warmup_share = 0.1 \(70 steps\) disagree; set one"
+    message = r"warmup_steps = 500 and warmup_share = 0.1 \(90 steps\) disagree; set one"
     with pytest.raises(ConfigError, match=message):
         load("--config.optimizer.warmup_steps=500", spec=QUICKSTART + ":paper")
 
