@@ -152,13 +152,9 @@ def recipes_table() -> str:
     return _table(["recipe", "nGPT", "rate", "GPT with QK-norm", "rate"], lines)
 
 
-def _recipe_losses(study: Study, rows: Sequence[Result]) -> dict[str, float]:
-    return {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
-
-
 def recipes_sentence() -> str:
     study, rows = _load("recipes")
-    loss = _recipe_losses(study, rows)
+    loss = {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
     pairs = {"Adam": ("ngpt-ngpt", "gpt_qk-adamw"), "Muon": ("ngpt-muon", "gpt_qk-muon")}
     text = ""
     if all(model in loss for pair in pairs.values() for model in pair):
@@ -210,14 +206,8 @@ def numbers() -> str:
     quick = _quickstart()
     bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
     minutes = f"Muon; {_minutes(quick['ngpt'])} minutes, QK-norm {_minutes(quick['gpt'])}"
-    loss = _recipe_losses(*_load("recipes"))
-    of_ngpt, of_gpt = (
-        f"{loss[f'{model}-muon']:.3f}, {loss[f'{model}-{adam}']:.3f}"
-        for model, adam in (("ngpt", "ngpt"), ("gpt_qk", "adamw"))
-    )
     lines = [
         ["quickstart, bits a byte", f"{bits['ngpt']}; QK-norm {bits['gpt']}", minutes],
-        ["nats a token: Muon, Adam", f"{of_ngpt}; QK-norm {of_gpt}", "source, 1,000 steps"],
         *_speedup_lines(),
         _length_line(),
         _h200_line(),
