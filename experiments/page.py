@@ -205,7 +205,7 @@ def numbers() -> str:
     """The table of README.md."""
     quick = _quickstart()
     bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
-    minutes = f"Muon; {_minutes(quick['ngpt'])} and {_minutes(quick['gpt'])} minutes"
+    minutes = f"{_minutes(quick['ngpt'])} and {_minutes(quick['gpt'])} minutes"
     lines = [
         ["quickstart, bits a byte", f"{bits['ngpt']}; QK-norm {bits['gpt']}", minutes],
         *_speedup_lines(),
