@@ -7,9 +7,10 @@ one CPU core for each run. Two texts: the source of Python's standard library, a
 `python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens a parameter, five seeds; the
 learning rate is tuned for each model, text and budget.
 Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
-channels), on prose with three seeds. search looks for the hyperparameters, on a budget and a seed
-that the tables do not use: 16 runs for each model. Those with Adam had 48 or 50 more in speedup.py.
-168 runs or more, about 9 core-hours on an AMD EPYC; --dry_run lists them. There are no results yet.
+channels), on prose with three seeds; ablation changes single pieces. search finds the recipes,
+on a budget and a seed that the tables do not use: 20 runs for each model. Those with Adam had 48 or
+50 more in speedup.py. The study without a variant has 168 runs or more, about 8 core-hours on an
+AMD EPYC; --dry_run lists them.
 """
 
 from small import small_model
@@ -38,7 +39,9 @@ def _alpha(init: float) -> dict[str, float]:
     return {"model.alpha_a.init": init, "model.alpha_m.init": init}
 
 
-# What speedup.py found for Adam on other prose.
+# A scale parameter so large does not move.
+_FIXED = _alpha(0.5) | dict.fromkeys(_SCALES[:2], 1e6)
+# Where the search starts: what speedup.py found for Adam on other prose.
 _NGPT = (
     {"model.s_z.init": 10.0, "optimizer.warmup_share": 0.1}
     | _alpha(0.2)
@@ -52,8 +55,8 @@ _GPT = {
     "optimizer.warmup_share": 0.2,
 }
 _MUON = {"optimizer.recipe": "muon"}
-# Model -> its fields, and the rates to start from; the search has the middle one.
-MODELS = {
+# Model -> its fields there, and the rates of the tables; the search has the middle one.
+START = {
     "ngpt": (_NGPT, (3.5e-3, 7e-3, 1.4e-2)),
     "ngpt_muon": (_NGPT | _MUON, (7e-3, 1.4e-2, 2.8e-2)),
     "gpt_qk": (_GPT, (3e-3, 6e-3, 1.2e-2)),
@@ -65,8 +68,7 @@ TRIALS = {
         "warmup0": {"optimizer.warmup_share": 0.0},
         "warmup20": {"optimizer.warmup_share": 0.2},
         "alpha0.35": _alpha(0.35),
-        # A scale parameter so large does not move.
-        "alpha0.5+fixed": _alpha(0.5) | dict.fromkeys(_SCALES[:2], 1e6),
+        "alpha0.5+fixed": _FIXED,
         "slower": dict.fromkeys(_SCALES, 1.0),
         "s_z20": {"model.s_z.init": 20.0},
         "b2_0.99": {"optimizer.b2": 0.99},
@@ -82,6 +84,41 @@ TRIALS = {
         "b2_0.99": {"optimizer.b2": 0.99},
     },
 }
+# What did well, together, and one step further where the best lay at an edge.
+SECOND = {
+    "ngpt": {
+        "alpha0.5": _alpha(0.5),
+        "alpha0.35+b2_0.99": _alpha(0.35) | {"optimizer.b2": 0.99},
+    },
+    "ngpt_muon": {
+        "warmup0+s_z20": {"optimizer.warmup_share": 0.0, "model.s_z.init": 20.0},
+        "warmup0+b2_0.99": {"optimizer.warmup_share": 0.0, "optimizer.b2": 0.99},
+    },
+    "gpt_qk": {
+        "warmup30": {"optimizer.warmup_share": 0.3},
+        "decay0+b2_0.99": {"optimizer.weight_decay": 0.0, "optimizer.b2": 0.99},
+    },
+    "gpt_qk_muon": {
+        "init0.015": {"model.init_std": 0.015},
+        "init0.03+decay0": {"model.init_std": 0.03, "optimizer.weight_decay": 0.0},
+    },
+}
+
+
+def trials(model: str) -> dict[str, dict]:
+    """What the search tries for a model: fields over those of START, by the trial's name."""
+    return TRIALS[model.removesuffix("_muon")] | SECOND[model]
+
+
+# The trial of each model with the lowest mean loss over both texts.
+FOUND = {
+    "ngpt": "alpha0.35",
+    "ngpt_muon": "warmup0+b2_0.99",
+    "gpt_qk": "warmup30",
+    "gpt_qk_muon": "init0.03+decay0",
+}
+MODELS = {model: START[model][0] | trials(model)[name] for model, name in FOUND.items()}
+RATES = {model: rates for model, (_, rates) in START.items()}
 
 
 def get_study(variants: str = ""):
@@ -89,19 +126,19 @@ def get_study(variants: str = ""):
 
 
 # Runs of the search here, and of that of speedup.py.
-_HERE = len(SETTINGS) * len(TRIALS["ngpt"])
+_HERE = len(SETTINGS) * len(trials("ngpt"))
 FOUND_IN = dict.fromkeys(MODELS, _HERE) | {"ngpt": _HERE + 50, "gpt_qk": _HERE + 48}
 
 
 def _study(title: str, settings, budgets: tuple[int, ...], seeds: tuple[int, ...]) -> Study:
     return Study(
         title=title,
-        models={model: fields for model, (fields, _) in MODELS.items()},
+        models=MODELS,
         settings=settings,
         budgets=budgets,
         seeds=seeds,
         tuned="optimizer.learning_rate",
-        ladders={model: rates for model, (_, rates) in MODELS.items()},
+        ladders=RATES,
         baseline={"ngpt": "gpt_qk", "ngpt_muon": "gpt_qk_muon", "gpt_qk_muon": "gpt_qk"},
         cores=1,
         trials=FOUND_IN,
@@ -131,11 +168,51 @@ def width():
     return _study("Width 128", {"prose128x128": fields}, (2100, 4200), (11, 12, 13))
 
 
+def ablation():
+    """One piece changed, all with Muon, each with a rate of its own."""
+    changed = {
+        "ngpt_muon": {
+            "": {},
+            "no_projection": {"optimizer.project": False},
+            "free_weights": {"model.weights": "free"},
+            "no_qk_norm": {"model.qk_norm": False},
+            "alpha0.05": _alpha(0.05),
+            "alpha0.35": _alpha(0.35),
+            "alpha0.5+fixed": _FIXED,
+            "s_z1": {"model.s_z.init": 1.0},
+            "s_z10+fixed": {"model.s_z.scale": 1e6},
+            "paper_scales": dict.fromkeys(_SCALES, None),
+            "warmup10": {"optimizer.warmup_share": 0.1},
+        },
+        "gpt_qk_muon": {
+            "": {},
+            "unit_weights": {"model.weights": "sphere"},
+            "decay0.1": {"optimizer.weight_decay": 0.1},
+            "warmup0": {"optimizer.warmup_share": 0.0},
+        },
+    }
+    names = {
+        f"{model}{name and '+' + name}": (model, fields)
+        for model, pieces in changed.items()
+        for name, fields in pieces.items()
+    }
+    return Study(
+        title="Which piece does it, with Muon?",
+        models={name: MODELS[model] | fields for name, (model, fields) in names.items()},
+        settings={"prose128": PROSE},
+        budgets=(1130,),
+        seeds=(11, 12, 13),
+        tuned="optimizer.learning_rate",
+        ladders={name: RATES[model] for name, (model, _) in names.items()},
+        cores=1,
+    )
+
+
 def search():
-    """One field at a time; as many trials for each model."""
+    """One field at a time, then two more trials; as many for each model."""
     models = {}
-    for model, (start, rates) in MODELS.items():
-        for name, fields in TRIALS[model.removesuffix("_muon")].items():
+    for model, (start, rates) in START.items():
+        for name, fields in trials(model).items():
             models[f"{model}{name and '+' + name}"] = (
                 start | fields | {"optimizer.learning_rate": rates[1]}
             )
@@ -149,4 +226,7 @@ def search():
     )
 
 
-STUDIES = {"": fair, "long": long, "context": context, "width": width, "search": search}
+STUDIES = {
+    "": fair, "long": long, "context": context, "width": width, "ablation": ablation,
+    "search": search,
+}  # fmt: skip

@@ -3,9 +3,11 @@
     python experiments/page.py
 
 On each of PAGES they stand between two marks, the first of which names one of BLOCKS below.
-Everything is computed from the tables of runs, experiments/*/results.csv. The suite compares.
+Everything is computed from the tables in experiments/. The suite compares.
 """
 
+import csv
+import json
 import math
 import re
 import statistics
@@ -19,7 +21,7 @@ from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("experiments/README.md",)
+PAGES = ("README.md", "experiments/README.md")
 _MARKED = re.compile(r"(<!-- page\.py: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -38,9 +40,9 @@ def main() -> None:
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
 
 
-def _load(name: str) -> tuple[Study, list[Result]]:
+def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
     """A study of this folder and its finished runs."""
-    spec = str(ROOT / "experiments" / f"{name}.py")
+    spec = str(ROOT / "experiments" / f"{name}.py") + (variant and f":{variant}")
     return results.load_study(spec), results.read(results.default_folder(spec) / "results.csv")
 
 
@@ -166,8 +168,110 @@ def recipes_sentence() -> str:
     return _paragraph(text + _state(study, rows))
 
 
+# --------------------------------------------------------------------------------- the quickstart
+
+
+def _minutes(rows: Sequence[Result]) -> str:
+    """The median time from the command to its end, as minutes:seconds."""
+    total = statistics.median(r["seconds"] + (r["other_seconds"] or 0.0) for r in rows)
+    return f"{round(total) // 60}:{round(total) % 60:02}"
+
+
+def _quickstart() -> dict[str, list[Result]]:
+    """The runs of quickstart.py:finals, by model."""
+    study, rows = _load("quickstart", "finals")
+    return {m: [r for r in rows if r["model"] == m] for m in study.models}
+
+
+def quickstart_table() -> str:
+    names = {"ngpt": "nGPT", "gpt": "GPT with QK-norm, `:gpt`"}
+    lines = [
+        [
+            f"{names[model]} ({rows[0]['parameters']:,} parameters)",
+            _spread([r["loss"] for r in rows]),
+            _spread([r["bits_per_byte"] for r in rows]),
+            _minutes(rows),
+        ]
+        for model, rows in _quickstart().items()
+        if rows
+    ]
+    return _table(["model", "nats a token", "bits a byte", "minutes"], lines)
+
+
+# ------------------------------------------------------------------------------------- README.md
+
+
+def numbers() -> str:
+    """The table of README.md."""
+    quick = _quickstart()
+    bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
+    minutes = f"{_minutes(quick['ngpt'])} and {_minutes(quick['gpt'])} minutes"
+    lines = [
+        ["quickstart, bits a byte", f"{bits['ngpt']}; QK-norm {bits['gpt']}", minutes],
+        *_speedup_lines(),
+        _length_line(),
+        _h200_line(),
+    ]
+    return _table(["measured", "nGPT", "caveat"], lines)
+
+
+def _speedup_lines() -> list[list[str]]:
+    """The models of speedup.py over its GPT, at its largest budget."""
+    study, rows = _load("speedup")
+    found = {
+        (s["setting"], s["model"], s["cost"]): s
+        for s in summary.speedups_of(study, summary.cells_of(study, rows))
+        if s["steps"] == study.budgets[-1]
+    }
+
+    lines = []
+    names = {"prose128": "prose at 128", "prose512": "prose at 512", "stdlib128": "source at 128"}
+    for setting, name in names.items():
+        steps, time = (
+            summary.show(summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
+            for s in (found[setting, "ngpt", cost] for cost in ("steps", "seconds"))
+        )
+        of_qk = (f"{found[setting, 'gpt_qk', c]['speed_up']:.2f}" for c in ("steps", "seconds"))
+        lines.append([
+            f"speed-up, {name}", f"{steps} in steps, {time} in time", f"QK-norm {', '.join(of_qk)}",
+        ])  # fmt: skip
+    return lines
+
+
+def _length_line() -> list[str]:
+    found = {}
+    for name in ("length", "length_gpt_qk"):
+        path = ROOT / "experiments" / "speedup-length" / f"{name}.csv"
+        with path.open(encoding="utf-8", newline="") as f:
+            for row in csv.DictReader(f):
+                found[row["run"].split("-")[1], int(row["length"])] = float(row["perplexity"])
+    at = {model: f"{found[model, 2048]:.1f}" for model in ("ngpt", "gpt", "gpt_qk")}
+    return [
+        "perplexity at 4 times the training context",
+        f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each",
+    ]  # fmt: skip
+
+
+def _h200_line() -> list[str]:
+    path = ROOT / "experiments" / "h200" / "train_full_remat.json"
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        "time of a step, 12 layers of width 768, H200",
+        f"{found['ratios']['ngpt/gpt']:.2f} times GPT's",
+        f"{found['steps']} steps of older code; never trained",
+    ]
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (transfer_table, transfer_sentence, recipes_table, recipes_sentence)
+    f.__name__: f
+    for f in (
+        transfer_table,
+        transfer_sentence,
+        recipes_table,
+        recipes_sentence,
+        quickstart_table,
+        numbers,
+    )
 }
 
 if __name__ == "__main__":

@@ -446,11 +446,12 @@ def test_a_run_that_was_not_stopped_tells_what_it_took_beside_training(
         if folder_is_there:
             assert row["other_seconds"] is None
         else:
-            assert 0.1 < row["seconds"] + row["other_seconds"] < time.monotonic() - start
+            took = time.monotonic() - start + 0.01  # both are rounded
+            assert 0.1 < row["seconds"] + row["other_seconds"] < took
 
 
 def test_tables_without_the_later_column_are_read(tmp_path):
-    table = (REPO / "experiments" / "quickstart" / "results.csv").read_text()
+    table = (REPO / "experiments" / "speedup" / "results.csv").read_text()
     assert "other_seconds" not in table
     (tmp_path / "results.csv").write_text(table)
     assert {r["other_seconds"] for r in results.read(tmp_path / "results.csv")} == {None}

@@ -109,7 +109,7 @@ def test_the_commands_of_duel_and_runs(tmp_path, book):
     assert {"ngpt", "gpt", "loss.png", "loss.csv"} == {path.name for path in folder.iterdir()}
     configs = [json.loads((folder / kind / "config.json").read_text()) for kind in KINDS]
     rates = [config["optimizer"]["learning_rate"] for config in configs]
-    assert [config["model"]["kind"] for config in configs] == [*KINDS] and rates == [7e-3, 2e-3]
+    assert [config["model"]["kind"] for config in configs] == [*KINDS] and rates == [1.4e-2, 6e-3]
     done = start("ngpt_jax.tools.runs")
     lines = done.stdout.splitlines()
     assert lines[0].split() == "folder kind parameters step held-out loss state".split()

@@ -1,6 +1,8 @@
 """The study whose table is to be fair: its budgets, its seeds, and equal trials."""
 
 import dataclasses
+import runpy
+import statistics
 from collections import Counter
 
 import pytest
@@ -39,5 +41,17 @@ def test_the_search_uses_no_budget_and_no_seed_of_the_tables_and_is_as_long_for_
         assert not {*study.budgets} & {*search.budgets} and not {*study.seeds} & {*search.seeds}
         assert {*study.models} == {"ngpt", "ngpt_muon", "gpt_qk", "gpt_qk_muon"}
     trials = Counter(p.model.partition("+")[0] for p in plan.forecast(search, {}))
-    assert trials == dict.fromkeys(study.models, 16)
+    assert trials == dict.fromkeys(study.models, 20)
     assert study.trials["ngpt"] - study.trials["ngpt_muon"] == 50  # those of speedup.py
+
+
+def test_each_recipe_is_the_trial_with_the_lowest_mean_over_both_texts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    found = runpy.run_path(FILE)["FOUND"]
+    losses = {}
+    for row in results.read(ROOT / "experiments" / "fair-search" / "results.csv"):
+        model, _, trial = row["model"].partition("+")
+        losses.setdefault(model, {}).setdefault(trial, []).append(row["loss"])
+    for model, of_trial in losses.items():
+        assert {len(x) for x in of_trial.values()} == {2}
+        assert found[model] == min(of_trial, key=lambda trial: statistics.fmean(of_trial[trial]))

@@ -314,7 +314,6 @@ def test_the_command_trains_stops_on_ctrl_c_and_goes_on(tmp_path, book):
         f"--workdir={tmp_path}/run", "--config.data.source=text", f"--config.data.paths={book}",
         "--config.train.steps=4000", "--config.model.width=16", "--config.log.every=1",
         "--config.eval.every=10000", "--config.checkpoint.every=10000", "--config.sample.tokens=8",
-        "--config.optimizer.warmup_share=None",
     ]  # fmt: skip
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(
