@@ -103,8 +103,48 @@ def test_cells_without_a_best_value_in_reach_are_given_up_and_the_others_go_on()
     losses = run_in_disorder(PLAN, loss, 0)
     assert len(plan.chosen(PLAN, losses)) == 3 * 4
     lines = plan.given_up(PLAN, losses)
-    assert len(lines) == 2 and lines[0].startswith("long, gpt, 10 steps: no best optimizer.learn")
+    assert [line.partition(":")[0] for line in lines] == [
+        f"long, gpt, {steps} steps" for steps in PLAN.budgets
+    ]
+    assert "no best optimizer.learning_rate within 8 rungs" in lines[0]
+    assert lines[1].endswith("not tuned, as 10 steps are not.")
     assert plan.forecast(PLAN, losses) == []
+
+
+def test_a_walk_ends_where_the_field_takes_no_further_value():
+    ladders = dict.fromkeys(PLAN.models, (0.2, 0.4, 0.8))
+    models = {"gpt": {"model.kind": "gpt"}, "ngpt": {}}
+    study = dataclasses.replace(
+        PLAN, models=models, tuned="optimizer.warmup_share", ladders=ladders, budgets=(10,)
+    )
+    plan.check(study)
+
+    def loss(point):
+        return -point.value if point.model == "gpt" else abs(point.value - 0.4)
+
+    losses = run_in_disorder(study, loss, 0)
+    assert {p.value for p in losses} == {0.2, 0.4, 0.8}
+    assert {cell[1] for cell in plan.chosen(study, losses)} == {"ngpt"}
+    lines = plan.given_up(study, losses)
+    assert len(lines) == 2
+    assert "the best optimizer.warmup_share is 0.8, beside values that it does not take" in lines[0]
+
+
+@pytest.mark.parametrize("near", [1, plan.MAX_WALK])
+@pytest.mark.parametrize("best", [1e-3 * 2.0**-8, 8e-3 * 2.0**7])
+def test_all_seeds_run_around_a_best_value_that_is_far_off_the_ladder(near, best):
+    study = dataclasses.replace(PLAN, models={"gpt": {}}, ladders={"gpt": PLAN.ladders["gpt"]},
+                                baseline=None, budgets=(10,), near=near)  # fmt: skip
+    losses = run_in_disorder(study, lambda p: abs(math.log(p.value / best)), 0)
+    for cell, runs in plan.chosen(study, losses).items():
+        assert runs[0].value == pytest.approx(best, rel=0.02)
+        assert len(plan.around(study, cell, runs[0].value)) == (2 * near + 1) * 3
+    assert len(plan.chosen(study, losses)) == 2 or best < 1e-3
+
+
+def test_models_of_a_grid_have_names_of_their_own():
+    with pytest.raises(ConfigError, match=r"two of its models are called 'source=a_b'"):
+        plan.grid({"data.source": ("a b", "a_b")})
 
 
 def test_the_optimum_is_that_of_a_parabola_and_all_seeds_run_around_the_best_value(tmp_path):
@@ -169,19 +209,27 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budgets": (20, 10)}, "budgets must be whole numbers, ascending"),
-        ({"seeds": ()}, "seeds must be whole numbers, ascending"),
-        ({"seeds": 3}, "seeds must be whole numbers, ascending"),
+        ({"budgets": (20, 10)}, "budgets must be one or more whole numbers from 1 on, ascending"),
+        ({"budgets": (0, 10)}, "budgets must be one or more whole numbers from 1 on, ascending"),
+        ({"seeds": ()}, "seeds must be one or more whole numbers from 0 on, ascending"),
+        ({"seeds": 3}, "seeds must be a tuple, not 3"),
         ({"seeds": (0, 2**32)}, "seeds: each must be a whole number from 0 to 4294967295, got 429"),
         ({"seeds": (False, True)}, "seeds: each must be a whole number from 0 to"),
         ({"models": {}}, "must be a dict, not empty"),
-        ({"models": ["gpt"]}, "must be a dict, not empty"),
+        ({"models": ["gpt"]}, r"models must be a dict, not \['gpt'\]"),
+        ({"tuned": 5}, "tuned must be text or None, not 5"),
+        ({"ladders": None}, "ladders must be a dict, not None"),
+        ({"ladders": {"gpt": 1e-3, "ngpt": (1, 2, 4)}}, r"ladders\['gpt'\] must be a tuple"),
+        ({"cores": 0.5}, "cores must be a whole number or None, not 0.5"),
+        ({"title": 5}, "title must be text, not 5"),
+        ({"baseline": {"ngpt": ["gpt"]}}, r"baseline \['gpt'\] is none of the models"),
         ({"models": {3: {}}}, "3: a name is made of"),
         ({"settings": {"a": None}}, "must be a dict of fields"),
         ({"settings": {"a": {"data.pahts": ("x",)}}}, "unknown field 'data.pahts'"),
         ({"settings": {"a": {"data.paths": ()}}}, "data.paths is empty"),
         ({"settings": {"a": {"train.seed": 3}}}, "train.seed is set by the study itself"),
         ({"models": {"gpt": {"optimizer.learning_rate": 1.0}}}, "is set by the study itself"),
+        ({"settings": {"a": {"optimizer.learning_rate": 1.0}}}, "is set by the study itself"),
         ({"recipes": {"lnog": {}}}, "recipes: there is no setting 'lnog'"),
         ({"recipes": {"long": {"ngtp": {}}}}, r"recipes\['long'\]: there is no model 'ngtp'"),
         ({"recipes": {"long": {"gpt": {"model.widht": 3}}}}, "unknown field 'model.widht'"),
@@ -196,10 +244,12 @@ def test_overrides_are_those_of_setting_model_budget_value_and_seed():
         ({"baseline": "gtp"}, "baseline 'gtp' is none of the models gpt, ngpt"),
         ({"baseline": {"ngpt": "gtp"}}, "baseline 'gtp' is none of the models gpt, ngpt"),
         ({"baseline": {"ngtp": "gpt"}}, "baseline 'ngtp' is none of the models gpt, ngpt"),
-        ({"baseline": 3}, "baseline must be a model's name, or a dict of models"),
+        ({"baseline": 3}, "baseline must be text or a dict or None, not 3"),
         ({"tuned": None}, "ladders need a field"),
         ({"tuned": None, "ladders": {}, "near": 1}, "near needs a field in tuned"),
-        ({"near": -1}, "near must be a whole number"),
+        ({"near": -1}, "near must be 0 to 8, not -1"),
+        ({"near": 9}, "near must be 0 to 8, not 9"),
+        ({"ladders": {"gpt": (1, 1.001, 1.002), "ngpt": (1, 2, 4)}}, "2 % apart or more"),
         ({"ladders": {"gpt": (1e-3, 2e-3)}}, "three or more"),
         ({"ladders": {"gpt": (1e-3, 2e-3, 3e-3), "ngpt": (1, 2, 4)}}, "constant factor"),
     ],
@@ -353,11 +403,9 @@ def fake_runs(tmp_path, monkeypatch):
         text = config_lib.to_json(dataclasses.replace(config, model=model))
         what = json.dumps([point.model, point.steps, point.value, point.seed])
         command = [sys.executable, str(script), str(c.runs / point.name), text, what]
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, pass_fds=[f.fileno() for f in locks], start_new_session=True
         )
-        origin = results.origin_of(c.experiment, c.study, point)
-        return runner.Running(point, process, locks, origin)
 
     monkeypatch.setattr(runner, "start", start)
 
@@ -484,8 +532,7 @@ def test_a_run_that_fails_ends_the_study_and_the_others(
         c.log_of(point).write_text("much\nerror: no text\n")
         what = program if started else "import time; time.sleep(600)"
         started.append(subprocess.Popen([sys.executable, "-c", what]))
-        origin = results.origin_of(c.experiment, c.study, point)
-        return runner.Running(point, started[-1], locks, origin)
+        return started[-1]
 
     monkeypatch.setattr(runner, "start", start)
     monkeypatch.setattr(runner, "lanes", lambda cores: 2)
@@ -499,8 +546,7 @@ def test_runs_are_told_to_stop(experiment, tmp_path, monkeypatch):
 
     def start(c, point, cores, locks):
         started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
-        origin = results.origin_of(c.experiment, c.study, point)
-        return runner.Running(point, started[-1], locks, origin)
+        return started[-1]
 
     monkeypatch.setattr(runner, "start", start)
     assert not run_study(experiment, tmp_path / "out", lambda: "SIGTERM" if started else None)
@@ -531,10 +577,10 @@ def test_a_file_that_changes_under_a_run_does_not_change_what_its_row_says(
     honest = runner.start
 
     def start(*arguments):
-        run = honest(*arguments)
+        process = honest(*arguments)
         path = Path(experiment)
         path.write_text(path.read_text().replace("model.layers = 1", "model.layers = 2"))
-        return run
+        return process
 
     monkeypatch.setattr(runner, "start", start)
     study, out = results.load_study(experiment), tmp_path / "out"
@@ -586,14 +632,17 @@ def test_no_figure_shows_what_another_one_shows():
         ]  # fmt: skip
 
     def drawn(**costs):
-        return [c for c in ("steps", *costs) if figures.tells_more(cells(**costs), c)]
+        return figures.costs_to_draw(cells(**costs))
 
     same, other, none = (lambda _: 0.3), (lambda x: 0.3 * x), (lambda _: 0)
     assert drawn(tokens=same, flops=same, seconds=other) == ["steps", "seconds"]
     assert drawn(tokens=same, flops=other, seconds=none) == ["steps", "flops"]
 
 
-def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp_path, capsys):
+def test_a_run_made_again_is_compared_to_the_last_bit(
+    experiment, fake_runs, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(results, "_commit", lambda _: "fedcba9876")
     out = tmp_path / "out"
     run_study(experiment, out)
     c = comparison(experiment, out)
@@ -618,10 +667,73 @@ def test_a_run_made_again_is_compared_to_the_last_bit(experiment, fake_runs, tmp
     assert "commit differs: 0123456789 in the table" in said and "within the spread" in said
     assert f"in the table: done, loss {moved!r}; now: done, loss {row['loss']!r}" in said
     assert "spread of the other seeds of its cell" in said
+    for commit in ("fedcba9876+", None):
+        monkeypatch.setattr(results, "_commit", lambda _, commit=commit: commit)
+        results.add(table, study, row | {"loss": moved, "commit": commit})
+        assert runner.run_again(c, name, Terminal()) == 0
+        said = capsys.readouterr().out
+        assert "the code of the table is not known" in said and "within the spread" in said
     results.add(table, study, row | {"status": "diverged", "loss": None})
     assert runner.run_again(c, name, Terminal()) == 1
     with pytest.raises(ConfigError, match=r"has no book-gpt-9; it has e.g. book-gpt-8-0.001-seed0"):
         runner.run_again(c, "book-gpt-9", Terminal())
+
+
+def test_a_run_that_fails_when_it_is_made_again_shows_its_log(
+    experiment, fake_runs, tmp_path, capsys, monkeypatch
+):
+    run_study(experiment, tmp_path)
+    c = comparison(experiment, tmp_path)
+
+    def start(c, point, cores, locks):
+        c.log_of(point).write_text("no memory\n")
+        return subprocess.Popen([sys.executable, "-c", "raise SystemExit(1)"])
+
+    monkeypatch.setattr(runner, "start", start)
+    with pytest.raises(runner.PointFailed, match="ended with code 1: no memory"):
+        runner.run_again(c, "book-gpt-8-0.001-seed0", Terminal())
+    assert "no memory" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_with_other_code_tells_both(
+    experiment, fake_runs, tmp_path, monkeypatch
+):
+    c, (point, *_) = comparison(experiment, tmp_path), plan.due(results.load_study(experiment), {})
+    c.runs.mkdir()
+    rows = []
+    for commit in ("a", "a", "b+", "a"):
+        monkeypatch.setattr(results, "_commit", lambda _, commit=commit: commit)
+        run = runner._start(c, point, [], [])
+        run.process.wait()
+        rows.append(runner._result(c, run))
+    assert [row["commit"] for row in rows] == ["a", "a", "a then b+", "a then b+"]
+    assert {row["jax"] for row in rows} == {"0"} and {row["cores"] for row in rows} == {1}
+    versions = c.runs / point.name / "versions.json"  # as a start on another machine leaves it
+    versions.write_text(json.dumps(json.loads(versions.read_text()) | {"cpu": "other"}))
+    run = runner._start(c, point, [], [])
+    run.process.wait()
+    assert runner._result(c, run)["cpu"] == "c then other"
+    c.starts_of(point).unlink()
+    run = runner._start(c, point, [], [])
+    run.process.wait()
+    assert runner._result(c, run)["commit"] == "unknown then a"
+    versions.unlink()  # no start came so far as to train
+    run = runner._start(c, point, [], [])
+    run.process.wait()
+    assert runner._result(c, run)["commit"] == "a"
+
+
+def test_the_commit_is_that_of_this_clone(tmp_path):
+    git = subprocess.run(
+        ["git", "-C", str(REPO), "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True
+    )
+    if git.returncode or not (REPO / ".git").exists():
+        pytest.skip("this is not a clone")
+    file = REPO / "experiments" / "quickstart.py"
+    outside = tmp_path / "mine.py"
+    outside.write_text(file.read_text())
+    for path in (file, outside):
+        assert results._commit(str(path)).removesuffix("+") == git.stdout.strip()
 
 
 def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
@@ -636,15 +748,40 @@ def test_rows_of_other_settings_are_refused(experiment, fake_runs, tmp_path):
         results.check_rows(str(other), study, rows, out / "results.csv")
 
 
+def with_cell(name, value):
+    """Puts a value into the first row of a table."""
+
+    def damage(text):
+        head, row, *rest = text.split("\n")
+        cells = row.split(",")
+        cells[head.strip().split(",").index(name)] = value
+        return "\n".join([head, ",".join(cells), *rest])
+
+    return damage
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda text: "setting,model\na,b\n", "no column"),
         (lambda text: text.split("\n", 1)[1], "no column"),
+        (lambda text: "", "no column"),
         (lambda text: "\0" * len(text), "cannot be read"),
-        (lambda text: text[: text.rindex("done") + 4], "a row is cut short"),
-        (lambda text: text.replace(",done,", ",fine,"), "status 'fine'"),
-        (lambda text: re.sub(r",done,[^,]+", ",done,", text), "done has no loss"),
+        (lambda text: text[: text.rindex("done") + 4], "line 2, column tokens: None cannot be"),
+        (with_cell("status", "fine"), "line 2, column status: 'fine' cannot be"),
+        (with_cell("status", "diverged"), "line 2, column loss: '"),
+        *(
+            (with_cell("loss", value), f"line 2, column loss: {told}")
+            for value, told in (("", "'' c"), ("-1", "'-1' c"), ("nan", "'nan' c"), ("x", "could"))
+        ),
+        (with_cell("parameters", "0"), "column parameters: '0' cannot be"),
+        (with_cell("tokens", ""), "column tokens: '' cannot be"),
+        (with_cell("seconds", "inf"), "column seconds: 'inf' cannot be"),
+        (with_cell("value", "nan"), "column value: 'nan' cannot be"),
+        (lambda text: text + text.splitlines()[1] + "\n", "two rows of book-gpt-8-0.001-seed0"),
+        (lambda text: text.replace("setting,", "note,setting,", 1), "not known, or are there twic"),
+        (lambda text: text.replace("setting,", "loss,setting,", 1), "not known, or are there twic"),
+        (lambda text: text.rstrip() + ",more\n", "line 2 has more cells than the first line"),
     ],
 )
 def test_a_table_that_is_damaged_is_refused(experiment, fake_runs, tmp_path, damage, message):
@@ -775,6 +912,8 @@ def command(*arguments, **how):
         (["--experiment=experiments/124m.py"], "it defines no function get_study"),
         (["--experiment=experiments/speedup.py:serch"], "Unknown variant 'serch'"),
         (["--experiment=x.py", "--config.train.steps=3"], "error: --config.… is for training"),
+        (["--experiment=x.py", "--check=a", "--dry_run"], "error: Give only one of --check, --dry"),
+        (["--experiment=quickstart", "--out=setup.cfg"], "error: --out=setup.cfg is a file"),
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message):

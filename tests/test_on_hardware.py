@@ -92,7 +92,8 @@ def test_a_run_of_the_debug_study(tmp_path):
          f"--config.data.cache={tmp_path}/cache"],
         check=True, cwd=ROOT, timeout=300,
     )  # fmt: skip
-    row = results.row_of(f"{STUDY}:debug", study, point, tmp_path / "run", False, {})
+    origins = [results.origin_of(f"{STUDY}:debug", study, point)]
+    row = results.row_of(f"{STUDY}:debug", study, point, tmp_path / "run", False, origins)
     assert row["status"] == "done" and 4 < row["loss"] < 6
 
 

@@ -76,6 +76,12 @@ def shipped() -> dict[str, str]:
     return {file.stem: str(file) for file in files if "get_config" in file.read_text("utf-8")}
 
 
+def file_and_variants(spec: str) -> tuple[str, str]:
+    """:func:`split_spec`, with the file of a short name."""
+    path, variants = split_spec(spec)
+    return shipped().get(path, path), variants
+
+
 @contextlib.contextmanager
 def _siblings_importable(path: str) -> Iterator[None]:
     """Lets a file import the files beside it, as ``python FILE`` does.
@@ -106,8 +112,7 @@ def call_in_file(flag: str, spec: str, name: str) -> Any:
 
     Raises ConfigError.
     """
-    path, variants = split_spec(spec)
-    path = shipped().get(path, path)
+    path, variants = file_and_variants(spec)
     if not Path(path).is_file():
         names = ", ".join(shipped())
         raise ConfigError(f"--{flag}: no file {path!r}; give one, or a name: {names}.")

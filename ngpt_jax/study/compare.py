@@ -26,6 +26,8 @@ def compare(
     if out and is_remote(out):
         raise ConfigError(f"--out={out}: give a folder on a local or mounted disk.")
     folder = Path(out).expanduser() if out else results.default_folder(experiment)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out={folder} is a file; give a folder.")
     c = runner.Comparison(experiment, study, folder / "results.csv", folder / "runs")
     if report_only and not c.table.exists():
         raise ConfigError(f"--report_only: there is no {c.table}; give the --out of a study.")
@@ -57,13 +59,13 @@ def _check_runs(experiment: str, study: plan.Study, points: Sequence[plan.Point]
     """Refuses bad fields and missing text before any run starts; raises ConfigError."""
     text_of = set[tuple[str, str]]()
     for point in points:
-        config = results.config_of(experiment, study, point)
-        if (point.setting, point.model) not in text_of:
-            text_of.add((point.setting, point.model))
-            try:
+        try:
+            config = results.config_of(experiment, study, point)
+            if (point.setting, point.model) not in text_of:
+                text_of.add((point.setting, point.model))
                 check_corpus(config.data, with_tokenizer(config)[1])
-            except ConfigError as e:
-                raise ConfigError(f"{point.name}: {e}") from e
+        except ConfigError as e:
+            raise ConfigError(f"{point.name}: {e}") from e
 
 
 def _run_all(c: runner.Comparison, terminal: Terminal) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt_jax import plots
-from ngpt_jax.study import results
+from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 from ngpt_jax.study.summary import CellRow, OptimumRow, SpeedUpRow, curve_of
@@ -15,18 +15,24 @@ from ngpt_jax.study.summary import CellRow, OptimumRow, SpeedUpRow, curve_of
 COSTS = {"steps": "steps", "tokens": "tokens", "flops": "FLOPs", "seconds": "seconds of training"}
 
 
-def tells_more(cells: Sequence[CellRow], cost: str) -> bool:
-    """Whether a figure against a cost shows what one against steps does not.
+def costs_to_draw(cells: Sequence[CellRow]) -> list[str]:
+    """The costs against which the losses make figures that differ.
 
-    It does not where a step of all models of a setting costs the same, nor where runs were too
-    short to be timed.
+    Two figures are the same where for all models of a setting one cost is the same multiple of the
+    other. A cost is left out, too, where runs were too short to be timed.
     """
-    if cost == "steps":
-        return True
-    a_step: dict[str, set[str]] = {}
+    drawn: list[str] = []
+    for cost in COSTS:
+        if all(c[cost] for c in cells) and all(_differ(cells, cost, other) for other in drawn):
+            drawn.append(cost)
+    return drawn
+
+
+def _differ(cells: Sequence[CellRow], cost: str, other: str) -> bool:
+    ratios: dict[str, set[str]] = {}
     for c in cells:
-        a_step.setdefault(c["setting"], set()).add(f"{c[cost] / c['steps']:.6g}")
-    return all(c[cost] for c in cells) and any(len(found) > 1 for found in a_step.values())
+        ratios.setdefault(c["setting"], set()).add(f"{c[cost] / c[other]:.6g}")
+    return any(len(found) > 1 for found in ratios.values())
 
 
 def _curve(
@@ -116,8 +122,12 @@ def _settings(study: Study, rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def tuning(study: Study, rows: Sequence[Result], path: Path) -> None:
-    """Loss of the first seed against the tuned field, a panel a model too, a line a budget."""
+    """Loss of the first seed against the tuned field, a panel a model too, a line a budget.
+
+    The value that a complete cell took is ringed.
+    """
     of_points = results.losses_of(study, rows)
+    best = {cell: runs[0] for cell, runs in plan.chosen(study, of_points).items()}
     panels, looks = (
         [(s, m) for s in study.settings for m in study.models],
         plots.looks(study.models),
@@ -139,8 +149,10 @@ def tuning(study: Study, rows: Sequence[Result], path: Path) -> None:
                 *zip(*line), markersize=3, alpha=1 - shade, label=f"{steps:,} steps",
                 **looks[model]._asdict(),
             )  # fmt: skip
-            best = min(line, key=lambda v: v[1])
-            axis.plot(*best, "o", markersize=9, fillstyle="none", color=looks[model].color)
+            ringed = best.get((setting, model, steps))
+            if ringed is not None and math.isfinite(loss := of_points[ringed]):
+                x = ringed.value
+                axis.plot(x, loss, "o", markersize=9, fillstyle="none", color=looks[model].color)
             values += [v for v, _ in line]
         axis.set(title=f"{setting}, {model}", xlabel=(study.tuned or "").rsplit(".", 1)[-1])
         if values:

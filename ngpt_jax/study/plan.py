@@ -9,11 +9,13 @@ complete stages alone, so the order in which runs end changes nothing.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import UnionType
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.convert import field_named
@@ -80,11 +82,16 @@ Losses = Mapping[Point, float]  # held-out loss of finished runs; inf where one 
 
 
 class OffLadder(ConfigError):
-    """A cell whose best value was not found within MAX_WALK rungs of its ladder."""
+    """A cell whose best value was not found within MAX_WALK rungs of its ladder.
+
+    Nor, of course, among values that the field does not take.
+    """
 
 
 def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
     """Models (or settings): all combinations of values of some fields.
+
+    Raises ConfigError where two have the same name.
 
     >>> list(grid({"optimizer.b2": (0.95, 0.99), "model.s_z.init": (1.0, 10.0)}))[:2]
     ['b2=0.95,s_z.init=1.0', 'b2=0.95,s_z.init=10.0']
@@ -92,11 +99,30 @@ def grid(fields: Mapping[str, Sequence[Any]]) -> dict[str, Overrides]:
     out: dict[str, Overrides] = {}
     for values in itertools.product(*fields.values()):
         name = ",".join(f"{f.split('.', 1)[-1]}={v}" for f, v in zip(fields, values))
-        out[re.sub(_NOT_IN_NAMES, "_", name)] = dict(zip(fields, values))
+        name = re.sub(_NOT_IN_NAMES, "_", name)
+        if name in out:
+            raise ConfigError(f"grid(): two of its models are called {name!r}.")
+        out[name] = dict(zip(fields, values))
     return out
 
 
 _NOT_IN_NAMES = r"[^\w=,.+-]"
+_TYPES = {
+    Mapping: "a dict", Sequence: "a tuple", str: "text", int: "a whole number", type(None): "None",
+}  # fmt: skip
+
+
+def _kinds(hint: Any) -> tuple[type, ...]:
+    """The types of an attribute of Study: (Mapping,) for Mapping[str, int]."""
+    parts = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return tuple(get_origin(part) or part for part in parts)
+
+
+@functools.cache
+def _takes(name: str) -> Callable[[float], bool]:
+    """Whether the field with this name takes a value."""
+    field = field_named(name)
+    return field.allowed.holds if field else lambda value: True
 
 
 def check(study: Study) -> None:
@@ -110,15 +136,18 @@ def check(study: Study) -> None:
         isinstance(study, Study),
         "it must return a Study of ngpt_jax.study.plan (is a return missing?).",
     )
+    for what, hint in get_type_hints(Study).items():
+        value, kinds = getattr(study, what), _kinds(hint)
+        wanted = " or ".join(_TYPES[kind] for kind in kinds)
+        require(isinstance(value, kinds), f"{what} must be {wanted}, not {value!r}.")
     for what in ("models", "settings"):
         arms = getattr(study, what)
-        require(isinstance(arms, Mapping) and len(arms) > 0, f"{what} must be a dict, not empty.")
+        require(len(arms) > 0, f"{what} must be a dict, not empty.")
         for name in arms:
             good = isinstance(name, str) and bool(name) and not re.search(_NOT_IN_NAMES, name)
             require(good, f"{name!r}: a name is made of letters, digits and _ = , . + -")
     overrides = {f"models[{m!r}]": fields for m, fields in study.models.items()}
     overrides |= {f"settings[{s!r}]": fields for s, fields in study.settings.items()}
-    require(isinstance(study.recipes, Mapping), "recipes must be a dict.")
     for setting, models in study.recipes.items():
         require(setting in study.settings, f"recipes: there is no setting {setting!r}.")
         require(isinstance(models, Mapping), f"recipes[{setting!r}] must be a dict of models.")
@@ -130,31 +159,27 @@ def check(study: Study) -> None:
         for field, value in fields.items():
             known = field_named(str(field))
             require(known is not None, f"{what}: unknown field {field!r}.")
-            own = field == study.tuned and not what.startswith("settings")
-            own = own or (known is not None and known.set_by_study)
+            own = field == study.tuned or (known is not None and known.set_by_study)
             require(not own, f"{what}: {field} is set by the study itself.")
             require(value != () and value != [], f"{what}: {field} is empty.")
     names = [f"{s}-{m}" for s in study.settings for m in study.models]
     require(len(set(names)) == len(names), "names of settings and models run into each other.")
-    for what in ("budgets", "seeds"):
+    for what, least in (("budgets", 1), ("seeds", 0)):
         values = getattr(study, what)
-        good = isinstance(values, tuple | list | range) and len(values) > 0
-        good = good and all(isinstance(x, int) and x >= 0 for x in values)
+        good = len(values) > 0 and all(isinstance(x, int) and x >= least for x in values)
         good = good and list(values) == sorted(set(values))
-        require(good, f"{what} must be whole numbers, ascending.")
+        message = f"{what} must be one or more whole numbers from {least} on, ascending"
+        require(good, f"{message}, not {values!r}.")
     for seed in study.seeds:
         check_seed("seeds: each", seed)
-    good = isinstance(study.baseline, str | Mapping | None)
-    require(good, "baseline must be a model's name, or a dict of models.")
     for pair in baselines(study).items():
         for name in pair:
             none = f"{name!r} is none of the models {', '.join(study.models)}."
-            require(name in study.models, f"baseline {none}")
+            require(isinstance(name, str) and name in study.models, f"baseline {none}")
         require(pair[0] != pair[1], f"baseline: {pair[0]!r} is its own.")
     require(study.cores is None or study.cores > 0, "cores must be positive, or None.")
     require(study.tuned is not None or not study.ladders, "ladders need a field in tuned.")
-    good = isinstance(study.near, int) and study.near >= 0
-    require(good, "near must be a whole number, 0 or more.")
+    require(0 <= study.near <= MAX_WALK, f"near must be 0 to {MAX_WALK}, not {study.near}.")
     require(study.tuned is not None or not study.near, "near needs a field in tuned.")
     if study.tuned is None:
         return
@@ -166,11 +191,13 @@ def check(study: Study) -> None:
     for model in {**study.models, **study.ladders}:
         require(model in study.models, f"ladders: there is no model {model!r}.")
         ladder = study.ladders.get(model, ())
+        require(isinstance(ladder, tuple | list), f"ladders[{model!r}] must be a tuple.")
         positive = all(isinstance(x, int | float) and x > 0 for x in ladder)
         factors = [b / a for a, b in itertools.pairwise(ladder)] if positive else []
         name = f"ladders[{model!r}]"
         good = len(ladder) >= 3 and bool(factors) and min(factors) > 1
         require(good, f"{name} must hold three or more positive values, ascending.")
+        require(min(factors) >= 1.02, f"{name}: values must lie 2 % apart or more.")
         good = max(factors) < 1.2 * min(factors)
         require(good, f"{name} must have a constant factor between values.")
 
@@ -230,15 +257,20 @@ def tune(
     if study.tuned is None:
         return None, []
     ladder = study.ladders[model]
+    where = f"{setting}, {model}, {steps} steps"
     budgets = list(study.budgets)
     place = budgets.index(steps)
     if place in (0, len(budgets) - 1):
         indices = set(range(len(ladder)))
     else:
-        below, _ = tune(study, losses, setting, model, budgets[place - 1])
+        smaller = budgets[place - 1]
+        try:
+            below, _ = tune(study, losses, setting, model, smaller)
+        except OffLadder as e:
+            raise OffLadder(f"{where}: not tuned, as {smaller} steps are not.") from e
         if below is None:
             return None, []
-        start = _index(ladder, below)
+        start = _index(study, model, below)
         indices = {start - 1, start, start + 1}
     while True:
         points = {i: Point(setting, model, steps, rung(ladder, i), study.seeds[0]) for i in indices}
@@ -253,14 +285,19 @@ def tune(
         indices |= beyond
         if min(indices) < -MAX_WALK or max(indices) >= len(ladder) + MAX_WALK:
             raise OffLadder(
-                f"{setting}, {model}, {steps} steps: no best {study.tuned} within {MAX_WALK} rungs"
-                " of the ladder, or all runs diverged; give another ladder or recipe."
+                f"{where}: no best {study.tuned} within {MAX_WALK} rungs of the ladder, or all runs"
+                " diverged; give another ladder or recipe."
+            )
+        if outside := [x for i in beyond if not _takes(study.tuned)(x := rung(ladder, i))]:
+            raise OffLadder(
+                f"{where}: the best {study.tuned} is {rung(ladder, best):g}, beside values that it"
+                f" does not take ({outside[0]:g}); give another ladder."
             )
 
 
-def _index(ladder: Sequence[float], value: float) -> int:
-    reach = range(-MAX_WALK - 1, len(ladder) + MAX_WALK + 1)
-    return next(i for i in reach if rung(ladder, i) == value)
+def _index(study: Study, model: str, value: float) -> int:
+    ladder, far = study.ladders[model], MAX_WALK + study.near + 1
+    return next(i for i in range(-far, len(ladder) + far) if rung(ladder, i) == value)
 
 
 def _tuned_cells(study: Study, losses: Losses) -> Iterator[tuple[Cell, float | None, list[Point]]]:
@@ -299,7 +336,7 @@ def around(study: Study, cell: Cell, value: float | None) -> list[Point]:
     values = [value]
     if value is not None and study.near:
         ladder = study.ladders[cell[1]]
-        index = _index(ladder, value)
+        index = _index(study, cell[1], value)
         values = [rung(ladder, index + i) for i in range(-study.near, study.near + 1)]
     return [Point(*cell, v, seed) for v in values for seed in study.seeds]
 
@@ -314,7 +351,7 @@ def forecast(study: Study, losses: Losses) -> list[Point]:
             guessed[p] = 0.0
             if p.value is not None:
                 ladder = study.ladders[p.model]
-                away = abs(_index(ladder, p.value) - (len(ladder) - 1) / 2)
+                away = abs(_index(study, p.model, p.value) - (len(ladder) - 1) / 2)
                 cell = [x for q, x in losses.items() if q._replace(value=p.value) == p]
                 guessed[p] = away + max(filter(math.isfinite, cell), default=0.0)
     return out
@@ -335,6 +372,6 @@ def neighbours(study: Study, losses: Losses, point: Point) -> tuple[float | None
     if point.value is None:
         return None, None
     ladder, tuning = study.ladders[point.model], point._replace(seed=study.seeds[0])
-    index = _index(ladder, point.value)
+    index = _index(study, point.model, point.value)
     below, above = rung(ladder, index - 1), rung(ladder, index + 1)
     return losses.get(tuning._replace(value=below)), losses.get(tuning._replace(value=above))

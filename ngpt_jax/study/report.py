@@ -70,14 +70,16 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
                 " it begins; the budgets do not reach so far."
             )
         if cells and len(study.budgets) > 1:
-            for cost, name in figures.COSTS.items():
-                if figures.tells_more(cells, cost):
-                    figures.losses(study, cells, cost, out / f"loss_{cost}.png")
-                    caption = f"Held-out loss against {name}: mean, least and largest of the seeds."
-                    captions[f"loss_{cost}.png"] = caption
+            for cost in figures.costs_to_draw(cells):
+                figures.losses(study, cells, cost, out / f"loss_{cost}.png")
+                captions[f"loss_{cost}.png"] = (
+                    f"Held-out loss against {figures.COSTS[cost]}: mean, least and largest of the"
+                    f" seeds.{_lost(cells)}"
+                )
         if cells and len(study.budgets) == 1:
             figures.models(study, cells, out / "loss.png")
-            captions["loss.png"] = "Held-out loss: a mark for each seed, a bar at their mean."
+            caption = "Held-out loss: a mark for each seed, a bar at their mean."
+            captions["loss.png"] = caption + _lost(cells)
         if rows and study.near:
             optima = summary.optima_of(study, rows)
             plots.write_csv(out / "optima.csv", summary.OPTIMUM_COLUMNS, optima)
@@ -86,13 +88,23 @@ def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> P
                 f"Loss against {study.tuned}: the mean of the seeds that ran. A bar spans the"
                 " seeds' optima, see optima.csv."
             )
-        if rows and study.tuned is not None:
+        # With near and one line a model, the figure above has it.
+        single = len(study.settings) == len(study.budgets) == len(study.seeds) == 1
+        if rows and study.tuned is not None and not (study.near and single):
             figures.tuning(study, rows, out / "tuning.png")
-            caption = f"Tuning of {study.tuned} with the first seed; the best one ringed."
-            captions["tuning.png"] = caption
+            captions["tuning.png"] = (
+                f"Tuning of {study.tuned} with the first seed; what a finished cell took is ringed."
+                " Runs that diverged are not drawn."
+            )
         path = out / "report.html"
         _write_page(path, experiment, study, rows, cells, speedups, captions)
     return path
+
+
+def _lost(cells: Sequence[CellRow]) -> str:
+    """Says which cells a figure of losses lacks, or shows in part, as runs diverged."""
+    lost = [f"{c['setting']} {c['model']} at {c['steps']:,}" for c in cells if c["diverged"]]
+    return f" Runs diverged, so the means are not drawn: {', '.join(lost)}." if lost else ""
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]], text: int = 2) -> str:

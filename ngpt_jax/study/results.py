@@ -7,6 +7,7 @@ import re
 import shlex
 import statistics
 import subprocess
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.config.experiment import call_in_file, load_config, split_spec
+from ngpt_jax.config.experiment import call_in_file, file_and_variants, load_config
 from ngpt_jax.config.presets import value_of_kind
 from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, chosen, overrides_of
@@ -42,7 +43,10 @@ COLUMNS: dict[str, type] = {
 MACHINE = ("cpu", "cores", "devices", "python", "jax", "jaxlib")
 LOCK = ".lock"  # of a study's folder, in which several programs may write
 _LATER = {"other_seconds", "loss_by_set"}  # older tables lack it
-_NEEDED = ("setting", "model", "steps", "seed", "status", "config")
+_NEEDED = (
+    "setting", "model", "steps", "seed", "status", "tokens", "parameters", "flops", "seconds",
+    "config",
+)  # fmt: skip
 
 
 def load_study(spec: str) -> Study:
@@ -53,9 +57,14 @@ def load_study(spec: str) -> Study:
 
 
 def default_folder(experiment: str) -> Path:
-    """The folder of the results of FILE[:variant,...]: FILE-variant, beside the file."""
-    path, variants = split_spec(experiment)
-    return Path(path).parent / "-".join([Path(path).stem, *filter(None, variants.split(","))])
+    """The folder of the results of FILE[:variant,...]: FILE-variant, beside the file.
+
+    In the current folder for an experiment that was installed with the package.
+    """
+    path, variants = file_and_variants(experiment)
+    installed = Path(path).resolve().is_relative_to(Path(__file__).parents[1])
+    folder = Path() if installed else Path(path).parent
+    return folder / "-".join([Path(path).stem, *filter(None, variants.split(","))])
 
 
 def command_of(experiment: str, study: Study, point: Point) -> list[str]:
@@ -92,26 +101,47 @@ def read(path: Path) -> list[Result]:
     try:
         with path.open(encoding="utf-8", newline="") as f:
             reader = csv.DictReader(f, strict=True)
-            lines = list(reader)
-        if missing := set(COLUMNS) - _LATER - set(reader.fieldnames or ()):
-            raise ValueError(f"no column {min(missing)}")
-        rows = [
-            {
-                name: kind(text) if (text := line.get(name)) else None
-                for name, kind in COLUMNS.items()
-            }
-            for line in lines
-        ]
-        for row in rows:
-            if any(row[name] is None for name in _NEEDED):
-                raise ValueError("a row is cut short")
-            if row["status"] not in ("done", "diverged"):
-                raise ValueError(f"status {row['status']!r}")
-            if row["status"] == "done" and not math.isfinite(row["loss"] or math.inf):
-                raise ValueError("a run that is done has no loss")
+            names = reader.fieldnames or ()
+            if missing := set(COLUMNS) - _LATER - set(names):
+                raise ValueError(f"no column {min(missing)}")
+            if set(names) - set(COLUMNS) or len(set(names)) < len(names):
+                raise ValueError("columns that are not known, or are there twice")
+            rows = [_parse(line, reader.line_num) for line in reader]
+        points = Counter(map(point_of, rows))
+        if twice := [point.name for point, count in points.items() if count > 1]:
+            raise ValueError(f"two rows of {twice[0]}")
         return rows
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as e:
-        raise ConfigError(f"{path} cannot be read: {reason(e)}; mend or delete it.") from e
+    except (OSError, ValueError, csv.Error) as e:
+        raise ConfigError(f"{path} cannot be read: {reason(e)}; mend it.") from e
+
+
+def _parse(line: dict[str, str], number: int) -> Result:
+    """A row from line ``number`` of a table; raises ValueError."""
+    row: Result = {}
+    for name, kind in COLUMNS.items():
+        try:
+            row[name] = kind(text) if (text := line.get(name)) else None
+        except ValueError as e:
+            raise ValueError(f"line {number}, column {name}: {e}") from e
+
+    def require(ok: bool, name: str) -> None:
+        if not ok:
+            raise ValueError(f"line {number}, column {name}: {line.get(name)!r} cannot be")
+
+    for name in _NEEDED:
+        require(row[name] is not None, name)
+    if None in line:
+        raise ValueError(f"line {number} has more cells than the first line")
+    require(row["status"] in ("done", "diverged"), "status")
+    has_loss = row["loss"] is not None
+    require(has_loss == (row["status"] == "done"), "loss")
+    require(not has_loss or 0 <= row["loss"] < math.inf, "loss")
+    for name in ("steps", "tokens", "parameters", "flops"):
+        require(0 < row[name] < math.inf, name)
+    require(0 <= row["seconds"] < math.inf, "seconds")
+    require(math.isfinite(row["other_seconds"] or 0.0), "other_seconds")
+    require(row["value"] is None or 0 < row["value"] < math.inf, "value")
+    return row
 
 
 def point_of(row: Result) -> Point:
@@ -188,36 +218,51 @@ def add(path: Path, study: Study, row: Result) -> None:
 def origin_of(experiment: str, study: Study, point: Point) -> Result:
     """The columns that are noted at the start of a run, as files may change while it runs."""
     config = digest(config_of(experiment, study, point))
-    return {"config": config, "commit": _commit(split_spec(experiment)[0])}
+    return {"config": config, "commit": _commit(file_and_variants(experiment)[0])}
 
 
 def _commit(experiment: str) -> str | None:
     """The commit of this code, with + where it or the experiment was changed since.
 
-    The experiment is its file, and what it imports from beside it.
+    The experiment is its file, and what it imports from beside it; outside of the clone it does not
+    count. None where the code is not that of a clone.
     """
     package, file = Path(__file__).parent.parent, Path(experiment).resolve()
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""  # else a short name
+    text = file.read_text(encoding="utf-8")
     imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
     beside = [p for p in file.parent.glob("*.py") if p.stem in imported]
+    own = [p for p in (file, *beside) if p.is_relative_to(package.parent)]
 
     def git(*arguments: str | Path) -> str:
         command = ["git", "-C", str(package), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", ".", file, *beside)
+        git("ls-files", "--error-unmatch", "__init__.py")  # else the clone of another project
+        changed = git("status", "--porcelain", "--", ".", *own)
         return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def row_of(
-    experiment: str, study: Study, point: Point, workdir: Path, diverged: bool, origin: Result
+    experiment: str,
+    study: Study,
+    point: Point,
+    workdir: Path,
+    diverged: bool,
+    origins: Sequence[Result],
 ) -> Result:
     """The row of a finished run, from its folder.
 
-    A run whose held-out loss is not finite counts as diverged. ``origin``: see :func:`origin_of`.
+    A run whose held-out loss is not finite counts as diverged.
+
+    Args:
+      experiment, study, point: the run.
+      workdir: its folder.
+      diverged: whether it ended as such.
+      origins: of each start what :func:`origin_of` returns, the last one last; of the earlier ones
+        also the columns of MACHINE. Where they differ, the row has all: "a then b".
     """
     from ngpt_jax.model.params import num_params
     from ngpt_jax.training.throughput import train_flops_per_token
@@ -239,6 +284,12 @@ def row_of(
     by_set = [f"{name[5:]}={final[f'{name}/loss']}" for name in sorted(sets) if not diverged]
     command = shlex.join(["python", "-m", "ngpt_jax.main", *command_of(experiment, study, point)])
     tokens = point.steps * config.train.batch_size * config.model.context
+    starts = [*origins[:-1], {name: versions[name] for name in MACHINE} | origins[-1]]
+
+    def all_of(name: str) -> Any:
+        found = [s.get(name, "unknown") for s in starts]
+        return found[-1] if len(set(found)) == 1 else " then ".join(map(str, dict.fromkeys(found)))
+
     return {
         **point._asdict(), "status": "diverged" if diverged else "done",
         "loss": mean("loss"), "loss_by_set": " ".join(by_set),
@@ -247,6 +298,7 @@ def row_of(
         "flops": tokens * train_flops_per_token(config.model),
         "seconds": round(last.get("train/seconds", 0.0), 2),
         "tokens_per_second": round(statistics.median(rates)) if rates else None,
-        **{name: versions[name] for name in MACHINE}, **origin, "command": command,
+        **{name: all_of(name) for name in (*MACHINE, "commit")}, "cores": versions["cores"],
+        "config": origins[-1]["config"], "command": command,
         "data": versions["data"][:12], "held_out": versions["held_out"][:12],
     }  # fmt: skip

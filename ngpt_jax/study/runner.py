@@ -1,5 +1,6 @@
 """Runs the points of a study, each as a process of its own, side by side, until none is due."""
 
+import json
 import os
 import statistics
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.files import lock
+from ngpt_jax.files import lock, write_atomically
 from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Point, Study
 from ngpt_jax.study.results import Result
@@ -46,12 +47,16 @@ class Comparison(NamedTuple):
     def log_of(self, point: Point) -> Path:
         return self.runs / f"{point.name}.log"
 
+    def starts_of(self, point: Point) -> Path:
+        """A JSON file with what made a run, one dict for each start; see :func:`_origins`."""
+        return self.runs / f"{point.name}.starts.json"
+
 
 class Running(NamedTuple):
     point: Point
     process: subprocess.Popen
     locks: list[IO[str]]  # of the point and of its cores
-    origin: Result
+    origins: list[Result]  # see _origins
     started: float | None = None  # time.monotonic(); None: it goes on with an earlier process's run
 
 
@@ -117,7 +122,9 @@ def pinned(cores: Iterable[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-def start(c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]]) -> Running:
+def start(
+    c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]]
+) -> subprocess.Popen:
     """Starts ``python -m ngpt_jax.main`` for a point, with its output in RUNS/NAME.log."""
     command = [
         sys.executable, "-m", "ngpt_jax.main",
@@ -126,11 +133,26 @@ def start(c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]
     environment = os.environ | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
     with pinned(cores), open(c.log_of(point), "a", encoding="utf-8") as log:
         # In a session of its own: Ctrl-C reaches it only through this program, once.
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=environment, pass_fds=[f.fileno() for f in locks], start_new_session=True,
         )  # fmt: skip
-    return Running(point, process, locks, results.origin_of(c.experiment, c.study, point))
+
+
+def _origins(c: Comparison, point: Point) -> list[Result]:
+    """The columns of a run that tell what makes it: of each start, and of the one that comes now.
+
+    A run may go on with other code, or on another machine: its row tells all of them.
+    """
+    path, versions = c.starts_of(point), c.runs / point.name / "versions.json"
+    origins: list[Result] = []
+    if versions.exists():  # else no start came so far as to train
+        origins = json.loads(path.read_text(encoding="utf-8")) if path.exists() else [{}]
+        found = json.loads(versions.read_text(encoding="utf-8"))
+        origins[-1] |= {name: found[name] for name in results.MACHINE}
+    origins.append(results.origin_of(c.experiment, c.study, point))
+    write_atomically(path, json.dumps(origins, indent=1) + "\n")
+    return origins
 
 
 def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> bool:
@@ -181,7 +203,18 @@ def _try(c: Comparison, point: Point) -> Running | None:
         release([held, *(cores or {}).values()])
         return None
     started = None if (c.runs / point.name).exists() else time.monotonic()
-    return start(c, point, cores, [held, *cores.values()])._replace(started=started)
+    return _start(c, point, cores, [held, *cores.values()], started)
+
+
+def _start(
+    c: Comparison,
+    point: Point,
+    cores: Iterable[int],
+    locks: list[IO[str]],
+    started: float | None = None,
+) -> Running:
+    origins = _origins(c, point)
+    return Running(point, start(c, point, cores, locks), locks, origins, started)
 
 
 def _wait(
@@ -276,7 +309,7 @@ def _result(c: Comparison, run: Running) -> Result:
     code, log = run.process.returncode, c.log_of(run.point)
     if code in (0, EXIT_DIVERGED):
         workdir, diverged = c.runs / run.point.name, code == EXIT_DIVERGED
-        row = results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origin)
+        row = results.row_of(c.experiment, c.study, run.point, workdir, diverged, run.origins)
         if run.started is not None:
             row["other_seconds"] = round(time.monotonic() - run.started - row["seconds"], 2)
         return row
@@ -307,8 +340,9 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
             if stop.name:
                 return EXIT_RESUME
             time.sleep(1)
-        terminal.say(f"{name}: about {format_duration(old['seconds'])}")
-        run = start(apart, results.point_of(old), cores, [*cores.values()])
+        expected = old["seconds"] + (old["other_seconds"] or 0.0)
+        terminal.say(f"{name}: about {format_duration(expected)}")
+        run = _start(apart, results.point_of(old), cores, [*cores.values()])
         try:
             while (code := run.process.poll()) is None and not stop.name:
                 time.sleep(0.2)
@@ -318,10 +352,17 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
             stop.restore()
         if code is None:
             return EXIT_RESUME
-        new = _result(apart, run)
+        try:
+            new = _result(apart, run)
+        except PointFailed:
+            terminal.say(apart.log_of(run.point).read_text(errors="replace"))
+            raise
     differ = [c for c in (*results.MACHINE, "commit", *_INPUTS) if old[c] != new[c]]
     for column in differ:
         terminal.say(f"{column} differs: {old[column]} in the table, {new[column]} here")
+    if "commit" not in differ and (old["commit"] or "+").endswith("+"):
+        differ.append("commit")
+        terminal.say("commit: the code of the table is not known, as it was not committed")
     before, now = (f"{r['status']}, loss {r['loss']!r}" for r in (old, new))
     terminal.say(f"in the table: {before}; now: {now}")
     if before == now:

@@ -39,6 +39,8 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         raise ConfigError("--config.… is for training; here the experiment file sets fields.")
     if _EXPERIMENT.value is None:
         raise ConfigError("Give --experiment=experiments/speedup.py (see --help).")
+    if sum(map(bool, (_CHECK.value, _DRY_RUN.value, _REPORT_ONLY.value))) > 1:
+        raise ConfigError("Give only one of --check, --dry_run and --report_only.")
     from ngpt_jax.study import compare, runner
 
     try:
