@@ -3,7 +3,7 @@
     python -m ngpt_jax.main --config=experiments/0_5b.py
 
 The first start fetches OpenWebText and LLaMA-2's tokenizer from the Hugging Face Hub, a file at a
-time, and keeps its tokens, about 18 GB, in data.cache. Prepared tokens or text of your own:
+time, and keeps its tokens, about 20 GB, in data.cache. Prepared tokens or text of your own:
 
     --config.data.source=bin --config.data.paths=FOLDER
     --config.data.source=text --config.data.paths='corpus/*.jsonl.gz'

@@ -46,7 +46,7 @@ def get_config(variants: str = ""):
     config.data.source = "hub"
     config.data.paths = ("Skylion007/openwebtext",)
     config.data.tokenizer = "hub:hf-internal-testing/llama-tokenizer"
-    config.data.held_out = 0.005  # about 45 M tokens, all of which are evaluated at the end
+    config.data.held_out = 0.005  # about 50 M tokens, all of which are evaluated at the end
     config.data.workers = 2  # the small model reads millions of tokens a second
     config.eval.batch_size = 32
     one_run_of_many(config)

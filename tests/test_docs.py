@@ -86,6 +86,9 @@ HOW = {
     ),
     "python -m ngpt_jax.data.corpora prose": ByTest("test_prose.py::test_the_corpus_itself"),
     "python -m ngpt_jax.data.prepare": "",
+    "python -m ngpt_jax.data.prepare --config": ByTest(
+        "test_hub.py::test_the_data_of_an_experiment_are_prepared_for_machines_without_a_network"
+    ),
     "python -m ngpt_jax.data.prepare --source=text --paths=openwebtext": " --out=owt{n}",
     "python -m ngpt_jax.data.prepare --source=hub": " --out=hub{n}",
     "python -m ngpt_jax.data.train_tokenizer": "",
@@ -145,6 +148,7 @@ HOW = {
     "gcloud compute tpus tpu-vm create": NotOurs("a TPU, and an account at Google"),
     "gcloud compute tpus tpu-vm ssh": NotOurs("the same; what it runs there is in the list too"),
     "python -m uv": NotOurs("uv's commands"),
+    "sbatch": NotOurs("a cluster with SLURM"),
 }  # fmt: skip
 
 

@@ -191,6 +191,31 @@ def test_a_set_that_changes_is_noticed_and_the_old_one_stays(hub, prepare):
     assert code == 0 and "1,200 documents" not in output and len(hub.fetched()) >= 4
 
 
+def test_the_data_of_an_experiment_are_prepared_for_machines_without_a_network(hub, start):
+    command = [
+        "--config=quickstart:debug", "--config.data.source=hub", "--config.data.paths=me/text",
+        "--config.data.hub_eval_split=test", "--config.data.tokenizer=hub:me/tokenizer",
+    ]  # fmt: skip
+    alone = {"HF_HUB_OFFLINE": "1"}
+
+    def said(*arguments, **more):
+        process = start("-m", *arguments, *command, **more)
+        output = process.communicate(timeout=300)[0]
+        return process.returncode, output
+
+    code, output = said("ngpt_jax.main", **alone)
+    assert code == 2 and "is not on this machine" in output
+    code, output = said("ngpt_jax.data.prepare", "--workers=1")
+    assert code == 0 and "tokens to train on -> ~/.cache/ngpt_jax/data" in output, output
+    hub.log.clear()
+    code, output = said("ngpt_jax.main", **alone)
+    assert code == 0 and hub.log == [], output
+    code, output = said("ngpt_jax.data.prepare", "--out=x")
+    assert code == 2 and "error: --out: with --config, give --config.data" in output
+    code, output = said("ngpt_jax.data.prepare", "--source=hub")
+    assert code == 2 and "error: --source: with --config, give --config.data" in output
+
+
 def test_without_a_network_what_is_there_is_used(hub, prepare, tmp_path):
     assert prepare("--hub_eval_split=test")[1] == 0
     for more in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):

@@ -1,6 +1,5 @@
 """What the benchmarks share: which config they time, and on what machine."""
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 from ngpt_jax import config as config_lib
 from ngpt_jax.config import Config, experiment
 from ngpt_jax.data.tokenizers.load import with_tokenizer
-from ngpt_jax.parallel.backend import enable_x64_if_used
+from ngpt_jax.parallel.backend import available_cores, enable_x64_if_used
 
 
 def load(
@@ -36,6 +35,6 @@ def machine() -> dict[str, str]:
     """The devices, CPU and jax version that numbers were measured with."""
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {len(available_cores())} cores",
         "jax": jax.__version__,
     }

@@ -18,6 +18,7 @@ from ngpt_jax.data.text.sources import open_source
 from ngpt_jax.data.text.units import read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.data.tokenizers.load import load_tokenizer
+from ngpt_jax.parallel.backend import available_cores
 
 _CHARACTERS = 20_000_000  # for the library alone
 
@@ -39,7 +40,7 @@ def measure(
       "tokens" of the text, "peak_mib" of a process of the preparation.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    cores = os.cpu_count() or 1
+    cores = len(available_cores())
     workers = workers or cores
     tokenizer = load_tokenizer(config)
     found: dict[str, list[float]] = {"library": [], "one": [], "all": [], "loader": []}

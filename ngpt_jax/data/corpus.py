@@ -46,6 +46,7 @@ def load_corpus(
     context: int,
     terminal: Terminal | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    workers: int | None = None,
 ) -> Corpus:
     """Opens the data of ``config``; text is first prepared into ``config.cache``.
 
@@ -55,6 +56,7 @@ def load_corpus(
       context: tokens of a sequence.
       terminal: shows the progress of a preparation.
       stopped: asked during a preparation; True raises preparing.folder.Stopped.
+      workers: processes of a preparation; None: one a core.
 
     Raises ConfigError.
     """
@@ -73,7 +75,7 @@ def load_corpus(
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
             prepare_folder(
                 text, share, tokenizer, folder, terminal=terminal, stopped=stopped,
-                where=f"data.cache = {config.cache!r}",
+                workers=workers, where=f"data.cache = {config.cache!r}",
             )  # fmt: skip
             with Progress("reading prepared tokens", terminal, "hashing"):
                 opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)

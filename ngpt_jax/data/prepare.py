@@ -5,8 +5,11 @@ Examples:
       --out=web_llama2
   python -m ngpt_jax.data.prepare --source=tfds --tfds_name=lm1b --tokenizer=gpt2/ --out=lm1b_gpt2
   python -m ngpt_jax.data.prepare --verify --out=web_llama2
+  python -m ngpt_jax.data.prepare --config=experiments/124m.py
 
-Training reads the folder with --config.data.source=bin --config.data.paths=web_llama2 and the
+The last line fetches and prepares what an experiment trains on into its data.cache, as its first
+start would: on a machine that has a network, say, for machines that have none. Otherwise training
+reads the folder with --config.data.source=bin --config.data.paths=web_llama2 and the
 same tokenizer. The same command continues a preparation that was stopped. The same text and
 tokenizer give the same bytes, whatever the number of workers.
 """
@@ -14,12 +17,14 @@ tokenizer give the same bytes, whatever the number of workers.
 from __future__ import annotations
 
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from ngpt_jax import signals
 from ngpt_jax.config import ConfigError, DataConfig, command
+from ngpt_jax.config.experiment import load_config
 from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data import source_flags
 from ngpt_jax.errors import drop_unwritten
@@ -38,10 +43,15 @@ _SHARD_TOKENS = flags.DEFINE_integer(
     "shard_tokens", None, "Tokens of a training shard; default: 100 million.", lower_bound=1
 )
 _WORKERS = flags.DEFINE_integer("workers", None, "Processes; default: one a core.", lower_bound=1)
+_CONFIG = flags.DEFINE_string(
+    "config", None, "FILE[:variant,...], or a name: prepare its data, in place of --out."
+)
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare all shards of --out with its manifest.")
 
 
 def _command(overrides: list[tuple[str, str]]) -> int:
+    if _CONFIG.value is not None:
+        return _prepare_experiment(_CONFIG.value, overrides)
     command.refuse_overrides(overrides)
     if not _OUT.value:
         raise ConfigError("--out is missing: the folder of the shards (see --help).")
@@ -53,8 +63,7 @@ def _command(overrides: list[tuple[str, str]]) -> int:
     try:
         manifest = _verify(out, terminal) if _VERIFY.value else _prepare(out, terminal)
     except KeyboardInterrupt:
-        terminal.say("stopped; run the same command again to continue")
-        return 130
+        return _stopped(terminal)
     finally:
         terminal.close()
     for line in manifest_notes(manifest):
@@ -68,6 +77,41 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         terminal.say(f"train on it: {_training_command(manifest)}")
     drop_unwritten()
     return 0
+
+
+def _prepare_experiment(spec: str, overrides: list[tuple[str, str]]) -> int:
+    modules = flags.FLAGS.flags_by_module_dict()
+    own = modules[source_flags.__name__] + modules[sys.argv[0]]
+    for flag in own:
+        if flag.present and flag.name not in ("config", "workers"):
+            raise ConfigError(f"--{flag.name}: with --config, give --config.data.… instead.")
+    from ngpt_jax.data.corpus import load_corpus
+    from ngpt_jax.data.tokenizers.load import with_tokenizer
+    from ngpt_jax.terminal import Terminal
+
+    terminal = Terminal()
+    _stop_by_interrupt()
+    config, tokenizer = with_tokenizer(load_config(spec, overrides))
+    try:
+        corpus = load_corpus(
+            config.data, tokenizer, config.model.context, terminal, workers=_WORKERS.value
+        )
+    except KeyboardInterrupt:
+        return _stopped(terminal)
+    finally:
+        terminal.close()
+    terminal.say(f"{corpus.tokens:,} tokens to train on -> {config.data.cache}")
+    drop_unwritten()
+    return 0
+
+
+def _stop_by_interrupt() -> None:
+    signals.Listener(signal.default_int_handler, "received: stopping; what is done is kept")
+
+
+def _stopped(terminal: Terminal) -> int:
+    terminal.say("stopped; run the same command again to continue")
+    return 130
 
 
 def _training_command(manifest: Manifest) -> str:
@@ -97,7 +141,7 @@ def _prepare(out: epath.Path, terminal: Terminal) -> Manifest:
     from ngpt_jax.data.text.sources import open_source
     from ngpt_jax.data.tokenizers.load import load_tokenizer
 
-    signals.Listener(signal.default_int_handler, "received: stopping; what is done is kept")
+    _stop_by_interrupt()
     source = source_flags.text_source()
     named = DataConfig(tokenizer=_TOKENIZER.value, end_of_document=_END.value)
     tokenizer = load_tokenizer(named, "--")

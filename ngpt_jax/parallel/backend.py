@@ -1,4 +1,6 @@
-"""What a command has to set before its first use of jax: flags for XLA, and float64.
+"""The CPU cores, and what a command has to set before its first use of jax.
+
+The latter are flags for XLA, and float64.
 
 XLA reads its flags when a backend starts. With the flags here communication and computation
 overlap. TPUs need none: libtpu overlaps by default, and flags made for one generation stop the
@@ -15,6 +17,13 @@ GPU_OVERLAP = (
     "--xla_gpu_enable_pipelined_all_gather=true",
     "--xla_gpu_enable_pipelined_reduce_scatter=true",
 )
+
+
+def available_cores() -> list[int]:
+    """The CPU cores that this program may use: under SLURM, say, not all that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def set_xla_flags(choice: str) -> None:

@@ -14,6 +14,7 @@ from typing import IO, NamedTuple
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.files import lock, write_atomically
+from ngpt_jax.parallel.backend import available_cores
 from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Point, Study
 from ngpt_jax.study.results import Result
@@ -58,13 +59,6 @@ class Running(NamedTuple):
     locks: list[IO[str]]  # of the point and of its cores
     origins: list[Result]  # see _origins
     started: float | None = None  # time.monotonic(); None: it goes on with an earlier process's run
-
-
-def available_cores() -> list[int]:
-    """The CPU cores that this program may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def lanes(cores: int | None) -> int:
@@ -130,7 +124,9 @@ def start(
         sys.executable, "-m", "ngpt_jax.main",
         *results.command_of(c.experiment, c.study, point), f"--workdir={c.runs / point.name}",
     ]  # fmt: skip
-    environment = os.environ | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
+    # A run is one process, also where a cluster started this program as one of several.
+    mine = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_"))}
+    environment = mine | ({} if c.study.cores is None else {"JAX_PLATFORMS": "cpu"})
     with pinned(cores), open(c.log_of(point), "a", encoding="utf-8") as log:
         # In a session of its own: Ctrl-C reaches it only through this program, once.
         return subprocess.Popen(

@@ -20,6 +20,7 @@ from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
 from ngpt_jax.errors import install_hint
 from ngpt_jax.parallel import distributed
+from ngpt_jax.parallel.backend import available_cores
 
 
 class RunError(RuntimeError):
@@ -226,7 +227,7 @@ def versions() -> dict[str, Any]:
         "command": sys.argv,
         "python": platform.python_version(),
         "cpu": cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cores": len(available_cores()),
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
         **found,

@@ -29,6 +29,7 @@ from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.units import TextSource, Unit, read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
 from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
+from ngpt_jax.parallel.backend import available_cores
 from ngpt_jax.terminal import Terminal
 
 SHARD_TOKENS = 100_000_000
@@ -112,7 +113,7 @@ def prepare_folder(
             groups = _groups(source, held_out, fetch)
             progress.begin([sum(unit.size for unit in group.units) for group in groups])
             _write_progress(out, place, done, lost)  # before any shard: whose folder it is
-            workers = workers or os.cpu_count() or 1
+            workers = workers or len(available_cores())
             portions = tokenized(groups, place, tokenizer, workers, progress.doing, fetch)
             done = _write_shards(out, done, lost, portions, shard_tokens, progress, stopped)
             _tell_empty(done, terminal)
