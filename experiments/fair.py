@@ -13,7 +13,7 @@ on a budget and a seed that the tables do not use: 20 runs for each model. Those
 AMD EPYC; --dry_run lists them.
 """
 
-from small import small_model
+from small import SCALES, small_model
 
 from ngpt_jax.config.experiment import apply_variants, variant
 from ngpt_jax.study.plan import Study
@@ -32,20 +32,17 @@ def _same(config):
     """The studies differ in get_study alone."""
 
 
-_SCALES = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
-
-
 def _alpha(init: float) -> dict[str, float]:
     return {"model.alpha_a.init": init, "model.alpha_m.init": init}
 
 
-# A scale parameter so large does not move.
-_FIXED = _alpha(0.5) | dict.fromkeys(_SCALES[:2], 1e6)
+_STILL = 1e6  # a scale parameter so large does not move
+_FIXED = _alpha(0.5) | dict.fromkeys(SCALES[:2], _STILL)
 # Where the search starts: what speedup.py found for Adam on other prose.
 _NGPT = (
     {"model.s_z.init": 10.0, "optimizer.warmup_share": 0.1}
     | _alpha(0.2)
-    | dict.fromkeys(_SCALES, 0.5)
+    | dict.fromkeys(SCALES, 0.5)
 )
 _GPT = {
     "model.kind": "gpt",
@@ -69,7 +66,7 @@ TRIALS = {
         "warmup20": {"optimizer.warmup_share": 0.2},
         "alpha0.35": _alpha(0.35),
         "alpha0.5+fixed": _FIXED,
-        "slower": dict.fromkeys(_SCALES, 1.0),
+        "slower": dict.fromkeys(SCALES, 1.0),
         "s_z20": {"model.s_z.init": 20.0},
         "b2_0.99": {"optimizer.b2": 0.99},
     },
@@ -103,6 +100,10 @@ SECOND = {
         "init0.03+decay0": {"model.init_std": 0.03, "optimizer.weight_decay": 0.0},
     },
 }
+
+
+def _named(model: str, change: str) -> str:
+    return f"{model}{change and '+' + change}"
 
 
 def trials(model: str) -> dict[str, dict]:
@@ -180,8 +181,8 @@ def ablation():
             "alpha0.35": _alpha(0.35),
             "alpha0.5+fixed": _FIXED,
             "s_z1": {"model.s_z.init": 1.0},
-            "s_z10+fixed": {"model.s_z.scale": 1e6},
-            "paper_scales": dict.fromkeys(_SCALES, None),
+            "s_z10+fixed": {"model.s_z.scale": _STILL},
+            "paper_scales": dict.fromkeys(SCALES, None),
             "warmup10": {"optimizer.warmup_share": 0.1},
         },
         "gpt_qk_muon": {
@@ -192,7 +193,7 @@ def ablation():
         },
     }
     names = {
-        f"{model}{name and '+' + name}": (model, fields)
+        _named(model, name): (model, fields)
         for model, pieces in changed.items()
         for name, fields in pieces.items()
     }
@@ -213,9 +214,7 @@ def search():
     models = {}
     for model, (start, rates) in START.items():
         for name, fields in trials(model).items():
-            models[f"{model}{name and '+' + name}"] = (
-                start | fields | {"optimizer.learning_rate": rates[1]}
-            )
+            models[_named(model, name)] = start | fields | {"optimizer.learning_rate": rates[1]}
     return Study(
         title="Search for the recipes of fair.py",
         models=models,

@@ -19,6 +19,7 @@ from ngpt_jax.files import write_atomically
 from ngpt_jax.study import plan, results, summary
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
+from ngpt_jax.terminal import format_duration
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "experiments/README.md")
@@ -173,8 +174,7 @@ def recipes_sentence() -> str:
 
 def _minutes(rows: Sequence[Result]) -> str:
     """The median time from the command to its end, as minutes:seconds."""
-    total = statistics.median(r["seconds"] + (r["other_seconds"] or 0.0) for r in rows)
-    return f"{round(total) // 60}:{round(total) % 60:02}"
+    return format_duration(statistics.median(r["seconds"] + r["other_seconds"] for r in rows))
 
 
 def _quickstart() -> dict[str, list[Result]]:
@@ -193,7 +193,6 @@ def quickstart_table() -> str:
             _minutes(rows),
         ]
         for model, rows in _quickstart().items()
-        if rows
     ]
     return _table(["model", "nats a token", "bits a byte", "minutes"], lines)
 
@@ -228,8 +227,7 @@ def _speedup_lines() -> list[list[str]]:
     names = {"prose128": "prose at 128", "prose512": "prose at 512", "stdlib128": "source at 128"}
     for setting, name in names.items():
         steps, time = (
-            summary.show(summary.SpeedUp(s["speed_up"], s["bound"], s["low"], s["high"]))
-            for s in (found[setting, "ngpt", cost] for cost in ("steps", "seconds"))
+            summary.show_row(found[setting, "ngpt", cost]) for cost in ("steps", "seconds")
         )
         of_qk = (f"{found[setting, 'gpt_qk', c]['speed_up']:.2f}" for c in ("steps", "seconds"))
         lines.append([

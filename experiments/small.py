@@ -3,6 +3,9 @@
 from ngpt_jax.config import default_config
 from ngpt_jax.config.experiment import one_run_of_many
 
+# The scales that short runs move in smaller steps than the paper.
+SCALES = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
+
 
 def small_model():
     """The config of one run: 3 layers of width 64 with 2 heads, 16 sequences of 128 tokens."""

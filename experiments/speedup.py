@@ -15,7 +15,7 @@ The results are in experiments/earlier.md.
 
 import os
 
-from small import small_model
+from small import SCALES, small_model
 
 from ngpt_jax.config.experiment import apply_variants, variant
 from ngpt_jax.study.plan import Study
@@ -54,8 +54,7 @@ def _same(config):
 # does best without a warm-up, as in the paper; on prose with one.
 # GPT: an init std of 1/sqrt(width) (half of it with QK-norm) and a warm-up of a fifth of the run
 # are worth far more than weight decay or b2.
-_SCALES = [f"model.{name}.scale" for name in ("alpha_a", "alpha_m", "s_qk", "s_z")]
-_SLOW, _SLOWER = dict.fromkeys(_SCALES, 0.5), dict.fromkeys(_SCALES, 1.0)
+_SLOW, _SLOWER = dict.fromkeys(SCALES, 0.5), dict.fromkeys(SCALES, 1.0)
 _INIT = {"model.s_z.init": 10.0, "model.alpha_a.init": 0.2, "model.alpha_m.init": 0.2}
 _GPT = {
     "model.kind": "gpt",
@@ -129,7 +128,7 @@ def ablation():
         "ngpt-learned_s_z": {"model.s_z.scale": fixed},
         "ngpt_s_z_init1": {"model.s_z.init": 1.0},
         "ngpt_alpha_init0.05": {"model.alpha_a.init": 0.05, "model.alpha_m.init": 0.05},
-        "ngpt_paper_scales": dict.fromkeys(_SCALES, None),
+        "ngpt_paper_scales": dict.fromkeys(SCALES, None),
         "ngpt-warmup": {"optimizer.warmup_share": 0.0},
         "ngpt+decay": {"optimizer.weight_decay": 0.1},
     }

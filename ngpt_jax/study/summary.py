@@ -186,6 +186,11 @@ def show(s: SpeedUp) -> str:
     return f"{s.bound}{s.value:.2f}{interval}"
 
 
+def show_row(row: SpeedUpRow) -> str:
+    """:func:`show` of a line of speedup.csv."""
+    return show(SpeedUp(row["speed_up"], row["bound"], row["low"], row["high"]))
+
+
 def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
     """The speed-up of each model over its baseline, at each of the baseline's budgets.
 
