@@ -300,46 +300,6 @@ def fair_answer() -> str:
     )
 
 
-# What fair.py:ablation changes, as the page says it.
-_PIECES = {
-    "ngpt_muon": {
-        "": "nothing",
-        "no_projection": "no projection: matrices are on the sphere at the start only",
-        "free_weights": "free weights, as GPT has them: neither normalized nor projected",
-        "no_qk_norm": "no QK-norm, s_qk only",
-        "alpha0.05": "alpha from 0.05, as in the paper, not 0.2",
-        "alpha0.35": "alpha from 0.35",
-        "alpha0.5+fixed": "no learned step: Norm(h + Norm(f(h))), alpha fixed at 0.5",
-        "s_z1": "s_z from 1, as in the paper, not 10",
-        "s_z10+fixed": "s_z fixed at 10",
-        "paper_scales": "scales 1/sqrt(width), as in the paper, not 0.5",
-        "warmup10": "a warm-up of a tenth, not none",
-    },
-    "gpt_qk_muon": {
-        "": "nothing",
-        "unit_weights": "unit weights: projected as nGPT's are",
-        "decay0.1": "weight decay 0.1, not none",
-        "warmup0": "no warm-up, not a fifth",
-    },
-}  # fmt: skip
-
-
-def ablation_table() -> str:
-    cells = {c["model"]: c for c in summary.cells_of(*_load("fair", "ablation"))}
-    lines = []
-    for model, pieces in _PIECES.items():
-        base = cells.get(model)
-        for piece, text in pieces.items():
-            c = cells.get(f"{model}{piece and '+' + piece}")
-            apart = c["loss"] - base["loss"] if c and base else math.nan
-            lines.append([
-                _ARMS[model].partition(",")[0], text,
-                _with_rate(c) if c else "-",
-                "" if not piece else f"{apart:+.3f}" if math.isfinite(apart) else "-",
-            ])  # fmt: skip
-    return _table(["model", "changed", "nats a token (rate)", "more than with nothing"], lines)
-
-
 def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
     """'with Adam 0.90 (0.85 to 0.95), then 0.95 (...)': the speed-ups in the order of x."""
     parts = []
