@@ -842,6 +842,25 @@ def test_a_seed_that_diverged_leaves_its_cell_out_of_speed_ups(tmp_path):
     assert all(math.isfinite(s["speed_up"]) for s in found)
     text = report.write("x.py", PLAN, rows, tmp_path).read_text()
     assert "<th>diverged</th>" in text
+    lost = [f"{s} {m} at {n}" for s in PLAN.settings for m, n in (("gpt", 80), ("ngpt", 20))]
+    assert f"Runs diverged, so the means are not drawn: {', '.join(lost)}." in text
+
+
+def test_the_ring_is_at_the_value_that_the_table_has(tmp_path, monkeypatch):
+    """Not at a better one of rows that the study no longer asks for."""
+    study = dataclasses.replace(PLAN, settings={"short": {}}, models={"gpt": {}}, budgets=(10,),
+                                ladders={"gpt": PLAN.ladders["gpt"]}, baseline=None)  # fmt: skip
+    rows = made_up_rows(study, lambda p: made_up_loss(p, {"gpt": 2e-3}))
+    row = next(r for r in rows if (r["value"], r["seed"]) == (2e-3, 0))
+    rows.append(row | {"value": 2.5e-3, "loss": row["loss"] - 1})
+    drawn = []
+    monkeypatch.setattr(plots, "save", lambda fig, path: drawn.append(fig))
+    figures.tuning(study, rows, tmp_path / "tuning.png")
+    (panel,) = drawn[0].axes
+    rings = [line for line in panel.lines if line.get_fillstyle() == "none"]
+    assert [tuple(line.get_xydata()[0]) for line in rings if len(line.get_xdata()) == 1] == [
+        (2e-3, row["loss"])
+    ]
 
 
 def test_a_bound_is_an_arrow_and_no_point_of_the_line(tmp_path, monkeypatch):
