@@ -1,24 +1,31 @@
-"""Writes the tables and sentences of the pages that come from the results.
+"""Writes the tables, sentences and figures of the pages that come from the results.
 
     python experiments/page.py
 
-On each of PAGES they stand between two marks, the first of which names one of BLOCKS below.
-Everything is computed from the tables in experiments/. The suite compares.
+On each of PAGES they stand between two marks, the first of which names one of BLOCKS below; the
+figures are those of FIGURES, each a PNG and a CSV. Everything is computed from the tables of runs,
+experiments/*/results.csv. The suite compares.
 """
 
 import csv
+import dataclasses
+import functools
+import itertools
 import json
 import math
 import re
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ngpt_jax import plots
 from ngpt_jax.files import write_atomically
-from ngpt_jax.study import plan, results, summary
+from ngpt_jax.study import figures, plan, results, summary
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
+from ngpt_jax.study.summary import CellRow, SpeedUpRow
 from ngpt_jax.terminal import format_duration
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +46,9 @@ def main() -> None:
         if new != old:
             write_atomically(page, new)
         print(f"{name}: {len(_MARKED.findall(new))} parts{'' if new == old else ', changed'}")
+    for draw in FIGURES:
+        if path := draw():
+            print(path)
 
 
 def _load(name: str, variant: str = "") -> tuple[Study, list[Result]]:
@@ -169,6 +179,214 @@ def recipes_sentence() -> str:
     return _paragraph(text + _state(study, rows))
 
 
+# --------------------------------------------------------------------------------- the fair table
+
+_TEXTS = {
+    "stdlib128": "Python source", "prose128": "prose", "prose1024": "prose, context 1,024",
+    "prose128x128": "prose, width 128",
+}  # fmt: skip
+_ARMS = {
+    "ngpt": "nGPT, Adam", "gpt_qk": "GPT with QK-norm, Adam",
+    "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
+}  # fmt: skip
+_PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
+_COSTS = {"steps": "steps", "seconds": "time"}
+
+
+@functools.cache
+def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
+    """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
+    settings, cells, missing = {}, [], ""
+    for variant in ("", "long", "context", "width"):
+        study, rows = _load("fair", variant)
+        settings |= study.settings
+        cells += summary.cells_of(study, rows)
+        if state := _state(study, rows):
+            missing += f" {f'`fair.py:{variant}`' if variant else '`fair.py`'}: {state}"
+    cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
+    together = dataclasses.replace(study, settings=settings)
+    speedups = summary.speedups_of(together, cells)
+    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
+    for s in speedups:
+        s["tokens_per_parameter"] = of_cell[s["setting"], s["baseline"], s["steps"]][
+            "tokens_per_parameter"
+        ]
+        s["context"] = 1024 if s["setting"] == "prose1024" else 128
+    return cells, speedups, missing.strip()
+
+
+def _budgets(cells: Sequence[CellRow]) -> list[tuple[str, int, float]]:
+    """(setting, steps, tokens a parameter) of the lines of the tables."""
+    first = {(c["setting"], c["steps"]): c["tokens_per_parameter"] for c in reversed(cells)}
+    return [(*key, tokens) for key, tokens in reversed(first.items())]
+
+
+def _with_rate(c: CellRow) -> str:
+    """Mean and standard deviation of the seeds, and the learning rate."""
+    if c["loss"] == math.inf:
+        return f"diverged ({c['value']:g})"
+    return f"{c['loss']:.3f} ± {c['loss_std']:.3f} ({c['value']:g})"
+
+
+def fair_losses() -> str:
+    cells, _, _ = _fair()
+    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
+
+    def loss(setting: str, model: str, steps: int) -> str:
+        c = of_cell.get((setting, model, steps))
+        return _with_rate(c) if c else "-"
+
+    lines = [
+        [_TEXTS[setting], f"{tokens:.0f}", *(loss(setting, m, steps) for m in _ARMS)]
+        for setting, steps, tokens in _budgets(cells)
+    ]
+    return _table(["text", "tokens a parameter", *_ARMS.values()], lines)
+
+
+def fair_speedups() -> str:
+    cells, speedups, _ = _fair()
+    shown = {
+        (s["setting"], s["model"], s["steps"], s["cost"]): summary.show_row(s) for s in speedups
+    }
+    lines = [
+        [
+            _TEXTS[setting], f"{tokens:.0f}",
+            *(shown.get((setting, m, steps, c), "-") for m in _PAIRS for c in _COSTS),
+        ]
+        for setting, steps, tokens in _budgets(cells)
+    ]  # fmt: skip
+    head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in _COSTS.values()]
+    return _table(["text", "tokens a parameter", *head], lines)
+
+
+def fair_state() -> str:
+    return _paragraph(_fair()[2])
+
+
+def _range(values: Sequence[float], digits: str) -> str:
+    low, high = (format(x, digits) for x in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
+def fair_answer() -> str:
+    """The answer in three sentences."""
+    cells, speedups, _ = _fair()
+    loss = {(c["setting"], c["steps"], c["model"]): c["loss"] for c in cells}
+    complete = [b for b in _budgets(cells) if all((*b[:2], m) in loss for m in _ARMS)]
+    lines = [{m: loss[setting, steps, m] for m in _ARMS} for setting, steps, _ in complete]
+    if not lines or not speedups:
+        return ""
+
+    def speed(model: str, cost: str) -> str:
+        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, cost)]
+        return _range([s["speed_up"] for s in mine], ".2f")
+
+    def ends(model: str) -> str:
+        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, "steps")]
+        return f"{min(s['low'] for s in mine):.2f} to {max(s['high'] for s in mine):.2f}"
+
+    def less(a: str, b: str) -> str:
+        return _range([line[b] - line[a] for line in lines], ".3f")
+
+    best = Counter(min(line, key=line.__getitem__) for line in lines).most_common()
+    return _paragraph(
+        f"At {_range([tokens for *_, tokens in complete], '.0f')} tokens a parameter nGPT's"
+        f" speed-up over GPT with QK-norm is {speed('ngpt', 'steps')} in steps (intervals from"
+        f" {ends('ngpt')}) and {speed('ngpt', 'seconds')} in time with Adam, and"
+        f" {speed('ngpt_muon', 'steps')} ({ends('ngpt_muon')}) and {speed('ngpt_muon', 'seconds')}"
+        f" with Muon. Muon instead of Adam is worth {less('ngpt_muon', 'ngpt')} nats a token to"
+        f" nGPT and {less('gpt_qk_muon', 'gpt_qk')} to GPT with QK-norm. The lowest loss is that"
+        f" of {' and '.join(f'{_ARMS[m]}, {n} times out of {len(lines)}' for m, n in best)}."
+    )
+
+
+def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
+    """'with Adam 0.90 (0.85 to 0.95), then 0.95 (...)': the speed-ups in the order of x."""
+    parts = []
+    for model, name in _PAIRS.items():
+        mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
+        parts.append(f"{name} {', then '.join(map(summary.show_row, mine))}")
+    return "; ".join(parts)
+
+
+def growth_part() -> str:
+    """A sentence for each text that has two budgets or more, and the figure."""
+    texts = []
+    for setting in ("stdlib128", "prose128"):
+        rows = [s for s in _fair()[1] if s["setting"] == setting and s["cost"] == "steps"]
+        tokens = sorted({s["tokens_per_parameter"] for s in rows})
+        if len(tokens) > 1:
+            at = _enumerate([f"{t:.0f}" for t in tokens])
+            texts.append(
+                f"On {_TEXTS[setting]}, at {at} tokens a parameter, the speed-up in steps is"
+                f" {_course(rows, 'tokens_per_parameter')}."
+            )
+    if not texts:
+        return "Speed-up against tokens a parameter: not measured yet."
+    picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
+    return f"{_paragraph(' '.join(texts))}\n\n{picture}"
+
+
+def _enumerate(items: Sequence[str]) -> str:
+    """'a, b and c'."""
+    return " and ".join(filter(None, [", ".join(items[:-1]), items[-1]]))
+
+
+def context_part() -> str:
+    rows = [s for s in _at_both_contexts() if s["cost"] == "steps"]
+    if len({s["context"] for s in rows}) < 2:
+        return "Speed-up against the context: not measured yet."
+    text = (
+        "On prose, at 36 tokens a parameter and at contexts 128 and 1,024, the speed-up in steps is"
+        f" {_course(rows, 'context')}."
+    )
+    return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
+
+
+def _at_both_contexts() -> list[SpeedUpRow]:
+    return [s for s in _fair()[1] if s["steps"] == 4080 and s["setting"].startswith("prose")]
+
+
+def growth() -> str:
+    """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
+    settings = ("stdlib128", "prose128")
+    return _draw("growth", settings, "tokens_per_parameter", "tokens a parameter")
+
+
+def context() -> str:
+    """The same against the context, on prose at the budget that both contexts have."""
+    rows = _at_both_contexts()
+    return _draw("context", ("prose",), "context", "context, 36 tokens a parameter", rows)
+
+
+def _draw(
+    name: str, panels: Sequence[str], x: str, label: str, rows: Sequence[SpeedUpRow] | None = None
+) -> str:
+    """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path.
+
+    Nothing where there is but one place on the axis.
+    """
+    rows = [s for s in rows or _fair()[1] if s["cost"] == "steps" and s["model"] in _PAIRS]
+    rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
+    if len({s[x] for s in rows}) < 2:
+        return ""
+    looks = dict(zip(_PAIRS.values(), plots.looks(("gpt", "ngpt")).values()))
+    fig, axes = plots.figure(1, len(panels))
+    for axis, panel in zip(axes, panels):
+        mine = [s for s in rows if s["setting"].startswith(panel)]
+        lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
+        figures.bounded(axis, lines, x, looks)
+        axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
+    axes[0].set_ylabel("steps of GPT with QK-norm / steps nGPT needs")
+    plots.legend(fig, axes)
+    path = ROOT / "experiments" / "fair" / f"{name}.png"
+    plots.save(fig, path)
+    columns = ["setting", "model", "baseline", "steps", x, "bound", "speed_up", "low", "high"]
+    columns = list(dict.fromkeys(columns))
+    plots.write_csv(path.with_suffix(".csv"), columns, [{c: s[c] for c in columns} for s in rows])
+    return str(path.relative_to(ROOT))
+
+
 # --------------------------------------------------------------------------------- the quickstart
 
 
@@ -215,23 +433,19 @@ def numbers() -> str:
 
 
 def _speedup_lines() -> list[list[str]]:
-    """The models of speedup.py over its GPT, at its largest budget."""
-    study, rows = _load("speedup")
-    found = {
-        (s["setting"], s["model"], s["cost"]): s
-        for s in summary.speedups_of(study, summary.cells_of(study, rows))
-        if s["steps"] == study.budgets[-1]
-    }
-
+    """nGPT over GPT with QK-norm, at the largest budget of each text."""
     lines = []
-    names = {"prose128": "prose at 128", "prose512": "prose at 512", "stdlib128": "source at 128"}
-    for setting, name in names.items():
-        steps, time = (
-            summary.show_row(found[setting, "ngpt", cost]) for cost in ("steps", "seconds")
-        )
-        of_qk = (f"{found[setting, 'gpt_qk', c]['speed_up']:.2f}" for c in ("steps", "seconds"))
+    for setting, model in itertools.product(("prose128", "stdlib128"), _PAIRS):
+        mine = [s for s in _fair()[1] if (s["setting"], s["model"]) == (setting, model)]
+        if not mine:
+            continue
+        most = max(s["steps"] for s in mine)
+        last = {s["cost"]: s for s in mine if s["steps"] == most}
+        shown = [f"{summary.show_row(last[cost])} in {name}" for cost, name in _COSTS.items()]
+        tokens = last["steps"]["tokens_per_parameter"]
         lines.append([
-            f"speed-up, {name}", f"{steps} in steps, {time} in time", f"QK-norm {', '.join(of_qk)}",
+            f"speed-up {_PAIRS[model]}, {_TEXTS[setting]}", ", ".join(shown),
+            f"{tokens:.0f} tokens a parameter",
         ])  # fmt: skip
     return lines
 
@@ -260,6 +474,7 @@ def _h200_line() -> list[str]:
     ]
 
 
+FIGURES = (growth, context)
 BLOCKS: dict[str, Callable[[], str]] = {
     f.__name__: f
     for f in (
@@ -267,6 +482,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
         transfer_sentence,
         recipes_table,
         recipes_sentence,
+        fair_losses,
+        fair_speedups,
+        fair_state,
+        fair_answer,
+        growth_part,
+        context_part,
         quickstart_table,
         numbers,
     )
