@@ -370,14 +370,16 @@ def _draw(
     rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
     if len({s[x] for s in rows}) < 2:
         return ""
-    looks = dict(zip(_PAIRS.values(), plots.looks(("gpt", "ngpt")).values()))
+    of_models = plots.looks(_load("fair")[0].models)
+    looks = {text: of_models[model] for model, text in _PAIRS.items()}
     fig, axes = plots.figure(1, len(panels))
     for axis, panel in zip(axes, panels):
-        mine = [s for s in rows if s["setting"].startswith(panel)]
+        axis.sharey(axes[0])
+        mine = [s | {x: round(s[x])} for s in rows if s["setting"].startswith(panel)]
         lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
         figures.bounded(axis, lines, x, looks)
         axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
-    axes[0].set_ylabel("steps of GPT with QK-norm / steps nGPT needs")
+    axes[0].set_ylabel("speed-up of nGPT in steps")
     plots.legend(fig, axes)
     path = ROOT / "experiments" / "fair" / f"{name}.png"
     plots.save(fig, path)
