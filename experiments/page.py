@@ -437,16 +437,17 @@ def numbers() -> str:
 def _speedup_lines() -> list[list[str]]:
     """nGPT over GPT with QK-norm, at the largest budget of each text."""
     lines = []
-    for setting, model in itertools.product(("prose128", "stdlib128"), _PAIRS):
+    texts = {"prose128": "prose", "stdlib128": "source"}
+    for (setting, text), model in itertools.product(texts.items(), _PAIRS):
         mine = [s for s in _fair()[1] if (s["setting"], s["model"]) == (setting, model)]
         if not mine:
             continue
         most = max(s["steps"] for s in mine)
         last = {s["cost"]: s for s in mine if s["steps"] == most}
-        shown = [f"{summary.show_row(last[cost])} in {name}" for cost, name in _COSTS.items()]
+        shown = [f"{name} {summary.show_row(last[cost])}" for cost, name in _COSTS.items()]
         tokens = last["steps"]["tokens_per_parameter"]
         lines.append([
-            f"speed-up {_PAIRS[model]}, {_TEXTS[setting]}", ", ".join(shown),
+            f"speed-up {_PAIRS[model]}, {text}", ", ".join(shown),
             f"{tokens:.0f} tokens a parameter",
         ])  # fmt: skip
     return lines
