@@ -274,7 +274,8 @@ def fair_answer() -> str:
     loss = {(c["setting"], c["steps"], c["model"]): c["loss"] for c in cells}
     complete = [b for b in _budgets(cells) if all((*b[:2], m) in loss for m in _ARMS)]
     lines = [{m: loss[setting, steps, m] for m in _ARMS} for setting, steps, _ in complete]
-    if not lines or not speedups:
+    speedups = [s for s in speedups if (s["setting"], s["steps"]) in {b[:2] for b in complete}]
+    if not speedups:
         return ""
 
     def speed(model: str, cost: str) -> str:
