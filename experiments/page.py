@@ -385,7 +385,6 @@ def _draw(
     path = ROOT / "experiments" / "fair" / f"{name}.png"
     plots.save(fig, path)
     columns = ["setting", "model", "baseline", "steps", x, "bound", "speed_up", "low", "high"]
-    columns = list(dict.fromkeys(columns))
     plots.write_csv(path.with_suffix(".csv"), columns, [{c: s[c] for c in columns} for s in rows])
     return str(path.relative_to(ROOT))
 
