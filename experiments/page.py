@@ -529,7 +529,7 @@ def _length_line() -> list[str]:
     }
     return [
         "perplexity at 1 and 4 times the context",
-        f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each, Adam",
+        f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each",
     ]  # fmt: skip
 
 
