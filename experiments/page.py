@@ -463,11 +463,14 @@ def _minutes(rows: Sequence[Result]) -> str:
 def _quickstart() -> dict[str, list[Result]]:
     """The runs of quickstart.py:finals, by model."""
     study, rows = _load("quickstart", "finals")
-    return {m: [r for r in rows if r["model"] == m] for m in study.models}
+    return {m: mine for m in study.models if (mine := [r for r in rows if r["model"] == m])}
 
 
 def quickstart_table() -> str:
-    names = {"ngpt": "nGPT", "gpt": "GPT with QK-norm, `:gpt`"}
+    names = {
+        "ngpt": "nGPT, Muon", "gpt": "GPT with QK-norm, Muon, `:gpt`",
+        "paper": "nGPT, Adam, `:paper`",
+    }  # fmt: skip
     lines = [
         [
             f"{names[model]} ({rows[0]['parameters']:,} parameters)",

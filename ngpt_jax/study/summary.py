@@ -34,21 +34,22 @@ def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
     """A line for each complete cell: mean and spread over its seeds at the best value.
 
     ``loss`` is inf where a seed diverged. ``seconds`` are steps times the median seconds a step of
-    all runs of that model and setting, as a single run depends on how busy the machine was.
+    all runs of that model with the same FLOPs a step, whatever the text, as a single run depends on
+    how busy the machine was.
     """
     losses = results.losses_of(study, rows)
     by_point = {results.point_of(row): row for row in rows}
-    pace: dict[tuple[str, str], list[float]] = {}  # seconds a step, by setting and model
+    pace: dict[tuple[str, int], list[float]] = {}  # seconds a step, by model and FLOPs a step
     for r in rows:
         if r["seconds"]:
-            pace.setdefault((r["setting"], r["model"]), []).append(r["seconds"] / r["steps"])
+            pace.setdefault(_shape(r), []).append(r["seconds"] / r["steps"])
     out = []
     for (setting, model, steps), points in plan.chosen(study, losses).items():
         runs = [by_point[p] for p in points]
         found = [losses[p] for p in points]
         bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
         below, above = plan.neighbours(study, losses, points[0])
-        seconds = steps * statistics.median(pace.get((setting, model), [0.0]))
+        seconds = steps * statistics.median(pace.get(_shape(runs[0]), [0.0]))
         finite = max(found) < math.inf
         out.append({
             "setting": setting, "model": model, "steps": steps, "value": points[0].value,
@@ -69,6 +70,10 @@ def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
     return sorted(
         out, key=lambda c: (order[0].index(c["setting"]), order[1].index(c["model"]), c["steps"])
     )
+
+
+def _shape(row: Result) -> tuple[str, int]:
+    return row["model"], round(row["flops"] / row["steps"])
 
 
 def curve_of(cells: Sequence[CellRow], setting: str, model: str) -> list[CellRow]:
