@@ -165,18 +165,26 @@ def recipes_table() -> str:
 
 def recipes_sentence() -> str:
     study, rows = _load("recipes")
-    loss = {c["model"]: c["loss"] for c in summary.cells_of(study, rows)}
+    of = {c["model"]: c["losses"] for c in summary.cells_of(study, rows)}
     pairs = {"Adam": ("ngpt-ngpt", "gpt_qk-adamw"), "Muon": ("ngpt-muon", "gpt_qk-muon")}
     text = ""
-    if all(model in loss for pair in pairs.values() for model in pair):
-        gains = [loss[a] - loss[b] for a, b in zip(*pairs.values())]
-        apart = {name: loss[a] - loss[b] for name, (a, b) in pairs.items()}
+    if all(model in of for pair in pairs.values() for model in pair):
+        gains = [statistics.fmean(of[a]) - statistics.fmean(of[b]) for a, b in zip(*pairs.values())]
+        apart = {name: _apart(of[a], of[b]) for name, (a, b) in pairs.items()}
         text = (
-            f"Muon instead of Adam is worth {gains[0]:.3f} nats a token to nGPT and {gains[1]:.3f}"
-            f" to GPT with QK-norm. nGPT's loss is above GPT's by {apart['Adam']:.3f} with Adam and"
-            f" by {apart['Muon']:.3f} with Muon. "
+            f"Muon instead of Adam lowers the loss by {gains[0]:.3f} nats a token for nGPT and by"
+            f" {gains[1]:.3f} for GPT with QK-norm. nGPT's loss is higher than GPT's by"
+            f" {apart['Adam']} with Adam and by {apart['Muon']} with Muon (mean and standard error"
+            " of the seeds' differences). "
         )
     return _paragraph(text + _state(study, rows))
+
+
+def _apart(a: Sequence[float], b: Sequence[float]) -> str:
+    """Mean and standard error of the differences of seeds."""
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return f"{statistics.fmean(differences):.3f} ± {error:.3f}"
 
 
 # --------------------------------------------------------------------------------- the fair table
@@ -196,23 +204,30 @@ _COSTS = {"steps": "steps", "seconds": "time"}
 @functools.cache
 def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
     """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
-    settings, cells, missing = {}, [], ""
+    cells, missing = [], ""
     for variant in ("", "long", "context", "width"):
         study, rows = _load("fair", variant)
-        settings |= study.settings
         cells += summary.cells_of(study, rows)
         if state := _state(study, rows):
             missing += f" {f'`fair.py:{variant}`' if variant else '`fair.py`'}: {state}"
     cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
-    together = dataclasses.replace(study, settings=settings)
-    speedups = summary.speedups_of(together, cells)
+    return cells, _speedups(cells), missing.strip()
+
+
+def _speedups(cells: Sequence[CellRow]) -> list[SpeedUpRow]:
+    """Of all settings, each with its tokens a parameter and its context."""
+    study, _ = _load("fair")
+    together = dataclasses.replace(study, settings={s: {} for s in _TEXTS})
     of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
-    for s in speedups:
-        s["tokens_per_parameter"] = of_cell[s["setting"], s["baseline"], s["steps"]][
-            "tokens_per_parameter"
-        ]
-        s["context"] = 1024 if s["setting"] == "prose1024" else 128
-    return cells, speedups, missing.strip()
+    return [
+        s | {
+            "tokens_per_parameter": of_cell[s["setting"], s["baseline"], s["steps"]][
+                "tokens_per_parameter"
+            ],
+            "context": 1024 if s["setting"] == "prose1024" else 128,
+        }
+        for s in summary.speedups_of(together, cells)
+    ]  # fmt: skip
 
 
 def _budgets(cells: Sequence[CellRow]) -> list[tuple[str, int, float]]:
@@ -268,45 +283,97 @@ def _range(values: Sequence[float], digits: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
+def _complete() -> list[dict[str, CellRow]]:
+    """The cells of each line of the tables that has all models."""
+    cells, _, _ = _fair()
+    lines = (
+        {c["model"]: c for c in cells if (c["setting"], c["steps"]) == (setting, steps)}
+        for setting, steps, _ in _budgets(cells)
+    )
+    return [line for line in lines if set(line) == set(_ARMS)]
+
+
 def fair_answer() -> str:
     """The answer in three sentences."""
-    cells, speedups, _ = _fair()
-    loss = {(c["setting"], c["steps"], c["model"]): c["loss"] for c in cells}
-    complete = [b for b in _budgets(cells) if all((*b[:2], m) in loss for m in _ARMS)]
-    lines = [{m: loss[setting, steps, m] for m in _ARMS} for setting, steps, _ in complete]
-    speedups = [s for s in speedups if (s["setting"], s["steps"]) in {b[:2] for b in complete}]
-    if not speedups:
+    lines = _complete()
+    rows = [s for s in _fair()[1] if s["model"] in _PAIRS]
+    there = {(c["setting"], c["steps"]) for line in lines for c in line.values()}
+    rows = [s for s in rows if (s["setting"], s["steps"]) in there]
+    if not rows:
         return ""
 
-    def speed(model: str, cost: str) -> str:
-        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, cost)]
-        return _range([s["speed_up"] for s in mine], ".2f")
-
-    def ends(model: str) -> str:
-        mine = [s for s in speedups if (s["model"], s["cost"]) == (model, "steps")]
-        return f"{min(s['low'] for s in mine):.2f} to {max(s['high'] for s in mine):.2f}"
+    def speed(model: str) -> str:
+        mine = [s for s in rows if s["model"] == model]
+        steps, time = ([s for s in mine if s["cost"] == cost] for cost in _COSTS)
+        counts = {
+            "faster": sum(s["low"] > 1 for s in steps),
+            "as fast within the error": sum(s["low"] <= 1 <= s["high"] for s in steps),
+            "slower": sum(s["high"] < 1 for s in steps),
+        }
+        found = _enumerate([f"{how} in {n}" for how, n in counts.items() if n])
+        ranges = [_range([s["speed_up"] for s in x], ".2f") for x in (steps, time)]
+        return (
+            f"{_PAIRS[model]} it is {found} of {len(steps)} cases (speed-up {ranges[0]} in steps,"
+            f" {ranges[1]} in time)"
+        )
 
     def less(a: str, b: str) -> str:
-        return _range([line[b] - line[a] for line in lines], ".3f")
+        return _range([line[b]["loss"] - line[a]["loss"] for line in lines], ".3f")
 
-    best = Counter(min(line, key=line.__getitem__) for line in lines).most_common()
+    tokens = [c["tokens_per_parameter"] for line in lines for c in line.values()]
+    best = Counter(min(line, key=lambda m: line[m]["loss"]) for line in lines).most_common()
     return _paragraph(
-        f"At {_range([tokens for *_, tokens in complete], '.0f')} tokens a parameter nGPT's"
-        f" speed-up over GPT with QK-norm is {speed('ngpt', 'steps')} in steps (intervals from"
-        f" {ends('ngpt')}) and {speed('ngpt', 'seconds')} in time with Adam, and"
-        f" {speed('ngpt_muon', 'steps')} ({ends('ngpt_muon')}) and {speed('ngpt_muon', 'seconds')}"
-        f" with Muon. Muon instead of Adam is worth {less('ngpt_muon', 'ngpt')} nats a token to"
-        f" nGPT and {less('gpt_qk_muon', 'gpt_qk')} to GPT with QK-norm. The lowest loss is that"
-        f" of {' and '.join(f'{_ARMS[m]}, {n} times out of {len(lines)}' for m, n in best)}."
+        f"At {_range(tokens, '.0f')} tokens a parameter nGPT beside GPT with QK-norm:"
+        f" {'; '.join(map(speed, _PAIRS))}. Muon instead of Adam lowers the loss of nGPT by"
+        f" {less('ngpt_muon', 'ngpt')} nats a token, and that of GPT with QK-norm by"
+        f" {less('gpt_qk_muon', 'gpt_qk')}. The lowest loss is that of"
+        f" {_enumerate([f'{_ARMS[m]}, in {n}' for m, n in best])} of {len(lines)} cases."
     )
 
 
-def _course(rows: Sequence[SpeedUpRow], x: str) -> str:
-    """'with Adam 0.90 (0.85 to 0.95), then 0.95 (...)': the speed-ups in the order of x."""
+def fair_doubts() -> str:
+    """What the first seed, which tunes, and the spacing of the rates do to the result."""
+    cells, speedups, _ = _fair()
+    others = _speedups([c | {"losses": c["losses"][1:]} for c in cells])
+    pairs = [
+        b["speed_up"] - a["speed_up"]
+        for a, b in zip(speedups, others, strict=True)
+        if a["cost"] == "steps" and a["model"] in _PAIRS
+    ]
+    missed: dict[bool, list[float]] = {True: [], False: []}
+    for c in cells:
+        below, here, above = (
+            c[f"loss_{name}"] for name in ("at_value_below", "first_seed", "at_value_above")
+        )
+        if max(below, above) < math.inf:
+            bend, slope = (below + above) / 2 - here, (above - below) / 2
+            missed[c["model"].startswith("ngpt")].append(slope**2 / (4 * bend))
+    of_ngpt, of_gpt = (
+        f"{statistics.fmean(x):.4f} (at most {max(x):.4f})" for x in (missed[True], missed[False])
+    )
+    return _paragraph(
+        f"Without the first seed, which chose the rates, the speed-ups in steps change"
+        f" by {min(pairs):+.2f} to {max(pairs):+.2f}. The rates are a factor of two apart; a"
+        f" parabola through the best one and its neighbours puts the lowest loss {of_ngpt} nats"
+        f" lower for nGPT, and {of_gpt} for GPT."
+    )
+
+
+def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
+    """'with Adam it falls: 0.95 (0.93 to 0.97) at 5 and 0.90 (...) at 36': the ends of x.
+
+    It falls or rises where their intervals are apart.
+    """
     parts = []
     for model, name in _PAIRS.items():
-        mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
-        parts.append(f"{name} {', then '.join(map(summary.show_row, mine))}")
+        first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
+        how = "stays the same within the error"
+        if last["high"] < first["low"]:
+            how = "falls"
+        elif last["low"] > first["high"]:
+            how = "rises"
+        ends = " and ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
+        parts.append(f"{name} it {how}: {ends} {unit}")
     return "; ".join(parts)
 
 
@@ -315,13 +382,9 @@ def growth_part() -> str:
     texts = []
     for setting in ("stdlib128", "prose128"):
         rows = [s for s in _fair()[1] if s["setting"] == setting and s["cost"] == "steps"]
-        tokens = sorted({s["tokens_per_parameter"] for s in rows})
-        if len(tokens) > 1:
-            at = _enumerate([f"{t:.0f}" for t in tokens])
-            texts.append(
-                f"On {_TEXTS[setting]}, at {at} tokens a parameter, the speed-up in steps is"
-                f" {_course(rows, 'tokens_per_parameter')}."
-            )
+        if len({s["steps"] for s in rows}) > 1:
+            course = _course(rows, "tokens_per_parameter", "tokens a parameter")
+            texts.append(f"On {_TEXTS[setting]}, in steps: {course}.")
     if not texts:
         return "Speed-up against tokens a parameter: not measured yet."
     picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
@@ -338,8 +401,8 @@ def context_part() -> str:
     if len({s["context"] for s in rows}) < 2:
         return "Speed-up against the context: not measured yet."
     text = (
-        "On prose, at 36 tokens a parameter and at contexts 128 and 1,024, the speed-up in steps is"
-        f" {_course(rows, 'context')}."
+        "On prose, in steps, at 36 tokens a parameter:"
+        f" {_course(rows, 'context', 'tokens of context')}."
     )
     return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
 
@@ -380,7 +443,7 @@ def _draw(
         lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
         figures.bounded(axis, lines, x, looks)
         axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
-    axes[0].set_ylabel("speed-up of nGPT in steps")
+    axes[0].set_ylabel("steps of GPT with QK-norm / of nGPT")
     plots.legend(fig, axes)
     path = ROOT / "experiments" / "fair" / f"{name}.png"
     plots.save(fig, path)
@@ -400,11 +463,14 @@ def _minutes(rows: Sequence[Result]) -> str:
 def _quickstart() -> dict[str, list[Result]]:
     """The runs of quickstart.py:finals, by model."""
     study, rows = _load("quickstart", "finals")
-    return {m: [r for r in rows if r["model"] == m] for m in study.models}
+    return {m: mine for m in study.models if (mine := [r for r in rows if r["model"] == m])}
 
 
 def quickstart_table() -> str:
-    names = {"ngpt": "nGPT", "gpt": "GPT with QK-norm, `:gpt`"}
+    names = {
+        "ngpt": "nGPT, Muon", "gpt": "GPT with QK-norm, Muon, `:gpt`",
+        "paper": "nGPT, Adam, `:paper`",
+    }  # fmt: skip
     lines = [
         [
             f"{names[model]} ({rows[0]['parameters']:,} parameters)",
@@ -460,9 +526,12 @@ def _length_line() -> list[str]:
         with path.open(encoding="utf-8", newline="") as f:
             for row in csv.DictReader(f):
                 found[row["run"].split("-")[1], int(row["length"])] = float(row["perplexity"])
-    at = {model: f"{found[model, 2048]:.1f}" for model in ("ngpt", "gpt", "gpt_qk")}
+    at = {
+        model: ", ".join(f"{found[model, length]:.2f}" for length in (512, 2048))
+        for model in ("ngpt", "gpt", "gpt_qk")
+    }
     return [
-        "perplexity at 4 times the training context",
+        "perplexity at 1 and 4 times the context",
         f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each",
     ]  # fmt: skip
 
@@ -489,6 +558,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fair_speedups,
         fair_state,
         fair_answer,
+        fair_doubts,
         growth_part,
         context_part,
         quickstart_table,

@@ -84,7 +84,7 @@ def debug(config):
 
 
 def get_study(variants: str = ""):
-    """The search for the recipes; variant finals: nGPT and GPT on two cores, three seeds."""
+    """The search for the recipes; variant finals: each of them on two cores, three seeds."""
     return variant(variants, STUDIES)()
 
 
@@ -142,7 +142,7 @@ def finals():
     """What the first run of a newcomer gives, and takes."""
     return Study(
         title="The quickstart",
-        models={model: RECIPES[model] for model in ("ngpt", "gpt")},
+        models=RECIPES,
         settings={"stdlib256": {}},
         budgets=(900,),
         seeds=(0, 1, 2),

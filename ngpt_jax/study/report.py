@@ -216,16 +216,16 @@ def _write_page(
     )
     if speedups:
         interval = (
-            f" In brackets a 95 % bootstrap interval over {seeds}, within what"
-            " the budgets cover; with so few seeds it is rough."
+            f" In brackets a 95 % interval from the spread over {seeds}, within what the budgets"
+            " cover; the choice of recipe and tuned value is not in it."
         )
         parts += [
             "<h2>Speed-up at equal loss</h2>",
             "<p>How many times fewer steps (FLOPs, seconds) a model needs than the other one for"
             " one mean loss. At each budget it is the loss of the worse model, or that of the"
-            " better one where its curve begins below. Straight lines between"
-            " budgets in the logarithm of the cost; &gt; and &lt;: outside of what both cover."
-            " Seconds: steps times the median seconds a step of a model's runs in that setting."
+            " better one where its curve begins below. Between budgets a monotone"
+            " cubic in the logarithm of the cost; &gt; and &lt;: outside of what both cover."
+            " Seconds: steps times the median seconds a step of a model's runs of that shape."
             f"{interval if len(study.seeds) > 1 else ''}</p>",
             _speedup_table(speedups),
         ]
