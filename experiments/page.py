@@ -362,16 +362,15 @@ def fair_doubts() -> str:
 def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
     """'with Adam it falls: 0.95 (0.93 to 0.97) at 5 and 0.90 (...) at 36': the ends of x.
 
-    It falls or rises where their intervals are apart.
+    It falls or rises where the ratio of the two differs from 1 by more than its own interval.
     """
     parts = []
     for model, name in _PAIRS.items():
         first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
-        how = "stays the same within the error"
-        if last["high"] < first["low"]:
-            how = "falls"
-        elif last["low"] > first["high"]:
-            how = "rises"
+        change = math.log(last["speed_up"] / first["speed_up"])
+        how = "falls" if change < 0 else "rises"
+        if abs(change) < math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))):
+            how = "stays the same within the error"
         ends = " and ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
         parts.append(f"{name} it {how}: {ends} {unit}")
     return "; ".join(parts)
