@@ -75,6 +75,8 @@ def _spread(losses: Sequence[float]) -> str:
 def _state(study: Study, rows: Sequence[Result]) -> str:
     """How much of a study has run; nothing where all has."""
     left = len(plan.forecast(study, results.losses_of(study, rows)))
+    if not rows:
+        return "not started."
     return f"**Not complete**: {len(rows)} of about {len(rows) + left} runs." if left else ""
 
 
@@ -197,6 +199,10 @@ _ARMS = {
     "ngpt": "nGPT, Adam", "gpt_qk": "GPT with QK-norm, Adam",
     "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
 }  # fmt: skip
+_VARIANTS = {
+    "": "This table", "long": "130 tokens a parameter", "context": "Context 1,024",
+    "width": "Width 128",
+}  # fmt: skip
 _PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
 _COSTS = {"steps": "steps", "seconds": "time"}
 
@@ -204,14 +210,14 @@ _COSTS = {"steps": "steps", "seconds": "time"}
 @functools.cache
 def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
     """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
-    cells, missing = [], ""
-    for variant in ("", "long", "context", "width"):
+    cells, missing = [], []
+    for variant, what in _VARIANTS.items():
         study, rows = _load("fair", variant)
         cells += summary.cells_of(study, rows)
         if state := _state(study, rows):
-            missing += f" {f'`fair.py:{variant}`' if variant else '`fair.py`'}: {state}"
+            missing.append(f"{what} (`fair.py{variant and ':' + variant}`): {state}")
     cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
-    return cells, _speedups(cells), missing.strip()
+    return cells, _speedups(cells), " ".join(missing)
 
 
 def _speedups(cells: Sequence[CellRow]) -> list[SpeedUpRow]:
@@ -294,7 +300,7 @@ def _complete() -> list[dict[str, CellRow]]:
 
 
 def fair_answer() -> str:
-    """The answer in three sentences."""
+    """The answer: who is faster with each optimizer, what Muon does, who is best."""
     lines = _complete()
     rows = [s for s in _fair()[1] if s["model"] in _PAIRS]
     there = {(c["setting"], c["steps"]) for line in lines for c in line.values()}
@@ -306,15 +312,15 @@ def fair_answer() -> str:
         mine = [s for s in rows if s["model"] == model]
         steps, time = ([s for s in mine if s["cost"] == cost] for cost in _COSTS)
         counts = {
-            "faster": sum(s["low"] > 1 for s in steps),
-            "as fast within the error": sum(s["low"] <= 1 <= s["high"] for s in steps),
-            "slower": sum(s["high"] < 1 for s in steps),
+            "lies above 1": sum(s["low"] > 1 for s in steps),
+            "includes 1": sum(s["low"] <= 1 <= s["high"] for s in steps),
+            "lies below 1": sum(s["high"] < 1 for s in steps),
         }
         found = _enumerate([f"{how} in {n}" for how, n in counts.items() if n])
         ranges = [_range([s["speed_up"] for s in x], ".2f") for x in (steps, time)]
         return (
-            f"{_PAIRS[model]} it is {found} of {len(steps)} cases (speed-up {ranges[0]} in steps,"
-            f" {ranges[1]} in time)"
+            f"nGPT's speed-up {_PAIRS[model]} is {ranges[0]} in steps, and its interval {found} of"
+            f" {len(steps)} cases; in time it is {ranges[1]}."
         )
 
     def less(a: str, b: str) -> str:
@@ -323,9 +329,9 @@ def fair_answer() -> str:
     tokens = [c["tokens_per_parameter"] for line in lines for c in line.values()]
     best = Counter(min(line, key=lambda m: line[m]["loss"]) for line in lines).most_common()
     return _paragraph(
-        f"At {_range(tokens, '.0f')} tokens a parameter nGPT beside GPT with QK-norm:"
-        f" {'; '.join(map(speed, _PAIRS))}. Muon instead of Adam lowers the loss of nGPT by"
-        f" {less('ngpt_muon', 'ngpt')} nats a token, and that of GPT with QK-norm by"
+        f"There are {len(lines)} cases (texts and budgets) at {_range(tokens, '.0f')} tokens a"
+        f" parameter. {' '.join(map(speed, _PAIRS))} Muon instead of Adam lowers the loss of nGPT"
+        f" by {less('ngpt_muon', 'ngpt')} nats a token, and that of GPT with QK-norm by"
         f" {less('gpt_qk_muon', 'gpt_qk')}. The lowest loss is that of"
         f" {_enumerate([f'{_ARMS[m]}, in {n}' for m, n in best])} of {len(lines)} cases."
     )
@@ -334,45 +340,50 @@ def fair_answer() -> str:
 def fair_doubts() -> str:
     """What the first seed, which tunes, and the spacing of the rates do to the result."""
     cells, speedups, _ = _fair()
-    others = _speedups([c | {"losses": c["losses"][1:]} for c in cells])
-    pairs = [
-        b["speed_up"] - a["speed_up"]
-        for a, b in zip(speedups, others, strict=True)
-        if a["cost"] == "steps" and a["model"] in _PAIRS
-    ]
-    missed: dict[bool, list[float]] = {True: [], False: []}
-    for c in cells:
+
+    def change(other_cells: Sequence[CellRow]) -> str:
+        changes = [
+            other["speed_up"] - s["speed_up"]
+            for s, other in zip(speedups, _speedups(other_cells), strict=True)
+            if s["cost"] == "steps" and s["model"] in _PAIRS
+        ]
+        return f"change by {min(changes):+.2f} to {max(changes):+.2f}"
+
+    def missed(c: CellRow) -> float:
+        """How far a parabola through the best rate and its neighbours goes below the best one."""
         below, here, above = (
             c[f"loss_{name}"] for name in ("at_value_below", "first_seed", "at_value_above")
         )
-        if max(below, above) < math.inf:
-            bend, slope = (below + above) / 2 - here, (above - below) / 2
-            missed[c["model"].startswith("ngpt")].append(slope**2 / (4 * bend))
+        bend, slope = (below + above) / 2 - here, (above - below) / 2
+        return slope**2 / (4 * bend) if max(below, above) < math.inf else 0.0
+
     of_ngpt, of_gpt = (
-        f"{statistics.fmean(x):.4f} (at most {max(x):.4f})" for x in (missed[True], missed[False])
+        statistics.fmean(missed(c) for c in cells if c["model"].startswith(kind))
+        for kind in ("ngpt", "gpt")
     )
+    lower = [c | {"losses": [x - missed(c) for x in c["losses"]]} for c in cells]
     return _paragraph(
-        f"Without the first seed, which chose the rates, the speed-ups in steps change"
-        f" by {min(pairs):+.2f} to {max(pairs):+.2f}. The rates are a factor of two apart; a"
-        f" parabola through the best one and its neighbours puts the lowest loss {of_ngpt} nats"
-        f" lower for nGPT, and {of_gpt} for GPT."
+        "Without the first seed, which chose the rates, the speed-ups in steps"
+        f" {change([c | {'losses': c['losses'][1:]} for c in cells])}. The rates are a factor of"
+        " two apart; with the lowest points of parabolas through the best one and its neighbours"
+        f" losses are {of_ngpt:.4f} nats lower for nGPT and {of_gpt:.4f} for GPT, and the speed-ups"
+        f" {change(lower)}."
     )
 
 
 def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
-    """'with Adam it falls: 0.95 (0.93 to 0.97) at 5 and 0.90 (...) at 36': the ends of x.
-
-    It falls or rises where the ratio of the two differs from 1 by more than its own interval.
-    """
+    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)': the ends of x."""
     parts = []
     for model, name in _PAIRS.items():
         first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
-        change = math.log(last["speed_up"] / first["speed_up"])
-        how = "falls" if change < 0 else "rises"
-        if abs(change) < math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))):
-            how = "stays the same within the error"
-        ends = " and ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
-        parts.append(f"{name} it {how}: {ends} {unit}")
+        factor = last["speed_up"] / first["speed_up"]
+        # The interval of the quotient, the two being independent.
+        error = math.exp(math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))))
+        ends = " to ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
+        parts.append(
+            f"{name} from {ends} {unit}, a factor of {factor:.2f}"
+            f" ({factor / error:.2f} to {factor * error:.2f})"
+        )
     return "; ".join(parts)
 
 
@@ -383,11 +394,12 @@ def growth_part() -> str:
         rows = [s for s in _fair()[1] if s["setting"] == setting and s["cost"] == "steps"]
         if len({s["steps"] for s in rows}) > 1:
             course = _course(rows, "tokens_per_parameter", "tokens a parameter")
-            texts.append(f"On {_TEXTS[setting]}, in steps: {course}.")
+            texts.append(f"On {_TEXTS[setting]} it goes {course}.")
     if not texts:
         return "Speed-up against tokens a parameter: not measured yet."
     picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
-    return f"{_paragraph(' '.join(texts))}\n\n{picture}"
+    text = f"The speed-up in steps against the length of training. {' '.join(texts)}"
+    return f"{_paragraph(text)}\n\n{picture}"
 
 
 def _enumerate(items: Sequence[str]) -> str:
@@ -400,7 +412,7 @@ def context_part() -> str:
     if len({s["context"] for s in rows}) < 2:
         return "Speed-up against the context: not measured yet."
     text = (
-        "On prose, in steps, at 36 tokens a parameter:"
+        "The speed-up in steps against the context. On prose at 36 tokens a parameter it goes"
         f" {_course(rows, 'context', 'tokens of context')}."
     )
     return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
@@ -442,7 +454,7 @@ def _draw(
         lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
         figures.bounded(axis, lines, x, looks)
         axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
-    axes[0].set_ylabel("steps of GPT with QK-norm / of nGPT")
+    axes[0].set_ylabel("speed-up: steps of GPT with QK-norm / of nGPT", fontsize="small")
     plots.legend(fig, axes)
     path = ROOT / "experiments" / "fair" / f"{name}.png"
     plots.save(fig, path)
