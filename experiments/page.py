@@ -182,11 +182,11 @@ def recipes_sentence() -> str:
     return _paragraph(text + _state(study, rows))
 
 
-def _apart(a: Sequence[float], b: Sequence[float]) -> str:
+def _apart(a: Sequence[float], b: Sequence[float], sign: str = "") -> str:
     """Mean and standard error of the differences of seeds."""
     differences = [x - y for x, y in zip(a, b, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{statistics.fmean(differences):.3f} ± {error:.3f}"
+    return f"{statistics.fmean(differences):{sign}.3f} ± {error:.3f}"
 
 
 # --------------------------------------------------------------------------------- the fair table
@@ -203,6 +203,7 @@ _VARIANTS = {
     "": "This table", "long": "130 tokens a parameter", "context": "Context 1,024",
     "width": "Width 128",
 }  # fmt: skip
+_WIDTHS = {"prose128": 64, "prose128x128": 128}
 _PAIRS = {"ngpt": "with Adam", "ngpt_muon": "with Muon"}  # nGPT over GPT with QK-norm
 _COSTS = {"steps": "steps", "seconds": "time"}
 
@@ -372,7 +373,7 @@ def fair_doubts() -> str:
 
 
 def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
-    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)': the ends of x."""
+    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)'."""
     parts = []
     for model, name in _PAIRS.items():
         first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
@@ -461,6 +462,81 @@ def _draw(
     columns = ["setting", "model", "baseline", "steps", x, "bound", "speed_up", "low", "high"]
     plots.write_csv(path.with_suffix(".csv"), columns, [{c: s[c] for c in columns} for s in rows])
     return str(path.relative_to(ROOT))
+
+
+# What fair.py:ablation changes, as the page says it.
+_PIECES = {
+    "ngpt_muon": {
+        "": "nothing",
+        "no_projection": "no projection: matrices are on the sphere at the start only",
+        "free_weights": "free weights, as GPT has them: neither normalized nor projected",
+        "no_qk_norm": "no QK-norm, s_qk only",
+        "alpha0.05": "alpha from 0.05, as in the paper, not 0.2",
+        "alpha0.35": "alpha from 0.35",
+        "alpha0.5+fixed": "no learned step: Norm(h + Norm(f(h))), alpha fixed at 0.5",
+        "s_z1": "s_z from 1, as in the paper, not 10",
+        "s_z10+fixed": "s_z fixed at 10",
+        "paper_scales": "scales 1/sqrt(width), as in the paper, not 0.5",
+        "warmup10": "a warm-up of a tenth, not none",
+    },
+    "gpt_qk_muon": {
+        "": "nothing",
+        "unit_weights": "unit weights: projected as nGPT's are",
+        "decay0.1": "weight decay 0.1, not none",
+        "warmup0": "no warm-up, not a fifth",
+    },
+}  # fmt: skip
+
+
+def _ablation() -> dict[str, CellRow]:
+    return {c["model"]: c for c in summary.cells_of(*_load("fair", "ablation"))}
+
+
+def ablation_table() -> str:
+    cells, lines = _ablation(), []
+    for model, pieces in _PIECES.items():
+        for piece, text in pieces.items():
+            c, base = cells.get(f"{model}{piece and '+' + piece}"), cells.get(model)
+            more = _apart(c["losses"], base["losses"], "+") if piece and c and base else ""
+            lines.append([_ARMS[model], text, _with_rate(c) if c else "-", more])
+    return _table(["model", "changed", "nats a token (rate)", "more than with nothing"], lines)
+
+
+def why_part() -> str:
+    """What the table of single pieces says, in a paragraph."""
+    cells = _ablation()
+
+    def more(name: str) -> str:
+        base = cells[name.partition("+")[0]]
+        return _apart(cells[name]["losses"], base["losses"], "+")
+
+    lowest = {m: min(c["loss"] for n, c in cells.items() if n.startswith(m)) for m in _PIECES}
+    return _paragraph(
+        "No single piece explains why nGPT is behind. Unit weights suit nGPT and do not suit GPT:"
+        f" nGPT without the projection is worse ({more('ngpt_muon+no_projection')} nats a token),"
+        f" so is nGPT with free weights ({more('ngpt_muon+free_weights')}), and so is GPT with unit"
+        f" weights ({more('gpt_qk_muon+unit_weights')}). Where the scales start matters as much:"
+        f" the paper's start of alpha costs {more('ngpt_muon+alpha0.05')} in so short a run, and"
+        f" that of s_z {more('ngpt_muon+s_z1')}. QK-norm changes nothing"
+        f" ({more('ngpt_muon+no_qk_norm')} without it). A fixed step of 0.5 does as well as learned"
+        f" ones ({more('ngpt_muon+alpha0.5+fixed')}). GPT's recipe is not its best either: without"
+        f" warm-up it gains ({more('gpt_qk_muon+warmup0')}). The lowest mean of the table is"
+        f" {lowest['ngpt_muon']:.3f} for nGPT and {lowest['gpt_qk_muon']:.3f} for GPT with QK-norm."
+    )
+
+
+def width_part() -> str:
+    rows = [
+        s
+        for s in _fair()[1]
+        if s["setting"] in ("prose128", "prose128x128")
+        and s["cost"] == "steps"
+        and round(s["tokens_per_parameter"]) == 10
+    ]
+    if len({s["setting"] for s in rows}) < 2:
+        return "Speed-up at twice the width: not measured yet."
+    course = _course([s | {"width": _WIDTHS[s["setting"]]} for s in rows], "width", "channels")
+    return _paragraph(f"On prose, in steps, at 10 tokens a parameter: {course}.")
 
 
 # --------------------------------------------------------------------------------- the quickstart
@@ -572,6 +648,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
         fair_doubts,
         growth_part,
         context_part,
+        ablation_table,
+        why_part,
+        width_part,
         quickstart_table,
         numbers,
     )
