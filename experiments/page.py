@@ -378,7 +378,7 @@ def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
     for model, name in _PAIRS.items():
         first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
         factor = last["speed_up"] / first["speed_up"]
-        # The interval of the quotient, the two being independent.
+        # The interval of the quotient, the two taken as independent.
         error = math.exp(math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))))
         ends = " to ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
         parts.append(
@@ -496,20 +496,21 @@ def ablation_table() -> str:
     cells, lines = _ablation(), []
     for model, pieces in _PIECES.items():
         for piece, text in pieces.items():
-            c, base = cells.get(f"{model}{piece and '+' + piece}"), cells.get(model)
-            more = _apart(c["losses"], base["losses"], "+") if piece and c and base else ""
-            lines.append([_ARMS[model], text, _with_rate(c) if c else "-", more])
+            name = f"{model}{piece and '+' + piece}"
+            more = _more(cells, name) if piece else ""
+            lines.append([_ARMS[model], text, _with_rate(cells[name]), more])
     return _table(["model", "changed", "nats a token (rate)", "more than with nothing"], lines)
+
+
+def _more(cells: dict[str, CellRow], name: str) -> str:
+    """How much higher the loss is with the change that a name tells."""
+    return _apart(cells[name]["losses"], cells[name.partition("+")[0]]["losses"], "+")
 
 
 def why_part() -> str:
     """What the table of single pieces says, in a paragraph."""
     cells = _ablation()
-
-    def more(name: str) -> str:
-        base = cells[name.partition("+")[0]]
-        return _apart(cells[name]["losses"], base["losses"], "+")
-
+    more = functools.partial(_more, cells)
     lowest = {m: min(c["loss"] for n, c in cells.items() if n.startswith(m)) for m in _PIECES}
     return _paragraph(
         "No single piece explains why nGPT is behind. Unit weights suit nGPT and do not suit GPT:"
