@@ -212,9 +212,11 @@ _COSTS = {"steps": "steps", "seconds": "time"}
 def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
     """The cells of fair.py and its variants, the speed-ups over them all, and what is missing."""
     cells, missing = [], []
+    studies = {variant: _load("fair", variant) for variant in _VARIANTS}
+    timed = [row for _, rows in studies.values() for row in rows]
     for variant, what in _VARIANTS.items():
-        study, rows = _load("fair", variant)
-        cells += summary.cells_of(study, rows)
+        study, rows = studies[variant]
+        cells += summary.cells_of(study, rows, timed)
         if state := _state(study, rows):
             missing.append(f"{what} (`fair.py{variant and ':' + variant}`): {state}")
     cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))

@@ -924,6 +924,27 @@ def test_one_slow_run_does_not_change_what_a_cell_costs_in_seconds():
             assert found[model, setting, steps, "seconds"] == pytest.approx(value * 2 / 3)
 
 
+def test_models_are_timed_on_the_same_machine():
+    """A machine that is four times as fast makes no model faster than another."""
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    for row in rows:
+        row["seconds"] = row["steps"] * (2.0 if row["model"] == "gpt" else 3.0)
+    for row in rows:
+        if row["model"] == "ngpt" and row["steps"] < 80:  # most of nGPT's runs, not most of all
+            row |= {"cpu": "fast", "seconds": row["seconds"] / 4}
+    cells = summary.cells_of(PLAN, rows)
+    assert {(c["model"], c["seconds"] / c["steps"]) for c in cells} == {("gpt", 2), ("ngpt", 3)}
+    assert {c["timed_on"] for c in cells} == {("x", "x", "x")}
+    # With no run of nGPT on the other machine there is nothing to compare.
+    alone = [row for row in rows if row["model"] == "gpt" or row["cpu"] == "fast"]
+    cells = summary.cells_of(PLAN, alone)
+    assert {c["timed_on"][0] for c in cells} == {"x", "fast"}
+    assert {s["cost"] for s in summary.speedups_of(PLAN, cells)} == {"steps", "flops"}
+    # With runs of another study there is.
+    cells = summary.cells_of(PLAN, alone, timed=rows)
+    assert "seconds" in {s["cost"] for s in summary.speedups_of(PLAN, cells)}
+
+
 def test_with_one_seed_there_is_no_interval(tmp_path):
     study = dataclasses.replace(PLAN, seeds=(0,))
     rows = made_up_rows(study, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))

@@ -225,7 +225,8 @@ def _write_page(
             " one mean loss. At each budget it is the loss of the worse model, or that of the"
             " better one where its curve begins below. Between budgets a monotone"
             " cubic in the logarithm of the cost; &gt; and &lt;: outside of what both cover."
-            " Seconds: steps times the median seconds a step of a model's runs of that shape."
+            " Seconds: steps times the median seconds a step of a model's runs of that shape on one"
+            " machine."
             f"{interval if len(study.seeds) > 1 else ''}</p>",
             _speedup_table(speedups),
         ]

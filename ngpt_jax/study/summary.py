@@ -16,7 +16,8 @@ from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 
-CellRow = dict[str, Any]  # a line of cells.csv; "losses" are those of the seeds
+# A line of cells.csv. It also has the "losses" of the seeds and the machine it was "timed_on".
+CellRow = dict[str, Any]
 SpeedUpRow = dict[str, Any]  # a line of speedup.csv
 CELL_COLUMNS = (
     "setting model steps value seeds diverged loss loss_min loss_max loss_std loss_first_seed"
@@ -30,26 +31,32 @@ OPTIMUM_COLUMNS = (
 SPEEDUP_COLUMNS = "setting model baseline steps cost bound speed_up low high".split()
 
 
-def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
+def cells_of(
+    study: Study, rows: Sequence[Result], timed: Sequence[Result] | None = None
+) -> list[CellRow]:
     """A line for each complete cell: mean and spread over its seeds at the best value.
 
     ``loss`` is inf where a seed diverged. ``seconds`` are steps times the median seconds a step of
     all runs of that model with the same FLOPs a step, whatever the text, as a single run depends on
-    how busy the machine was.
+    how busy the machine was. Those on one machine count (``timed_on``): that which made most of the
+    runs with these FLOPs a step, of any model, among those that this model has runs on.
+
+    Args:
+      study: what was asked for.
+      rows: the results of its runs.
+      timed: the runs whose time counts, if not ``rows``: those of several studies, for example.
     """
     losses = results.losses_of(study, rows)
     by_point = {results.point_of(row): row for row in rows}
-    pace: dict[tuple[str, int], list[float]] = {}  # seconds a step, by model and FLOPs a step
-    for r in rows:
-        if r["seconds"]:
-            pace.setdefault(_shape(r), []).append(r["seconds"] / r["steps"])
+    paces = _paces(rows if timed is None else timed)
     out = []
     for (setting, model, steps), points in plan.chosen(study, losses).items():
         runs = [by_point[p] for p in points]
         found = [losses[p] for p in points]
         bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
         below, above = plan.neighbours(study, losses, points[0])
-        seconds = steps * statistics.median(pace.get(_shape(runs[0]), [0.0]))
+        machine, pace = paces.get(_shape(runs[0]), (None, 0.0))
+        seconds = steps * pace
         finite = max(found) < math.inf
         out.append({
             "setting": setting, "model": model, "steps": steps, "value": points[0].value,
@@ -64,7 +71,7 @@ def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
             "flops": runs[0]["flops"],
             "seconds": seconds,
             "tokens_per_second": runs[0]["tokens"] / seconds if seconds else 0.0,
-            "losses": found,
+            "losses": found, "timed_on": machine,
         })  # fmt: skip
     order = list(study.settings), list(study.models)
     return sorted(
@@ -72,8 +79,28 @@ def cells_of(study: Study, rows: Sequence[Result]) -> list[CellRow]:
     )
 
 
-def _shape(row: Result) -> tuple[str, int]:
+Shape = tuple[str, int]  # model, FLOPs a step
+Machine = tuple[str, int, str]  # CPU, cores, devices
+
+
+def _shape(row: Result) -> Shape:
     return row["model"], round(row["flops"] / row["steps"])
+
+
+def _paces(rows: Sequence[Result]) -> dict[Shape, tuple[Machine, float]]:
+    """By shape: a machine, and the median seconds a step there."""
+    paces: dict[Shape, dict[Machine, list[float]]] = {}
+    runs: Counter[tuple[int, Machine]] = Counter()
+    for r in rows:
+        if r["seconds"]:
+            shape, machine = _shape(r), (r["cpu"], r["cores"], r["devices"])
+            paces.setdefault(shape, {}).setdefault(machine, []).append(r["seconds"] / r["steps"])
+            runs[shape[1], machine] += 1
+    out = {}
+    for shape, of_machine in paces.items():
+        machine = max(of_machine, key=lambda m: (runs[shape[1], m], repr(m)))
+        out[shape] = machine, statistics.median(of_machine[machine])
+    return out
 
 
 def curve_of(cells: Sequence[CellRow], setting: str, model: str) -> list[CellRow]:
@@ -223,7 +250,7 @@ def show_row(row: SpeedUpRow) -> str:
 def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
     """The speed-up of each model over its baseline, at each of the baseline's budgets.
 
-    In steps, in FLOPs, and in seconds where runs were long enough to be timed.
+    In steps, in FLOPs, and in seconds where both were timed on the same machine.
     """
     out: list[SpeedUpRow] = []
     for setting, (model, baseline) in itertools.product(
@@ -233,10 +260,13 @@ def speedups_of(study: Study, cells: Sequence[CellRow]) -> list[SpeedUpRow]:
         if len(mine) < 2:
             continue
         for target, cost in itertools.product(base, ("steps", "flops", "seconds")):
-            if not all(c[cost] for c in (*base, *mine)):
+            cells_ = (*base, *mine)
+            if cost == "seconds" and len({c["timed_on"] for c in cells_}) > 1:
+                continue
+            if not all(c[cost] for c in cells_):
                 continue
             of_base, of_model = (
-                {c["steps"]: Runs(c[cost], c["losses"]) for c in cells_} for cells_ in (base, mine)
+                {c["steps"]: Runs(c[cost], c["losses"]) for c in curve} for curve in (base, mine)
             )
             s = speed_up(of_base, of_model, target["steps"])
             out.append({
