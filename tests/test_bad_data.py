@@ -78,10 +78,32 @@ def test_a_kill_between_the_first_shard_and_its_record(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["out/*.bin", "ou*", "."])
 def test_shards_of_a_prepared_folder_one_by_one(prepared, path):
     """held_out-00000.bin is among them."""
-    with raises(
-        "data.paths: .* is of a prepared folder, which knows what is held out; give '.*out'"
-    ):
-        load(source="bin", paths=(str(prepared.parent / path),), cache=prepared.parent / "c")
+    said = "is of a prepared folder, which knows its tokenizer and what is held out; give '.*out' "
+    for source in ("bin", "array_record"):  # to array_record, ids may look like text
+        with raises(f"data.paths: .* {said}itself"):
+            load(source=source, paths=(str(prepared.parent / path),), cache=prepared.parent / "c")
+    (prepared.parent / "b").mkdir()
+    write_bin(prepared.parent / "b/a.bin", RNG.integers(0, 257, 500))
+    files = {"paths": (str(prepared.parent / "b"),), "cache": prepared.parent / "c"}
+    with raises(f"data.eval_paths: .* {said}as the only one of paths, or in data.mixture"):
+        load(source="bin", eval_paths=(f"v={prepared}",), **files)
+
+
+def test_the_manifest_of_another_program(prepared):
+    other = prepared.parent / "other"
+    other.mkdir()
+    write_bin(other / "a.bin", RNG.integers(0, 257, 500))
+    (other / "manifest.json").write_text('{"files": ["a.bin"]}')
+    assert load(source="bin", paths=(str(other),), cache=prepared.parent / "c").tokens > 400
+
+
+def test_what_is_said_of_a_prepared_folder_and_is_not_so(prepared):
+    how = {"paths": (str(prepared),), "cache": prepared.parent / "c"}
+    with raises("data.token_dtype=uint32, but '.*' holds uint16; set data.token_dtype=uint16"):
+        load(source="bin", token_dtype="uint32", **how)
+    with raises("data.source=array_record, but '.*' holds bin; set data.source=bin"):
+        load(source="array_record", **how)
+    assert load(source="bin", token_dtype="uint16", **how).tokens
 
 
 def test_a_prepared_folder_without_its_manifest(prepared):
@@ -156,6 +178,44 @@ def test_a_mixture_that_trains_on_a_held_out_split(tmp_path):
     }
     with raises("data.mixture.one.tfds_eval_split: .* is in data.mixture.two.tfds_split too"):
         load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+    # A set is not called train, for what is trained on is.
+    turned = {**same, "tfds_split": "validation", "tfds_eval_split": "train"}
+    loaded = load(**turned, cache=tmp_path / "c")
+    assert [held.name for held in loaded.held_out] == ["held_out"]
+    assert loaded.tokens < 1000 < loaded.held_out[0].num_bytes
+
+
+def test_a_mixture_with_two_shares_of_the_standard_library(tmp_path):
+    mixture = {
+        "one": MixtureConfig(source="stdlib"),
+        "two": MixtureConfig(source="stdlib", held_out=0.3),
+    }
+    with raises("data.mixture.two.held_out: .* is trained on by data.mixture.one too"):
+        load(source="mixture", mixture=mixture, cache=tmp_path / "c")
+
+
+def test_a_file_of_empty_records(tmp_path):
+    ids = RNG.integers(0, 257, 500).astype("<u2").tobytes()
+    for name, records in (("a", [ids]), ("b", [b"", b""]), ("c", [ids])):
+        write_array_record(tmp_path / f"{name}.ar", records)
+    with raises("data.paths: '.*b.ar' holds no tokens; drop it"):
+        load(source="array_record", token_dtype="uint16", paths=(f"{tmp_path}/*.ar",),
+             cache=tmp_path / "c")  # fmt: skip
+
+
+def test_damaged_shards_in_the_cache_are_called_so(tmp_path):
+    """The user gave no --out, and data.paths is not to blame."""
+    file = write(tmp_path / "a.jsonl", json_lines(*TEXTS))
+    how = {"source": "text", "paths": (str(file),), "cache": tmp_path / "c"}
+    load(**how)
+    (shard,) = (tmp_path / "c").glob("*/train-*.bin")
+    whole = shard.read_bytes()
+    for damaged, said in ((whole[:-10], "damaged: "), (bytes(len(whole)), "was altered; ")):
+        shard.write_bytes(damaged)
+        with raises(f"data.cache: '.*train-00000.bin' .*{said}delete '.*' and prepare it anew"):
+            load(**how)
+    shutil.rmtree(shard.parent)
+    assert load(**how).tokens
 
 
 def test_uint32_taken_for_uint16(tmp_path):
@@ -299,7 +359,7 @@ def test_shards_altered_in_place(prepared):
     data = bytearray(shard.read_bytes())
     data[10] ^= 1
     shard.write_bytes(bytes(data))
-    with raises("data.paths: .*train-00000.bin' was altered; prepare the folder anew"):
+    with raises("data.paths: .*train-00000.bin' was altered; delete '.*' and prepare it anew"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
     shard.unlink()
     with raises("train-00000.bin' is missing"):
@@ -316,7 +376,7 @@ def test_shards_altered_in_place(prepared):
 def test_manifests_with_wrong_fields(prepared, change):
     file = prepared / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with raises("manifest.json' is damaged .*; prepare the folder anew"):
+    with raises("manifest.json' is damaged .*; delete '.*' and prepare it anew"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
 
 

@@ -241,7 +241,7 @@ def test_damaged_manifests(config, tmp_path, damage):
     run(config, tmp_path / "out")
     file = tmp_path / "out/manifest.json"
     file.write_text(damage if isinstance(damage, str) else damage(file.read_text()))
-    with raises("data.paths: '.*manifest.json' is damaged .*; prepare the folder anew"):
+    with raises("data.paths: '.*manifest.json' is damaged .*; delete '.*' and prepare it anew"):
         load(source="bin", paths=(str(tmp_path / "out"),), cache=tmp_path / "cache")
 
 
@@ -297,7 +297,7 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
     with raises("data.paths: .*train-00001.bin' has .* bytes, not .*; it is damaged"):
         load(source="bin", paths=(folder,), cache=cache)
     shard.unlink()
-    with raises("data.paths: .*train-00001.bin' is missing; prepare the folder anew"):
+    with raises("data.paths: .*train-00001.bin' is missing; delete '.*' and prepare it anew"):
         load(source="bin", paths=(folder,), cache=cache)
     shard.write_bytes(data[::-1])
     made = manifest.read_manifest(epath.Path(folder), "--out")
@@ -374,6 +374,23 @@ def test_a_tokenizer_that_loses_most_is_refused(tmp_path, kind):
     with raises("The tokenizer 't' loses [89].% of the text: .* give a tokenizer that was made"):
         run(config, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
+
+
+@pytest.mark.parametrize("foreign", [4, 3000])
+def test_the_first_documents_do_not_stand_for_all(tmp_path, foreign):
+    """Short documents, the first ones in another language than the others."""
+    lines = ["ДВЕ ЖАБЫ ИДУТ"] * foreign + ["the fox runs"] * (3004 - foreign)
+    lines = lines if foreign == 4 else lines[::-1]
+    held = write(tmp_path / "b.jsonl", json_lines(*["the fox runs"] * 300))
+    write(tmp_path / "a.jsonl", json_lines(*lines))
+    config = text_config(
+        tmp_path / "a.jsonl", tokenizer=lossy(tmp_path / "t.json", "bpe"), eval_paths=(f"v={held}",)
+    )
+    if foreign == 4:
+        assert run(config, tmp_path / "out").tokenizer.get("lost", 0.0) < 0.02
+    else:
+        with raises("The tokenizer 't' loses 9.% of the text"):
+            run(config, tmp_path / "out")
 
 
 def test_what_a_normalizer_leaves_out_is_lost(tmp_path):

@@ -103,7 +103,7 @@ def test_gz_of_several_members(tmp_path, name):
     for data in (packed, gzip.compress(b"") + packed, packed + bytes(512)):  # padded as on tapes
         (tmp_path / name).write_bytes(data)
         assert documents(text_config(tmp_path / name))[0] == expected
-    for cut in (1, 8, 12):
+    for cut in (1, 8, 12, len(packed)):
         (tmp_path / name).write_bytes(packed[:-cut])
         with raises("data.paths: cannot read .*; if gzip -t finds it whole, unpack it; else mend"):
             documents(text_config(tmp_path / name))

@@ -4,7 +4,7 @@ Text is first prepared into token ids in the cache folder. Everything is checked
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from ngpt_jax.data.packing import Sequences
 from ngpt_jax.data.preparing.folder import SHARD_TOKENS, prepare_folder, source_key
 from ngpt_jax.data.preparing.progress import Progress
 from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.text.units import TextSource
 from ngpt_jax.data.token_files import EvalSet, SourceTokens
 from ngpt_jax.data.tokenizers.base import Tokenizer
 from ngpt_jax.files import digest_of, is_remote
@@ -61,24 +62,30 @@ def load_corpus(
     Raises ConfigError.
     """
     check_corpus(config, tokenizer)
+    texts = {  # all of them are found before any is prepared
+        prefix: open_source(source, prefix, cache=config.cache)
+        for _, prefix, source in sources(config)
+        if not token_files.holds_tokens(source, prefix)
+    }
+    _refuse_shared((p, s, _files_of(texts[p])) for _, p, s in sources(config) if p in texts)
     cache = Path(config.cache).expanduser()
     train: dict[str, Sequences] = {}
     held_out: list[EvalSet] = []
     tokens, prints = 0, []
     for name, prefix, source in sources(config):
-        if token_files.holds_tokens(source, prefix):
+        if prefix not in texts:
             with Progress(f"reading tokens of {prefix}paths", terminal, "reading and hashing"):
                 opened = token_files.open_tokens(source, prefix, tokenizer, cache)
         else:
-            text, share = open_source(source, prefix, cache=config.cache), source.held_out
+            text, share = texts[prefix], source.held_out
             key = source_key(text, share, tokenizer, "bin", SHARD_TOKENS)
             folder = epath.Path(cache) / key[:32]  # complete if the text was prepared before
             prepare_folder(
                 text, share, tokenizer, folder, terminal=terminal, stopped=stopped,
-                workers=workers, where=f"data.cache = {config.cache!r}",
+                workers=workers, cache=config.cache,
             )  # fmt: skip
             with Progress("reading prepared tokens", terminal, "hashing"):
-                opened = token_files.open_prepared(folder, f"{prefix}paths", tokenizer, cache)
+                opened = token_files.open_prepared(folder, "data.cache", tokenizer, cache)
             opened = opened._replace(notes=[*text.left_out, *opened.notes])
         if terminal is not None:
             for line in opened.notes:
@@ -90,7 +97,7 @@ def load_corpus(
         tokens += len(opened.train)
         prints.append(f"{name} {opened.fingerprint}")
     if not held_out:
-        raise ConfigError("data: there is no held-out set; prepare the folder anew with one.")
+        raise ConfigError("data: there is no held-out set; prepare the folder with one.")
     for eval_set in held_out:
         if eval_set.num_bytes < 1:
             raise ConfigError(f"data: the held-out set {eval_set.name!r} holds no text.")
@@ -105,20 +112,38 @@ def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     if is_remote(config.cache):
         raise ConfigError(f"data.cache = {config.cache!r} must be a folder of this machine.")
     _check_cache(config.cache)
-    train: dict[str, str] = {}  # real path -> field
-    held_out: dict[str, str] = {}
-    shares: dict[str, tuple[float, str]] = {}  # real path -> share that is held out, prefix
+    found = []
     for _, prefix, source in sources(config):
         if token_files.holds_tokens(source, prefix):
-            files, eval_files = token_files.check_tokens(source, prefix, tokenizer)
+            files = token_files.check_tokens(source, prefix, tokenizer)
         else:
-            text = open_source(source, prefix, download=False, cache=config.cache)
-            files = {unit.file for unit in text.train if unit.file}
-            eval_files = {u.file for units in text.held_out.values() for u in units if u.file}
-        tfds = source.source == "tfds"
-        train |= dict.fromkeys(files, f"{prefix}tfds_split" if tfds else f"{prefix}paths")
-        eval_field = f"{prefix}tfds_eval_split" if tfds else f"{prefix}eval_paths"
-        held_out |= dict.fromkeys(eval_files, eval_field)
+            files = _files_of(open_source(source, prefix, download=False, cache=config.cache))
+        found.append((prefix, source, files))
+    _refuse_shared(found)
+
+
+_SPLIT_FIELDS = {"tfds": ("tfds_split", "tfds_eval_split"), "hub": ("hub_split", "hub_eval_split")}
+_Files = tuple[set[str], set[str]]  # to train on and held out, as Unit.file has them
+
+
+def _files_of(text: TextSource) -> _Files:
+    held_out = (unit for units in text.held_out.values() for unit in units)
+    return {u.file for u in text.train if u.file}, {u.file for u in held_out if u.file}
+
+
+def _refuse_shared(found: Iterable[tuple[str, SourceConfig, _Files]]) -> None:
+    """Refuses what one source holds out, or another share of it, and another one trains on.
+
+    Args:
+      found: the prefix of each source's fields, the source, and its files.
+    """
+    train: dict[str, str] = {}  # file -> field
+    held_out: dict[str, str] = {}
+    shares: dict[str, tuple[float, str]] = {}  # file -> share that is held out, prefix
+    for prefix, source, (files, eval_files) in found:
+        field, eval_field = _SPLIT_FIELDS.get(source.source, ("paths", "eval_paths"))
+        train |= dict.fromkeys(files, prefix + field)
+        held_out |= dict.fromkeys(eval_files, prefix + eval_field)
         share = 0.0 if eval_files else source.held_out
         for path in sorted(files):
             if shares.setdefault(path, (share, prefix))[0] != share:

@@ -89,8 +89,13 @@ def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
             f" give {name}@{newest.commit}"
         )
         return dataclasses.replace(pinned, note=note)
-    pin.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(pin, json.dumps(dataclasses.asdict(newest)) + "\n")
+    try:
+        pin.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(pin, json.dumps(dataclasses.asdict(newest)) + "\n")
+    except OSError as e:
+        raise ConfigError(
+            f"data.cache = {cache!r} cannot be written: {reason(e)}; give another folder."
+        ) from e
     return newest
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import itertools
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from etils import epath
 
 from ngpt_jax.config import ConfigError, SourceConfig
+from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.errors import install_hint
 from ngpt_jax.files import is_remote, reason
 
@@ -160,15 +162,32 @@ def find_train_and_eval_files(
                 f"{field}: {min(both)!r} of {name!r} is in {prefix}paths too; take it out of one"
                 " of them."
             )
-    for file in files:
-        tokens = config.source == "bin" or config.token_dtype is not None
-        if tokens and (file.parent / PREPARED).exists():
-            raise ConfigError(
-                f"{prefix}paths: {str(file)!r} is of a prepared folder, which knows what is held"
-                f" out; give {str(file.parent)!r} itself."
-            )
+    if config.source in TOKEN_FORMATS:
+        _refuse_prepared(files, f"{prefix}paths", "itself")
+        for some in held_out.values():
+            _refuse_prepared(some, field, "as the only one of paths, or in data.mixture")
     _refuse_held_out(files, prefix)
     return Files(files, held_out, left_out)
+
+
+def _refuse_prepared(files: Sequence[epath.Path], field: str, how: str) -> None:
+    for file in {file.parent: file for file in files}.values():
+        if is_prepared(file.parent):
+            raise ConfigError(
+                f"{field}: {str(file)!r} is of a prepared folder, which knows its tokenizer and"
+                f" what is held out; give {str(file.parent)!r} {how}."
+            )
+
+
+def is_prepared(folder: epath.Path) -> bool:
+    """Whether a folder has a manifest: PREPARED, and not one that another program wrote."""
+    file = folder / PREPARED
+    if not file.exists():
+        return False
+    with contextlib.suppress(ValueError, OSError, RecursionError):  # the reader tells more
+        values = json.loads(file.read_text())
+        return not isinstance(values, dict) or bool(values.keys() & {"sets", "version"})
+    return True
 
 
 def _refuse_held_out(files: Sequence[epath.Path], prefix: str) -> None:

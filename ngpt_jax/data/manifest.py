@@ -94,9 +94,9 @@ def check_lost(lost: Sequence[int], manifest: Manifest, least: int = 1) -> Manif
     """The manifest with the share of characters that the tokenizer loses.
 
     Args:
-      lost: characters of a sample that are lost, and characters of the sample.
+      lost: how many characters are lost, and how many there are.
       manifest: without it.
-      least: characters of a sample that tells.
+      least: characters that tell.
 
     Raises ConfigError: more than half is lost.
     """
@@ -140,7 +140,7 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
         return manifest
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(
-            f"{field}: {str(file)!r} is damaged ({type(e).__name__}: {e}); prepare the folder anew."
+            f"{field}: {str(file)!r} is damaged ({type(e).__name__}: {e}); {_anew(folder)}."
         ) from e
 
 
@@ -180,11 +180,11 @@ def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
     for shard in manifest.shards():
         file = folder / shard.file
         if not file.is_file():
-            raise ConfigError(f"{field}: {str(file)!r} is missing; prepare the folder anew.")
+            raise ConfigError(f"{field}: {str(file)!r} is missing; {_anew(folder)}.")
         if (size := file.stat().length) != shard.bytes:
             raise ConfigError(
-                f"{field}: {str(file)!r} has {size:,} bytes, not {shard.bytes:,}; it is damaged,"
-                " prepare the folder anew."
+                f"{field}: {str(file)!r} has {size:,} bytes, not {shard.bytes:,}; it is damaged:"
+                f" {_anew(folder)}."
             )
 
 
@@ -207,8 +207,12 @@ def verify(
         doing(f"hashing {shard.file}")
         if sha256_of(folder / shard.file) != shard.sha256:
             raise ConfigError(
-                f"{field}: {str(folder / shard.file)!r} was altered; prepare the folder anew."
+                f"{field}: {str(folder / shard.file)!r} was altered; {_anew(folder)}."
             )
+
+
+def _anew(folder: epath.Path) -> str:
+    return f"delete {str(folder)!r} and prepare it anew"
 
 
 def sha256_of(file: epath.Path) -> str:

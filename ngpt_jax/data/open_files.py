@@ -87,6 +87,9 @@ def open_text(path: epath.Path, field: str) -> Iterator[tuple[TextIO, Callable[[
 def _unpacked(path: epath.Path, raw: IO[Any]) -> Any:
     """The bytes of a file's text, decompressed as its suffix says."""
     if path.name.lower().endswith(".gz"):
+        if not raw.read(1):  # to the library that is no text
+            raise EOFError("it is cut short")
+        raw.seek(0)
         # With this buffer, lines are read without a call of Python code for each.
         return io.BufferedReader(cast(Any, gzip.GzipFile(fileobj=raw)), 2**18)
     if path.name.lower().endswith(".zst"):

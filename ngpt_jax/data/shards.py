@@ -91,7 +91,10 @@ def open_bin(file: epath.Path, field: str, dtype: str | None, vocab_size: int) -
     another type.
     """
     size, name = file.stat().length, str(file)
-    head = read_range(name, 0, 12)
+    try:
+        head = read_range(name, 0, 12)
+    except OSError as e:
+        raise ConfigError(f"{field}: {name!r} cannot be read: {reason(e)}; mend or drop it.") from e
     magic, version, count = struct.unpack("<3i", head) if len(head) == 12 else (0, 0, 0)
     if magic in (known for known, _ in _HEADERS):
         if (magic, version) not in _HEADERS:

@@ -13,7 +13,13 @@ from ngpt_jax.config.sources import TOKEN_FORMATS
 from ngpt_jax.data import manifest as manifest_lib
 from ngpt_jax.data import shards
 from ngpt_jax.data.cached_arrays import cached_arrays
-from ngpt_jax.data.list_files import find_train_and_eval_files, parse_path, real_path, stamp
+from ngpt_jax.data.list_files import (
+    find_train_and_eval_files,
+    is_prepared,
+    parse_path,
+    real_path,
+    stamp,
+)
 from ngpt_jax.data.manifest import Manifest, ShardFacts
 from ngpt_jax.data.open_files import RecordFile
 from ngpt_jax.data.shards import Shard, TokenStream
@@ -70,12 +76,7 @@ def check_tokens(
     """
     field = f"{prefix}paths"
     if (folder := _prepared_folder(source, prefix)) is not None:
-        manifest = manifest_lib.open_manifest(folder, tokenizer, field)
-        if source.source != manifest.format:
-            raise ConfigError(
-                f"{prefix}source={source.source}, but {str(folder)!r} holds {manifest.format}; set"
-                f" {prefix}source={manifest.format}."
-            )
+        _open_manifest(source, prefix, folder, tokenizer)
         return set(), set()
     files, eval_files, _ = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
@@ -163,7 +164,7 @@ def _suffixes(source: SourceConfig) -> tuple[str, ...]:
 def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
     """The prepared folder that the paths name, None where they name files."""
     folders = [parse_path(path, f"{prefix}paths") for path in source.paths]
-    prepared = [folder for folder in folders if (folder / manifest_lib.NAME).exists()]
+    prepared = [folder for folder in folders if is_prepared(folder)]
     if not prepared:
         return None
     if len(folders) > 1:
@@ -176,6 +177,22 @@ def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
             f"{prefix}eval_paths: {str(prepared[0])!r} has held-out sets of its own; leave it out."
         )
     return prepared[0]
+
+
+def _open_manifest(
+    source: SourceConfig, prefix: str, folder: epath.Path, tokenizer: Tokenizer
+) -> Manifest:
+    """The manifest of a prepared folder; refuses what the source says of it and is not so."""
+    manifest = manifest_lib.open_manifest(folder, tokenizer, f"{prefix}paths")
+    for name, said, is_ in (
+        ("source", source.source, manifest.format),
+        ("token_dtype", source.token_dtype or manifest.dtype, manifest.dtype),
+    ):
+        if said != is_:
+            raise ConfigError(
+                f"{prefix}{name}={said}, but {str(folder)!r} holds {is_}; set {prefix}{name}={is_}."
+            )
+    return manifest
 
 
 def _verify_once(manifest: Manifest, folder: epath.Path, field: str, cache: Path) -> None:
@@ -195,6 +212,8 @@ def _open_records(
     records, dtype = RecordFile(file, field), dtype.newbyteorder("<")
     key = digest_of(["lengths", records.stamp, dtype.str])
     (lengths,) = cached_arrays(cache, key, lambda: [shards.record_lengths(records, dtype)])
+    if not lengths.any():
+        raise ConfigError(f"{field}: {str(file)!r} holds no tokens; drop it.")
     return shards.ArrayRecordShard(records, dtype, lengths)
 
 

@@ -53,7 +53,7 @@ def prepare_folder(
     workers: int | None = None,
     terminal: Terminal | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    where: str | None = None,
+    cache: str | None = None,
 ) -> Manifest:
     """Writes the tokens of a source into a folder, or continues with that.
 
@@ -69,7 +69,7 @@ def prepare_folder(
       workers: processes that tokenize; None: one a core.
       terminal: shows progress.
       stopped: asked after each portion and while waiting; True raises Stopped.
-      where: what the user named where the folder cannot be written; None: the folder.
+      cache: the data.cache in which the folder is; None: the user named the folder itself.
 
     Returns:
       The manifest of the finished folder.
@@ -77,6 +77,7 @@ def prepare_folder(
     Raises ConfigError: bad text, a folder that holds something else, a full disk.
     """
     key = source_key(source, held_out, tokenizer, format, shard_tokens)
+    field = "--out" if cache is None else "data.cache"
     try:
         _refuse_occupied(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -90,16 +91,16 @@ def prepare_folder(
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
             if (out / manifest_lib.NAME).exists():
-                done = manifest_lib.read_manifest(out, "--out")
+                done = manifest_lib.read_manifest(out, field)
                 _check_key(done.source, key, "tokens", out)
-                manifest_lib.check_shards(done, out, "--out")
+                manifest_lib.check_shards(done, out, field)
                 _tell_empty(done, terminal)
                 return done
             facts = manifest_lib.tokenizer_facts(tokenizer)
             empty = Manifest(
                 key, format, token_dtype(tokenizer.vocab_size).name, facts, {}, origin=source.origin
             )
-            place, done, lost = _read_progress(out, empty)
+            place, done, lost = _read_progress(out, empty, field)
 
             def waiting(what: str) -> None:
                 progress.doing(what)
@@ -128,7 +129,7 @@ def prepare_folder(
             shutil.rmtree(scratch, ignore_errors=True)
             return done
     except (OSError, ImportError, LookupError) as e:  # LookupError: an unknown kind of storage
-        where = where or repr(str(out))
+        where = repr(str(out)) if cache is None else f"{field} = {cache!r}"
         raise ConfigError(f"{where} cannot be written: {reason(e)}; give another folder.") from e
 
 
@@ -220,7 +221,7 @@ def _write_shards(
         for portion, some in portions:
             writer.add(some)
             lost = [sum(both) for both in zip(lost, *(tokens.lost for tokens in some))]
-            manifest_lib.check_lost(lost, done, least=2**16)
+            manifest_lib.check_lost(lost, done, least=2**22)
             done = dataclasses.replace(done, empty=done.empty + portion.empty)
             progress.show(portion.after.group, portion.done, sum(len(t.ids) for t in some))
             if writer.tokens("train") >= shard_tokens:
@@ -356,12 +357,15 @@ def _write_progress(out: epath.Path, place: Place, done: Manifest, lost: Sequenc
     write_atomically(out / _PROGRESS, text)
 
 
-def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest, list[int]]:
+def _read_progress(
+    out: epath.Path, empty: Manifest, field: str
+) -> tuple[Place, Manifest, list[int]]:
     """The place to continue at, what is finished, and its ``Tokens.lost``; raises ConfigError.
 
     Args:
       out: the folder, perhaps without progress.json.
       empty: the manifest without any set.
+      field: that names the folder, for messages.
     """
     file = out / _PROGRESS
     if not file.exists():
@@ -380,5 +384,5 @@ def _read_progress(out: epath.Path, empty: Manifest) -> tuple[Place, Manifest, l
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(f"{str(file)!r} is damaged; delete {str(out)!r}.") from e
     done = dataclasses.replace(empty, sets=sets, empty=number)
-    manifest_lib.check_shards(done, out, "--out")
+    manifest_lib.check_shards(done, out, field)
     return place, done, lost

@@ -10,9 +10,16 @@ from etils import epath
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data import hub
 from ngpt_jax.data.hub import Repository
-from ngpt_jax.data.text.text_files import SUFFIXES, read_documents
-from ngpt_jax.data.text.units import Doing, TextSource, Unit
+from ngpt_jax.data.text.text_files import PACKED, SUFFIXES, read_documents
+from ngpt_jax.data.text.units import Doing, TextSource, Unit, held_out_name
 
+# Where a set has such files, others are read only if its card names them.
+_SURE = (".parquet", *(f"{kind}{packed}" for kind in (".jsonl", ".ndjson") for packed in PACKED))
+_NO_TEXT = re.compile(  # files about the set
+    r"(.*/)?(dataset_infos?|config|.*licen[cs]e|readme|requirements|notice|citation)[^/]*"
+    r"\.(json|txt)",
+    re.IGNORECASE,
+)
 _CONVERTED = "refs/convert/parquet"  # the hub's own copy, also of data sets that are programs
 _SPLITS = {  # how the names of files tell it
     "train": "train|training",
@@ -46,14 +53,14 @@ def open_hub(config: SourceConfig, prefix: str, download: bool, cache: str) -> T
             raise ConfigError(
                 f"{prefix}hub_eval_split is the split to train on; name another, or None."
             )
-        held_out = {split: units(split, "hub_eval_split")}
+        held_out = {held_out_name(split): units(split, "hub_eval_split")}
     notes = [repo.note] if repo.note else []
     origin = f"{repo.name}@{repo.commit}"
     return TextSource(units(config.hub_split, "hub_split"), held_out, field, notes, origin)
 
 
 def _readable(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES)
+    return path.lower().endswith(SUFFIXES) and not _NO_TEXT.fullmatch(path)
 
 
 def _unit(repo: Repository, path: str, text_key: str, prefix: str) -> Unit:
@@ -73,7 +80,8 @@ def _unit(repo: Repository, path: str, text_key: str, prefix: str) -> Unit:
 
 def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list[str]]:
     """The readable files of each split of a config, by the data set's card or by their names."""
-    paths = sorted(filter(_readable, repo.files))
+    readable = sorted(filter(_readable, repo.files))
+    paths = [path for path in readable if path.lower().endswith(_SURE)] or readable
     named = {str(c["config_name"]): c for c in repo.configs if isinstance(c, dict) and _files(c)}
     if not named and paths and all(p.count("/") > 1 for p in paths):  # as in the hub's own copy
         named = {p.split("/")[0]: {"data_dir": p.split("/")[0]} for p in paths}
@@ -88,8 +96,8 @@ def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list
         raise ConfigError(f"{prefix}hub_config: give one of the configs of {repo.name}: {known}.")
     files = _files(named[choice])
     if not isinstance(files, dict):
-        return _by_name(_matching(paths, files))
-    return {split: _matching(paths, patterns) for split, patterns in files.items()}
+        return _by_name(_matching(paths, files) or _matching(readable, files))
+    return {split: _matching(readable, patterns) for split, patterns in files.items()}
 
 
 def _files(config: dict[str, Any]) -> dict[str, list[str]] | list[str]:

@@ -45,7 +45,8 @@ def open_stdlib(config: SourceConfig, prefix: str, download: bool, cache: str) -
             texts = texts_by_set()[name]
             return ((text, size * i // len(texts)) for i, text in enumerate(texts, start=1))
 
-        return Unit(stamps, size, read)
+        # Held-out modules are not named: then the share that is held out is compared.
+        return Unit(stamps, size, read, str(root) if name == "train" else None)
 
     return TextSource([unit("train")], {"stdlib": [unit("stdlib")]}, f"{prefix}source")
 

@@ -30,9 +30,9 @@ from ngpt_jax.data.text.units import (
 )
 from ngpt_jax.files import reason
 
-_PACKED = ("", ".gz", ".zst")
+PACKED = ("", ".gz", ".zst")
 _KINDS = (".txt", ".jsonl", ".ndjson", ".json")
-SUFFIXES = (*(f"{kind}{packed}" for kind in _KINDS for packed in _PACKED), ".parquet")
+SUFFIXES = (*(f"{kind}{packed}" for kind in _KINDS for packed in PACKED), ".parquet")
 
 
 def open_text_files(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
@@ -54,7 +54,7 @@ def holds_documents(file: epath.Path, field: str, text_key: str) -> bool:
 
     Raises ConfigError for one JSON array of objects, which is text, but not a document a line.
     """
-    if not file.name.lower().endswith(tuple(f".json{packed}" for packed in _PACKED)):
+    if not file.name.lower().endswith(tuple(f".json{packed}" for packed in PACKED)):
         return True
     with open_text(file, field) as (stream, _):
         start = stream.read(2**12).lstrip()
@@ -102,7 +102,7 @@ def read_documents(
     name = file.name.lower()
     if name.endswith(".parquet"):
         texts = _parquet_texts(file, field, text_key, key_field)
-    elif name.split(".txt")[-1] in _PACKED:
+    elif name.split(".txt")[-1] in PACKED:
         texts = _whole_text(file, field)
     else:
         texts = _jsonl_texts(file, field, text_key, key_field)

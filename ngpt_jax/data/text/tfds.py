@@ -9,7 +9,7 @@ from etils import epath
 from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import parse_path, stamp
 from ngpt_jax.data.open_files import RECORDS_AT_ONCE
-from ngpt_jax.data.text.units import TextSource, Unit, decode_records
+from ngpt_jax.data.text.units import TextSource, Unit, decode_records, held_out_name
 from ngpt_jax.files import reason
 
 
@@ -24,7 +24,8 @@ def open_tfds(config: SourceConfig, prefix: str, download: bool, cache: str) -> 
             raise ConfigError(
                 f"{prefix}tfds_eval_split is the split to train on; name another, or None."
             )
-        held_out = {split: [_unit(builder, split, config.text_key, prefix, "tfds_eval_split")]}
+        unit = _unit(builder, split, config.text_key, prefix, "tfds_eval_split")
+        held_out = {held_out_name(split): [unit]}
     train = _unit(builder, config.tfds_split, config.text_key, prefix, "tfds_split")
     return TextSource([train], held_out, f"{prefix}tfds_split")
 

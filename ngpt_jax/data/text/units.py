@@ -55,6 +55,11 @@ class TextSource(NamedTuple):
     origin: str = ""
 
 
+def held_out_name(split: str) -> str:
+    """What the held-out set made of a split is called: a split may be called train, a set not."""
+    return "held_out" if split == "train" else split
+
+
 def read_texts(units: Iterable[Unit], fetch: Callable[[Unit], None]) -> Iterator[str]:
     """The documents of units that are not blank; ``fetch`` makes a unit readable."""
     for unit in units:
