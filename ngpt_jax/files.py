@@ -3,14 +3,30 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from ngpt_jax.errors import ConfigError, tell
+
+if TYPE_CHECKING:
+    from etils import epath
+
+
+def matching(folder: "epath.Path", pattern: str) -> list["epath.Path"]:
+    """Sorted entries of a folder whose names match; none where there is no folder.
+
+    Unlike ``epath.Path.glob`` it does not read brackets in the folder's own path as a pattern.
+    """
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder / name for name in sorted(fnmatch.filter(names, pattern))]
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

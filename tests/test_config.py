@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_collections
 import pytest
 
 from ngpt_jax import config as config_lib
@@ -47,6 +48,16 @@ def test_resolving_twice_changes_nothing():
     import json
 
     assert config_lib.from_config_dict(json.loads(config_lib.to_json(config))) == config
+
+
+@pytest.mark.parametrize("kind", [dict, ml_collections.ConfigDict])
+def test_an_override_may_have_another_type_than_the_value_of_the_file(kind):
+    values = kind({"train": {"steps": 5}, "optimizer": {"weight_decay": 0, "recipe": "adamw"}})
+    config = load_config(values, [("optimizer.weight_decay", "0.1"), ("model.kind", "gpt")])
+    assert config.optimizer.weight_decay == 0.1 and values["optimizer"]["weight_decay"] == 0
+    for section, name in (({"data": None}, "data.source"), ({"train": 5}, "train.steps")):
+        with pytest.raises(ConfigError, match=f"{name[:4]}.* is a section of fields, got"):
+            load_config(kind(section), [(name, "7")])
 
 
 def test_overrides_of_every_type():

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import tokenizers
 from data_helpers import json_lines, write
+from etils import epath
 
 from ngpt_jax import plots
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.experiment import call_in_file, shipped
 from ngpt_jax.data.text.held_out import choose_split
-from ngpt_jax.training import history, loop
+from ngpt_jax.training import history, loop, metrics
 
 ROOT = Path(__file__).parents[1]
 SMALL = (
@@ -144,12 +145,14 @@ def test_the_tokenizer_learns_from_the_training_text_alone_and_always_the_same(s
     [(["--vocab_size=257", "--out=x.json"], "258"), (["--out=x.model"], "--out: name the file"),
      ([], "--out: name the file"), (["--out=x.json", "--paths=nowhere.txt"], "nowhere.txt"),
      (["--out=nowhere/x.json"], "there is no folder nowhere"),
+     (["--out=x.json", "--paths=blank.txt", "--eval_paths=v=book.txt"], "there is no text in it"),
      (["--out=x.json", "--config.train.steps=1"], "--config.train.steps is a flag of training")],
     ids=lambda value: str(value)[:20],
 )  # fmt: skip
 def test_what_a_tokenizer_cannot_be_trained_with_is_one_line(start, flags, message):
     write(start.folder / "book.txt", "some words\nmore words\n" * 40)
-    paths = [] if any("paths" in flag for flag in flags) else ["--paths=book.txt"]
+    write(start.folder / "blank.txt", "\n \n")
+    paths = [] if any("--paths" in flag for flag in flags) else ["--paths=book.txt"]
     out = start("-m", "ngpt_jax.data.train_tokenizer", "--source=text", *paths, *flags, code=2)
     assert out.splitlines()[-1].startswith("error: ") and message in out
     assert not list(start.folder.glob("*.json"))
@@ -246,5 +249,17 @@ def test_losses_are_read_from_what_a_crash_has_left(tmp_path):
     assert losses == ([(2, 3.0), (4, 2.5)], {"a": [(4, 2.75)], "b/c": [(4, 2.25)]})
     assert losses.at_end() == 2.5
     assert history.read_losses(tmp_path / "none") == ([], {})
+
+
+def test_a_run_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    """Its rows are found again, and those of steps that are made again go."""
+    folder = epath.Path(tmp_path / "run [1]*")
+    folder.mkdir()
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        writer = metrics.MetricWriter(folder, start)
+        for step in steps:
+            writer.write(step, {"train/loss": step + start / 10})
+        writer.close()
+    assert history.read_losses(folder).train == [(1, 1), (2, 2), (3, 3.2), (4, 4.2)]
     history.plot_losses({"x": history.Losses([], {})}, tmp_path / "empty.png")
     assert (tmp_path / "empty.csv").read_text() == "run,set,step,loss\n"

@@ -458,6 +458,9 @@ def test_tfds(tiny_set):
         documents(config(paths=(str(tiny_set),), text_key="n"))
     with raises("data.tfds_eval_split is the split to train on"):
         documents(config(paths=(str(tiny_set),), tfds_eval_split="train"))
+    linked = tiny_set.parent / "t [1]"
+    linked.symlink_to(tiny_set)
+    assert documents(config(paths=(str(linked),))) == (train, {})
     with raises("data.paths: there is no dataset_info.json below"):
         documents(config(paths=(str(tiny_set / "gone"),)))
     with raises("data.tfds_name: 'no_such_set' cannot be opened with tfds"):

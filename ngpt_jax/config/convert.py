@@ -158,7 +158,7 @@ def build(section: type, values: Any, prefix: str = "") -> Any:
 
     Raises ConfigError.
     """
-    _check_section(values, prefix)
+    check_section(values, prefix)
     known = {f.name: f.type for f in dataclasses.fields(section)}
     for name in values:
         if name not in known:
@@ -178,14 +178,15 @@ def build(section: type, values: Any, prefix: str = "") -> Any:
     return section(**out)
 
 
-def _check_section(values: Any, prefix: str) -> None:
+def check_section(values: Any, prefix: str) -> None:
+    """Raises ConfigError for what is no mapping; ``prefix`` is its name with a dot, or empty."""
     if not isinstance(values, Mapping | ml_collections.ConfigDict):
         raise ConfigError(f"{prefix[:-1] or 'A config'} is a section of fields, got {values!r}.")
 
 
 def _build_entries(entry: type, values: Any, prefix: str) -> dict[str, Any]:
     """Sections under names that the user chose, in alphabetical order."""
-    _check_section(values, prefix)
+    check_section(values, prefix)
     for name in values:
         if not name.isidentifier():
             raise ConfigError(f"{prefix}{name}: a name is made of letters, digits and _.")

@@ -170,6 +170,7 @@ def load_config(
         raise ConfigError(
             f"--config={source}: get_config returns no config (is a return missing?)."
         )
+    values = _plain(values)
     tuples: dict[str, Any] = {}
     for name, text in overrides:
         field = convert.field_named(name)
@@ -181,12 +182,17 @@ def load_config(
             tuples[name] = value
         *path, leaf = name.split(".")
         section: Any = values
-        for part in path:
-            if part not in section:
-                section[part] = {}
-            section = section[part]
+        for depth, part in enumerate(path, start=1):
+            section = section.setdefault(part, {})
+            convert.check_section(section, ".".join(path[:depth]) + ".")
         section[leaf] = value
     return from_config_dict(values)
+
+
+def _plain(values: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
+    """A copy in dicts, which take a value of any type: a ConfigDict refuses 0.1 in place of 0."""
+    sections = (Mapping, ml_collections.ConfigDict)
+    return {k: _plain(v) if isinstance(v, sections) else v for k, v in values.items()}
 
 
 def describe(config: Config) -> str:

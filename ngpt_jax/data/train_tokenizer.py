@@ -99,6 +99,8 @@ def _command(overrides: list[tuple[str, str]]) -> int:
         return 130
     finally:
         terminal.close()
+    if not documents:
+        raise ConfigError(f"{text.field}: there is no text in it; give some.")
     with writing(out):
         write_atomically(out, tokenizer.to_str())
     terminal.say(

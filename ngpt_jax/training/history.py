@@ -11,6 +11,7 @@ from etils import epath
 
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.files import matching
 from ngpt_jax.model.params import num_params
 from ngpt_jax.training import workdir as workdir_lib
 
@@ -38,7 +39,7 @@ class Losses(NamedTuple):
 def read_losses(workdir: epath.PathLike) -> Losses:
     """The losses in the metrics of a run's folder; rows that a crash has cut are left out."""
     rows: dict[int, dict[str, Any]] = {}
-    for path in sorted(epath.Path(workdir).glob("metrics*.jsonl")):
+    for path in matching(epath.Path(workdir), "metrics*.jsonl"):
         for line in path.read_text().splitlines():
             try:
                 row = json.loads(line)

@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from ngpt_jax.config import ConfigError
 from ngpt_jax.errors import install_hint
-from ngpt_jax.files import is_remote, reason, write_atomically
+from ngpt_jax.files import is_remote, matching, reason, write_atomically
 from ngpt_jax.parallel import distributed
 from ngpt_jax.training.workdir import RunError
 
@@ -52,7 +52,7 @@ class MetricWriter:
         """
         # First, as it may refuse to start.
         self._wandb = _start_wandb(wandb_project, config, workdir) if wandb_project else None
-        found = {_start_number(path.name): path for path in workdir.glob("metrics*.jsonl")}
+        found = {_start_number(path.name): path for path in matching(workdir, "metrics*.jsonl")}
         old = [path for number, path in sorted(found.items()) if number >= -1]
         self.results: Results = {}
         for path in old:

@@ -28,7 +28,15 @@ from ngpt_jax.data.shards import token_dtype
 from ngpt_jax.data.text.held_out import choose_split
 from ngpt_jax.data.text.units import TextSource, Unit, read_texts
 from ngpt_jax.data.tokenizers.base import Tokenizer, gives_back
-from ngpt_jax.files import digest_of, is_remote, lock, reason, remove_leftovers, write_atomically
+from ngpt_jax.files import (
+    digest_of,
+    is_remote,
+    lock,
+    matching,
+    reason,
+    remove_leftovers,
+    write_atomically,
+)
 from ngpt_jax.parallel.backend import available_cores
 from ngpt_jax.terminal import Terminal
 
@@ -87,7 +95,7 @@ def prepare_folder(
             tempfile.TemporaryDirectory() as temporary,
         ):
             scratch = Path(temporary if is_remote(out) else out / _FETCHED)
-            for left in out.glob(f"{_TEMPORARY}*"):
+            for left in matching(out, f"{_TEMPORARY}*"):
                 left.rmtree()  # of a run that was killed
             remove_leftovers(out)
             if (out / manifest_lib.NAME).exists():

@@ -10,7 +10,7 @@ from ngpt_jax.config import ConfigError, SourceConfig
 from ngpt_jax.data.list_files import parse_path, stamp
 from ngpt_jax.data.open_files import RECORDS_AT_ONCE
 from ngpt_jax.data.text.units import TextSource, Unit, decode_records, held_out_name
-from ngpt_jax.files import reason
+from ngpt_jax.files import matching, reason
 
 
 def open_tfds(config: SourceConfig, prefix: str, download: bool, cache: str) -> TextSource:
@@ -91,11 +91,10 @@ def _set_folder(folder: epath.Path, field: str) -> epath.Path:
     """The folder with dataset_info.json: the given one, or the only one below it."""
     if (folder / "dataset_info.json").exists():
         return folder
-    below = [  # at most NAME/CONFIG/VERSION
-        found.parent
-        for depth in range(1, 4)
-        for found in folder.glob("*/" * depth + "dataset_info.json")
-    ]
+    below, folders = [], [folder]
+    for _ in range(3):  # at most NAME/CONFIG/VERSION
+        folders = [entry for some in folders for entry in matching(some, "*")]
+        below += [some for some in folders if (some / "dataset_info.json").exists()]
     if len(below) != 1:
         told = f"{len(below)} data sets" if below else "no dataset_info.json"
         raise ConfigError(
