@@ -17,7 +17,7 @@ import re
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ngpt_jax import plots
@@ -320,10 +320,10 @@ def fair_answer() -> str:
             "lies below 1": sum(s["high"] < 1 for s in steps),
         }
         found = _enumerate([f"{how} in {n}" for how, n in counts.items() if n])
-        ranges = [_range([s["speed_up"] for s in x], ".2f") for x in (steps, time)]
+        ranges = [_range([s["speed_up"] for s in x], ".2f") for x in (steps, time) if x]
         return (
             f"nGPT's speed-up {_PAIRS[model]} is {ranges[0]} in steps, and its interval {found} of"
-            f" {len(steps)} cases; in time it is {ranges[1]}."
+            f" {len(steps)} cases{''.join(f'; in time it is {x}' for x in ranges[1:])}."
         )
 
     def less(a: str, b: str) -> str:
@@ -375,10 +375,16 @@ def fair_doubts() -> str:
 
 
 def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
-    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)'."""
+    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)'.
+
+    Nothing of a model that has but one place on the axis.
+    """
     parts = []
     for model, name in _PAIRS.items():
-        first, *_, last = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
+        mine = sorted((s for s in rows if s["model"] == model), key=lambda s: s[x])
+        if len(mine) < 2:
+            continue
+        first, last = mine[0], mine[-1]
         factor = last["speed_up"] / first["speed_up"]
         # The interval of the quotient, the two taken as independent.
         error = math.exp(math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))))
@@ -395,8 +401,7 @@ def growth_part() -> str:
     texts = []
     for setting in ("stdlib128", "prose128"):
         rows = [s for s in _fair()[1] if s["setting"] == setting and s["cost"] == "steps"]
-        if len({s["steps"] for s in rows}) > 1:
-            course = _course(rows, "tokens_per_parameter", "tokens a parameter")
+        if course := _course(rows, "tokens_per_parameter", "tokens a parameter"):
             texts.append(f"On {_TEXTS[setting]} it goes {course}.")
     if not texts:
         return "Speed-up against tokens a parameter: not measured yet."
@@ -412,51 +417,63 @@ def _enumerate(items: Sequence[str]) -> str:
 
 def context_part() -> str:
     rows = [s for s in _at_both_contexts() if s["cost"] == "steps"]
-    if len({s["context"] for s in rows}) < 2:
+    course = _course(rows, "context", "tokens of context")
+    if not course:
         return "Speed-up against the context: not measured yet."
     text = (
         "The speed-up in steps against the context. On prose at 36 tokens a parameter it goes"
-        f" {_course(rows, 'context', 'tokens of context')}."
+        f" {course}."
     )
     return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
 
 
 def _at_both_contexts() -> list[SpeedUpRow]:
-    return [s for s in _fair()[1] if s["steps"] == 4080 and s["setting"].startswith("prose")]
+    both = ("prose128", "prose1024")
+    return [s for s in _fair()[1] if s["steps"] == 4080 and s["setting"] in both]
 
 
 def growth() -> str:
     """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
-    settings = ("stdlib128", "prose128")
-    return _draw("growth", settings, "tokens_per_parameter", "tokens a parameter")
+    panels = {
+        _TEXTS[setting]: [s for s in _fair()[1] if s["setting"] == setting]
+        for setting in ("stdlib128", "prose128")
+    }
+    return _draw("growth", panels, "tokens_per_parameter", "tokens a parameter")
 
 
 def context() -> str:
     """The same against the context, on prose at the budget that both contexts have."""
-    rows = _at_both_contexts()
-    return _draw("context", ("prose",), "context", "context, 36 tokens a parameter", rows)
+    panels = {_TEXTS["prose128"]: _at_both_contexts()}
+    return _draw("context", panels, "context", "context, 36 tokens a parameter")
 
 
-def _draw(
-    name: str, panels: Sequence[str], x: str, label: str, rows: Sequence[SpeedUpRow] | None = None
-) -> str:
+def _draw(name: str, panels: Mapping[str, Sequence[SpeedUpRow]], x: str, label: str) -> str:
     """Draws speed-ups in steps as experiments/fair/NAME.png, with a CSV; returns the path.
 
     Nothing where there is but one place on the axis.
+
+    Args:
+      name: of the files.
+      panels: the speed-ups of each panel by its title.
+      x: the column of the axis.
+      label: of the axis.
     """
-    rows = [s for s in rows or _fair()[1] if s["cost"] == "steps" and s["model"] in _PAIRS]
-    rows = [s for s in rows if any(s["setting"].startswith(panel) for panel in panels)]
+    panels = {
+        title: [s for s in some if s["cost"] == "steps" and s["model"] in _PAIRS]
+        for title, some in panels.items()
+    }
+    rows = [s for some in panels.values() for s in some]
     if len({s[x] for s in rows}) < 2:
         return ""
     of_models = plots.looks(_load("fair")[0].models)
     looks = {text: of_models[model] for model, text in _PAIRS.items()}
     fig, axes = plots.figure(1, len(panels))
-    for axis, panel in zip(axes, panels):
+    for axis, (title, some) in zip(axes, panels.items()):
         axis.sharey(axes[0])
-        mine = [s | {x: round(s[x])} for s in rows if s["setting"].startswith(panel)]
+        mine = [s | {x: round(s[x])} for s in some]
         lines = {text: [s for s in mine if s["model"] == m] for m, text in _PAIRS.items()}
         figures.bounded(axis, lines, x, looks)
-        axis.set(title=_TEXTS.get(panel, panel), xlabel=label)
+        axis.set(title=title, xlabel=label)
     axes[0].set_ylabel("speed-up: steps of GPT with QK-norm / of nGPT", fontsize="small")
     plots.legend(fig, axes)
     path = ROOT / "experiments" / "fair" / f"{name}.png"
@@ -536,9 +553,9 @@ def width_part() -> str:
         and s["cost"] == "steps"
         and round(s["tokens_per_parameter"]) == 10
     ]
-    if len({s["setting"] for s in rows}) < 2:
-        return "Speed-up at twice the width: not measured yet."
     course = _course([s | {"width": _WIDTHS[s["setting"]]} for s in rows], "width", "channels")
+    if not course:
+        return "Speed-up at twice the width: not measured yet."
     return _paragraph(f"On prose, in steps, at 10 tokens a parameter: {course}.")
 
 
@@ -600,7 +617,8 @@ def _speedup_lines() -> list[list[str]]:
             continue
         most = max(s["steps"] for s in mine)
         last = {s["cost"]: s for s in mine if s["steps"] == most}
-        shown = [f"{name} {summary.show_row(last[cost])}" for cost, name in _COSTS.items()]
+        costs = {name: last[cost] for cost, name in _COSTS.items() if cost in last}
+        shown = [f"{name} {summary.show_row(s)}" for name, s in costs.items()]
         tokens = last["steps"]["tokens_per_parameter"]
         lines.append([
             f"speed-up {_PAIRS[model]}, {text}", ", ".join(shown),

@@ -940,6 +940,11 @@ def test_models_are_timed_on_the_same_machine():
     cells = summary.cells_of(PLAN, alone)
     assert {c["timed_on"][0] for c in cells} == {"x", "fast"}
     assert {s["cost"] for s in summary.speedups_of(PLAN, cells)} == {"steps", "flops"}
+    # A run that diverged has made a few of its steps alone.
+    cut = [row | ({"status": "diverged", "seconds": 1.0} if row["steps"] < 40 else {})
+           for row in rows if row["cpu"] == "x"]  # fmt: skip
+    cells = summary.cells_of(PLAN, rows, timed=cut)
+    assert {(c["model"], c["seconds"] / c["steps"]) for c in cells} == {("gpt", 2), ("ngpt", 3)}
     # With runs of another study there is.
     cells = summary.cells_of(PLAN, alone, timed=rows)
     assert "seconds" in {s["cost"] for s in summary.speedups_of(PLAN, cells)}

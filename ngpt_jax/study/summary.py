@@ -37,9 +37,9 @@ def cells_of(
     """A line for each complete cell: mean and spread over its seeds at the best value.
 
     ``loss`` is inf where a seed diverged. ``seconds`` are steps times the median seconds a step of
-    all runs of that model with the same FLOPs a step, whatever the text, as a single run depends on
-    how busy the machine was. Those on one machine count (``timed_on``): that which made most of the
-    runs with these FLOPs a step, of any model, among those that this model has runs on.
+    all finished runs of that model with the same FLOPs a step, whatever the text, as a single run
+    depends on how busy the machine was. Those on one machine count (``timed_on``): that which made
+    most of the runs with these FLOPs a step, of any model, among those that this model has runs on.
 
     Args:
       study: what was asked for.
@@ -92,7 +92,7 @@ def _paces(rows: Sequence[Result]) -> dict[Shape, tuple[Machine, float]]:
     paces: dict[Shape, dict[Machine, list[float]]] = {}
     runs: Counter[tuple[int, Machine]] = Counter()
     for r in rows:
-        if r["seconds"]:
+        if r["seconds"] and r["status"] == "done":  # one that diverged was cut short
             shape, machine = _shape(r), (r["cpu"], r["cores"], r["devices"])
             paces.setdefault(shape, {}).setdefault(machine, []).append(r["seconds"] / r["steps"])
             runs[shape[1], machine] += 1
