@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from . import sphere  # relative: the files work as a copy in another package
-from .projection import Axes, PyTree, check_number, is_absent, map_with_axes
+from .projection import Axes, PyTree, as_norms, check_number, is_absent, map_with_axes
 
 
 class CapAngleState(NamedTuple):
@@ -143,7 +143,8 @@ def unit_step(
     def edit(axis, w, u):
         norm = sphere.norms(w, axis, axis_name)
         scaled, _, square = sphere.rescale(u, axis, axis_name)
-        return jnp.asarray(length, norm.dtype) * norm * (scaled * sphere.safe_rsqrt(square))
+        of_vectors = as_norms("length", length, w, axis)
+        return of_vectors * norm * (scaled * sphere.safe_rsqrt(square))
 
     return _stateless("unit_step", edit, axes)
 
@@ -216,13 +217,16 @@ def cap_angle(
         def edit(axis, w, u):
             scaled, scale, _ = sphere.rescale(u, axis, axis_name)
             parts = sphere.split(w, scaled, axis, axis_name)
-            theta = jnp.asarray(angle, parts.norm.dtype)
+            theta = as_norms("max_angle", angle, w, axis)
             theta = jnp.where(theta >= 0, theta, jnp.nan)
             phi = jnp.arctan2(jnp.sqrt(parts.square), parts.norm * scale + parts.radial)
             # 1 - cos(theta) as 2 sin^2(theta / 2), which keeps its digits at small angles.
             back = 2 * jnp.square(jnp.sin(theta / 2)) * parts.direction
             turned = jnp.sin(theta) * (parts.tangent * sphere.safe_rsqrt(parts.square)) - back
-            capped = jnp.where(parts.square == 0, 0, parts.norm * turned)
+            # What rounding leaves of an update along the vector has no direction.
+            eps = 8 * float(jnp.finfo(theta.dtype).eps)
+            straight = jnp.sqrt(parts.square) <= eps * (parts.norm * scale + abs(parts.radial))
+            capped = jnp.where(straight, 0, parts.norm * turned)
             return jnp.where((phi <= theta) | (theta >= np.pi) | (parts.norm == 0), u, capped)
 
         return _edit("cap_angle", edit, axes, updates, params), state

@@ -17,6 +17,11 @@ def install_hint(extra: str) -> str:
     return f"pip install '.[{extra}]' in the clone of ngpt_jax"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of XLA says that the device has too little memory."""
+    return any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "Ran out of memory"))
+
+
 def tell(line: str) -> None:
     """A line on stderr. That nobody can read it ends nothing."""
     with contextlib.suppress(OSError, ValueError):

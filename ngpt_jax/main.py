@@ -12,13 +12,13 @@ on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
 
+import contextlib
 import shlex
 from pathlib import Path
 
 from absl import flags
 
 from ngpt_jax.config import Config, ConfigError, command, experiment
-from ngpt_jax.errors import drop_unwritten, tell
 from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
 from ngpt_jax.training.stop_signal import StopSignal
 
@@ -53,14 +53,18 @@ def _default_workdir(spec: str) -> Path:
 
 def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, str]]) -> str:
     """What to do with a finished run, ready to paste."""
-    path, variants = experiment.split_spec(_CONFIG.value or "")
-    others = ",".join(name for name in variants.split(",") if name != "gpt")
-    given = [f"--config.{name}={value}" for name, value in overrides]
-    commands = (
+    commands: list[tuple[str, ...]] = [
         ("sample", f"--workdir={workdir}", f"--prompt={prompt if prompt.strip() else 'The'}"),
         ("evaluate", f"--workdir={workdir}"),
-        ("duel", f"--config={path}{others and f':{others}'}", f"--workdir={workdir}-duel", *given),
-    )
+    ]
+    path, variants = experiment.split_spec(_CONFIG.value or "")
+    others = ",".join(name for name in variants.split(",") if name != "gpt")
+    given = [(name, value) for name, value in overrides if name != "model.kind"]
+    with contextlib.suppress(ConfigError):  # there is no such pair of models
+        spec = f"{path}{others and f':{others}'}"
+        experiment.load_pair(spec, given)
+        flags = (f"--config.{name}={value}" for name, value in given)
+        commands.append(("duel", f"--config={spec}", f"--workdir={workdir}-duel", *flags))
     lines = (f"  python -m ngpt_jax.tools.{name} {shlex.join(args)}" for name, *args in commands)
     return "\n".join(["next:", *lines])
 
@@ -85,7 +89,6 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     with terminal.doing("loading jax"):
         from ngpt_jax.parallel import distributed
         from ngpt_jax.training import dry_run, loop
-        from ngpt_jax.training.workdir import RunError
 
         distributed.initialize(
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _START_TIMEOUT.value
@@ -99,18 +102,14 @@ def _main(overrides: list[tuple[str, str]]) -> int:
             raise problem
         return 0
     workdir = _default_workdir(_CONFIG.value) if _WORKDIR.value is None else _WORKDIR.value
-    try:
+
+    def train() -> int:
         code = loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)
         if code == 0 and distributed.is_first():
             Terminal().say(_next_commands(workdir, config.sample.prompt, overrides))
         return code
-    except (RunError, ConfigError) as e:
-        tell(f"error: {e}")
-        return distributed.leave(e.exit_code if isinstance(e, RunError) else 2)
-    except KeyboardInterrupt:
-        return distributed.leave(130)
-    finally:
-        drop_unwritten()
+
+    return loop.exit_code(train)
 
 
 if __name__ == "__main__":

@@ -160,15 +160,23 @@ def _radii(radius: Radius, params: PyTree) -> PyTree:
 
 
 def _as_radius(radius: Any, x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    """A leaf's radius in the dtype of the norms of x; refuses what has not their shape."""
+    """A leaf's radius, as :func:`as_norms`."""
     if is_absent(radius):
         raise ValueError("radius must have a number or an array for each leaf that has an axis.")
-    r = jnp.asarray(radius, jnp.finfo(x.dtype).dtype)
+    return as_norms("radius", radius, x, axis)
+
+
+def as_norms(name: str, value: Any, x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
+    """A number for each vector, or one for all, in the dtype of the norms of x.
+
+    Refuses what has not their shape; ``name`` is that of the option.
+    """
+    r = jnp.asarray(value, jnp.finfo(x.dtype).dtype)
     kept = {a % x.ndim for a in axis}
     shape = tuple(1 if i in kept else n for i, n in enumerate(x.shape))
     if r.ndim > x.ndim or any(n not in (1, m) for n, m in zip(r.shape[::-1], shape[::-1])):
         raise ValueError(
-            f"radius must broadcast against the norms with kept dimensions, {shape}; got {r.shape}."
+            f"{name} must broadcast against the norms with kept dimensions, {shape}; got {r.shape}."
         )
     return r
 
@@ -228,12 +236,14 @@ def keep_params_on_sphere(
       shares: for the brake, the shares of a growing and of a falling norm, both in [0, 1]. With
         (0, 0) each vector keeps its norm, with (1, 1) it is free, with (0, 1) no norm ever grows.
       retraction: ``"normalize"``, or ``"exp"`` for the exponential map, on the sphere alone. A zero
-        vector has no great circle: it is normalized.
+        vector has no great circle: it is normalized, but where the square of the update is too
+        small for its dtype it stays.
 
     Returns:
       A :class:`optax.GradientTransformation`. ``None`` and masked leaves pass through, and
       updates get the dtype of their parameter. Norms are kept to a few 1e-7 of the radius with
-      float32 parameters, of any size. With bfloat16 parameters update and sum are rounded once
+      float32 parameters near the sphere; of vectors far outside, to 1e-7 of their length at the
+      first step. With bfloat16 parameters update and sum are rounded once
       each: the norm is off by at most 2^-8 (radius + the length of the step), and by much less
       where vectors have many entries. NaN and infinity in an update stay visible.
 
@@ -307,7 +317,7 @@ def keep_params_on_sphere(
             if mode == "ball":
                 kept = jnp.where(jnp.sqrt(square) / scale > r, kept, change)
             if shares is not None:
-                outward, inward = (jnp.asarray(s, r.dtype) for s in shares)
+                outward, inward = (as_norms("shares", s, w, axis) for s in shares)
                 share = jnp.where(jnp.sqrt(square) / scale > r, outward, inward)
                 kept = share * change + (1 - share) * kept
             if retraction == "exp":

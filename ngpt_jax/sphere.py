@@ -1,9 +1,10 @@
 """Geometry of the unit hypersphere: pure functions on arrays, jax alone.
 
 Every function reads its input in at least float32, that is in
-``promote_types(x.dtype, float32)``, and returns the dtype of its first argument,
-so that bfloat16 stays bfloat16 outside and float64 stays float64 throughout.
-Norms of complex vectors are those of ``|x|``.
+``promote_types(x.dtype, float32)``. Points and vectors come back in the dtype that they
+had (whole numbers in float32), so that bfloat16 stays bfloat16 outside and float64 stays
+float64 throughout; numbers that are measured come in at least float32. Norms of complex
+vectors are those of ``|x|``.
 
 ``axis`` is the axis (an int) or the axes (a tuple of ints) along which one vector
 lies; all other axes count vectors. Equation numbers are those of the nGPT paper,
@@ -27,6 +28,11 @@ def promote(x: jax.typing.ArrayLike) -> jax.Array:
     return x if wide else x.astype(jnp.float32)
 
 
+def _like(x: jax.Array, a: jax.Array) -> jax.Array:
+    """``x`` in the dtype of ``a``, where that is no whole number."""
+    return x.astype(a.dtype) if jnp.issubdtype(a.dtype, jnp.inexact) else x
+
+
 def _dot(a: jax.Array, b: jax.Array, axis: Axis, keepdims: bool = True) -> jax.Array:
     """Real inner products; those of complex vectors are the real part of sum(conj(a) b)."""
     return jnp.sum((jnp.conj(a) * b).real, axis=axis, keepdims=keepdims)
@@ -45,9 +51,10 @@ def rescale(
       axis_name: inside :func:`jax.shard_map`, the mesh axis or axes that cut a vector.
 
     Returns:
-      ``x`` in at least float32 times 2^k, with the largest entry of each vector in [1, 2); 2^k; and
-      the squared norm of the first. The last two have kept dimensions. Where the device takes
-      subnormal numbers for zero, so does this function.
+      ``x`` in at least float32 times 2^k, with the largest entry of each vector in [1, 2), or in
+      [2, 4) at the upper end of the dtype; 2^k; and the squared norm of the first. The last two
+      have kept dimensions. Where the device takes subnormal numbers for zero, so does this
+      function.
     """
     x = promote(x)
     parts = (x.real, x.imag) if jnp.iscomplexobj(x) else (x,)
@@ -91,20 +98,6 @@ def _safe_norm_jvp(axis, keepdims, primals, tangents):
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def inverse_norm(x: jax.Array, axis: Axis = -1) -> jax.Array:
-    """``1 / ||x||`` in at least float32 with kept dimensions, and 0 (gradient 0) for zero."""
-    _, scale, square = rescale(x, axis)
-    return safe_rsqrt(square) * scale
-
-
-@inverse_norm.defjvp
-def _inverse_norm_jvp(axis, primals, tangents):
-    (x,), (dx,) = primals, tangents
-    inverse, y = inverse_norm(x, axis), normalize(promote(x), axis)
-    return inverse, -inverse * (inverse * _dot(y, promote(dx), axis))
-
-
 def normalize(x: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:
     """Norm(x) = x / ||x||_2, the paper's Norm (section 2.1).
 
@@ -116,10 +109,12 @@ def normalize(x: jax.typing.ArrayLike, axis: Axis = -1) -> jax.Array:
       axis: the axis or axes along which a vector lies.
 
     Returns:
-      An array like ``x`` whose vectors have norm 1, whatever their size. A zero vector stays zero
-      and has a zero gradient; nothing is ever NaN for finite input.
+      An array like ``x``, or in float32 for whole numbers, whose vectors have norm 1, whatever
+      their size. A zero vector stays zero and has a zero gradient; nothing is ever NaN for finite
+      input.
     """
-    return _normalize(jnp.asarray(x), axis)
+    x = jnp.asarray(x)
+    return _normalize(x if jnp.issubdtype(x.dtype, jnp.inexact) else promote(x), axis)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -150,7 +145,7 @@ def lerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) -
       axis: the axis of a vector.
     """
     a32 = promote(a)
-    return normalize(a32 + promote(t) * (promote(b) - a32), axis).astype(a.dtype)
+    return _like(normalize(a32 + promote(t) * (promote(b) - a32), axis), a)
 
 
 def angle(a: jax.Array, b: jax.Array, axis: Axis = -1, keepdims: bool = False) -> jax.Array:
@@ -163,7 +158,7 @@ def angle(a: jax.Array, b: jax.Array, axis: Axis = -1, keepdims: bool = False) -
     theta = 2 * jnp.arctan2(
         safe_norm(a32 - b32, axis, keepdims), safe_norm(a32 + b32, axis, keepdims)
     )
-    return theta.astype(a.dtype)
+    return _like(theta, a)
 
 
 def _sinc(x: jax.Array) -> jax.Array:
@@ -201,7 +196,7 @@ def slerp(a: jax.Array, b: jax.Array, t: jax.typing.ArrayLike, axis: Axis = -1) 
     def weight(s):
         return s * _sinc(s * theta)
 
-    return normalize(weight(1 - t32) * a32 + weight(t32) * b32, axis).astype(a.dtype)
+    return _like(normalize(weight(1 - t32) * a32 + weight(t32) * b32, axis), a)
 
 
 def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
@@ -213,8 +208,7 @@ def tangent(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
       axis: the axis of a vector.
     """
     x32, v32 = promote(x), promote(v)
-    radial = jnp.sum(x32 * v32, axis=axis, keepdims=True)
-    return (v32 - radial * x32).astype(v.dtype)
+    return _like(v32 - _dot(x32, v32, axis) * x32, v)
 
 
 class Parts(NamedTuple):
@@ -308,7 +302,7 @@ def exponential(
 
 def retract(x: jax.Array, v: jax.Array, axis: Axis = -1) -> jax.Array:
     """Norm(x + v): leaves the sphere along ``v`` and comes back (appendix A.3)."""
-    return normalize(promote(x) + promote(v), axis).astype(x.dtype)
+    return _like(normalize(promote(x) + promote(v), axis), x)
 
 
 def deviation(x: jax.Array, axis: Axis = -1, radius: jax.typing.ArrayLike = 1.0) -> jax.Array:

@@ -438,7 +438,8 @@ def test_meshes_that_do_not_fit_the_devices_are_refused(mesh, message):
         ),
         (
             {"fsdp": 1, "tensor": 8}, {"model__heads": 4},
-            "mesh.tensor = 8 does not divide heads = 4 of layers/out_kernel; try mesh.tensor=4",
+            "mesh.tensor = 8 does not divide heads = 4 of layers/out_kernel; try mesh.tensor=4 and"
+            " mesh.fsdp=-1",
         ),
         (
             {"fsdp": 1, "tensor": 8}, {"model__vocab_multiple": 1},

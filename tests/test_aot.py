@@ -76,7 +76,8 @@ def test_auto_that_finds_no_kernel_on_a_tpu_is_an_error(tiny):
 
 
 @pytest.mark.parametrize(
-    "name", ["v9:2x2", "v5e", "v5e:4by4", "h100", "h100:0", "h100:3x", "h100:2x2x2", "a10:1"]
+    "name",
+    ["v9:2x2", "v5e", "v5e:4by4", "h100", "h100:0", "h100:3x", "h100:2x2x2", "a10:1", "v5e:0x4"],
 )
 def test_unknown_topologies_are_refused(name):
     with pytest.raises(ConfigError, match="is not known; it is GENERATION:SHAPE with one of v4"):
@@ -149,6 +150,20 @@ def test_debug_variants_are_taken_as_they_are(name, monkeypatch):
     with pytest.raises(ConfigError, match="enough"):
         report_lib.report_of(config, topology_devices("v5e:2x2"))
     assert taken == ["xla"]
+
+
+@pytest.mark.slow
+def test_the_bytes_of_a_token_are_told_by_part():
+    done = subprocess.run(
+        [sys.executable, "-m", "ngpt_jax.tools.aot", "--topology=local", "--program=decode",
+         "--config=experiments/quickstart.py:debug"],
+        cwd=ROOT, text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [
+        line for line in done.stdout.splitlines() if line.strip().startswith("bytes by part")
+    ]
+    assert all(part in done.stdout for part in ("attention", "MLP", "residual steps")), line
 
 
 @pytest.mark.slow

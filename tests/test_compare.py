@@ -682,8 +682,12 @@ def test_a_run_made_again_is_compared_to_the_last_bit(
     assert "within the spread" not in capsys.readouterr().out
     results.add(table, study, row | {"loss": row["loss"] + 1.0, "jax": "0.0.1"})
     assert runner.run_again(c, name, Terminal()) == 1
-    results.add(table, study, row | {"loss": moved, "held_out": "another"})
+    results.add(table, study, row | {"loss": moved})
+    before = table.read_text()
+    other = [r | {"held_out": "another"} for r in results.read(table)]  # all of another text
+    plots.write_csv(table, list(results.COLUMNS), other)
     assert runner.run_again(c, name, Terminal()) == 1
+    table.write_text(before)
     capsys.readouterr()
     results.add(table, study, row | {"loss": moved, "jax": "0.0.1", "commit": "0123456789"})
     assert runner.run_again(c, name, Terminal()) == 0
@@ -956,6 +960,29 @@ def test_with_one_seed_there_is_no_interval(tmp_path):
     found = summary.speedups_of(study, summary.cells_of(study, rows))
     assert all(s["low"] is None and s["high"] is None for s in found)
     assert "95 %" not in report.write("x.py", study, rows, tmp_path).read_text()
+
+
+def test_a_run_of_another_text_is_refused(tmp_path):
+    """Of another Python on another machine, say, while both share the folder."""
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    rows = [row | {"data": "a", "held_out": "b", "cores": 1} for row in rows]
+    for row in rows[:3]:
+        results.add(tmp_path / "results.csv", PLAN, row)
+    before = (tmp_path / "results.csv").read_text()
+    for what in ("data", "held_out"):
+        with pytest.raises(ConfigError, match=f"read different text .column {what}: .*runs'"):
+            results.add(tmp_path / "results.csv", PLAN, rows[3] | {what: "c"})
+    assert (tmp_path / "results.csv").read_text() == before
+
+
+def test_the_report_names_its_own_folder(tmp_path, monkeypatch):
+    rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
+    monkeypatch.chdir(tmp_path)
+    Path("experiments").mkdir()
+    for out, named in (("runs/x", True), ("experiments/x", False), ("other/experiments/x", False)):
+        Path(out).mkdir(parents=True)
+        page = report.write("experiments/x.py", PLAN, rows, Path(out))
+        assert (f"--out={out}" in page.read_text()) == named
 
 
 def test_two_programs_may_write_the_report_at_once(tmp_path):

@@ -190,6 +190,15 @@ def test_bad_fields(override, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_decay_that_begins_within_the_warm_up_is_refused():
+    given = ["optimizer.schedule=wsd", "optimizer.warmup_share=0.5", "train.steps=100"]
+    flags = [f"--config.{x}" for x in given]
+    message = r"optimizer.decay_fraction = 0.9: the last 90 of 100 steps begin before the warm-up"
+    with pytest.raises(ConfigError, match=message):
+        load(*flags, "--config.optimizer.decay_fraction=0.9")
+    assert load(*flags, "--config.optimizer.decay_fraction=0.5").optimizer.warmup_steps == 50
+
+
 def test_two_lengths_of_the_warm_up_disagree():
     message = r"warmup_steps = 500 and warmup_share = 0.1 \(90 steps\) disagree; set one"
     with pytest.raises(ConfigError, match=message):

@@ -221,6 +221,28 @@ def test_radial_candidates_stay_on_their_line(share, angle):
     np.testing.assert_array_equal(out, limit)
 
 
+@pytest.mark.parametrize("share", [-2.0, -3.0, -1e3])
+def test_what_rounding_leaves_of_a_radial_update_turns_nothing(share):
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
+    out = edited(cap_angle(0, 0.2), w, share * w)
+    np.testing.assert_array_equal(out, np.zeros_like(w))
+
+
+@pytest.mark.parametrize("bad", [np.ones((2, 1, 1)), np.ones((3, 1)), np.ones(3)])
+def test_numbers_of_vectors_have_their_shape(bad):
+    w, u = jnp.ones((3, 4)), jnp.eye(3, 4)
+    for name, tx in (
+        ("length", unit_step(0, bad)),
+        ("max_angle", cap_angle(0, bad)),
+        ("shares", keep_params_on_sphere(0, mode="brake", shares=(bad, 1.0))),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must broadcast against the norms with kept"):
+            edited(tx, w, u)
+    good = np.linspace(0.1, 0.4, 4)[None]
+    turned = angle_turned(w, w + edited(cap_angle(0, good), w, 9 * u), 0)
+    assert turned.largest <= 0.4 + 1e-6
+
+
 def test_steps_of_the_schedule():
     """Without ``step`` the state counts, with it the state stays as it was."""
     w, u = jnp.eye(2), 3 * jnp.eye(2)[::-1]

@@ -116,8 +116,15 @@ def test_the_commands_of_duel_and_runs(tmp_path, book):
     for kind, line in zip(("gpt", "ngpt"), lines[2:], strict=True):
         assert line.split()[:2] == [f"runs/duel-quickstart-debug/{kind}", kind]
         assert line.split()[3:6] == ["4", "of", "4"] and line.split()[-1] == "finished"
-    done = start("ngpt_jax.tools.duel", "--config=quickstart:debug,gpt")
-    assert done.returncode == 2 and "leave out the variant gpt" in done.stderr
+    for flags, told in (
+        (["--config=quickstart:debug,gpt"], "leave out the variant gpt"),
+        (["--config=quickstart:debug", "--config.model.kind=gpt"], "quickstart:debug is gpt, not"),
+        (["--config=quickstart:debug", "--config.train.max_skipped=1", "--config.train.steps=4",
+          "--config.optimizer.learning_rate=1e30", "--workdir=no/run"], "steps in a row were"),
+    ):  # fmt: skip
+        done = start("ngpt_jax.tools.duel", *flags)
+        assert done.returncode == (3 if "no/run" in " ".join(flags) else 2), done.stderr
+        assert done.stderr.splitlines()[-1].startswith("error: ") and told in done.stderr
     done = start("ngpt_jax.tools.runs", "nowhere")
     assert (done.returncode, done.stderr) == (
         2, "error: no folder 'nowhere'; give one that holds runs.\n"
@@ -129,7 +136,7 @@ def test_the_commands_of_duel_and_runs(tmp_path, book):
 @pytest.mark.slow
 def test_runs_tell_their_state(runs, tmp_path):
     broken = {"half": '{"model": ', "nothing": "{}", "list": "[]", "newer": '{"model": {"x": 1}}'}
-    for name in ("finished", "stopped", "running", "new", *broken):
+    for name in ("finished", "stopped", "running", "new", "logged", *broken):
         shutil.copytree(runs / "ngpt", tmp_path / "deep" / name)
     write(tmp_path / "no run/config.json", "{}")
     for name in ("stopped", "running", "new"):
@@ -144,11 +151,14 @@ def test_runs_tell_their_state(runs, tmp_path):
     def list_runs():
         return {Path(facts.folder).name: facts for facts in history.list_runs(str(tmp_path))}
 
+    saved = tmp_path / "deep/logged/checkpoints"  # killed after a row, with an older checkpoint
+    (saved / "4").rename(saved / "2")
     lock = workdir.lock_workdir(tmp_path / "deep/running", patience=0)
     found = list_runs()
     lock.close()
     assert {name: (facts.step, facts.state) for name, facts in found.items()} == {
-        "finished": ("4 of 4", "finished"), "stopped": ("4 of 9", "stopped"),
+        "finished": ("4 of 4", "finished"), "logged": ("4 of 4", "stopped"),
+        "stopped": ("4 of 9", "stopped"),
         "running": ("4 of 9", "running"), "new": ("0 of 9", "stopped"),
         **dict.fromkeys(broken, ("-", "not readable")),
     }  # fmt: skip

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -575,6 +576,21 @@ def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monk
     assert found == json.loads((tmp_path / "evaluate.json").read_text())["text"]
     assert (found["documents"], found["tokens"]) == (1, 260)
 
+    # Other text is not the run's, wherever it lies.
+    for folder, change in (
+        ("another", lambda facts: facts | {"held_out": "0" * 64}),
+        ("older", lambda facts: {"data": "0" * 64}),
+        ("converted", lambda facts: {"tokenizer": facts["tokenizer"]}),
+    ):
+        copy = tmp_path / folder
+        shutil.copytree(runs / "ngpt", copy)
+        facts = json.loads((copy / "versions.json").read_text())
+        (copy / "versions.json").write_text(json.dumps(change(facts)))
+        with pytest.raises(ConfigError, match="text here is not what the run held out .*--text"):
+            report.evaluate(
+                str(copy), None, [], report.Wanted([], [], None, None, 16, False), False, None
+            )
+
     def missing(*_):
         raise ConfigError("no such file")
 
@@ -590,6 +606,9 @@ def test_bad_input_is_told_in_a_line(run, tmp_path):
          "there are choices. Did you mean choices?"),
         ((f"--workdir={tmp_path}", "--tasks=choices", f"--tasks_dir={tmp_path}"),
          "is not the folder of a training run"),
+        ((f"--workdir={run}", "--limit=3"), "--limit is for --tasks; give some, or leave it out"),
+        ((f"--workdir={run}", "--text=x.txt", "--tasks_dir=x"), "--tasks_dir is for --tasks"),
+        ((f"--workdir={run}", "--harness"), "--harness is for --tasks"),
     ):  # fmt: skip
         done = command(*arguments)
         assert (done.returncode, done.stdout) == (2, "")

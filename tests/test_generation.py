@@ -473,6 +473,9 @@ def test_weights_that_are_not_finite_are_refused(model):
     broken = LoadedModel(model.config, model.tokenizer, broken, model.mesh, 0)
     with pytest.raises(ConfigError, match="a log-probability of nan: its weights are not finite"):
         broken.generate("a", 5)
+    for texts in ("abc", ["a", "abc"]):
+        with pytest.raises(ConfigError, match="a log-probability of nan"):
+            broken.logprobs(texts)
 
 
 def test_prompts_may_be_ids_and_must_be_known(model):
@@ -522,6 +525,11 @@ def test_a_run_is_loaded_without_its_text(runs, kind, tmp_path):
     opening.write_weights(str(copy), model.config, model.params, model.tokenizer.fingerprint)
     again = ngpt_jax.load(str(copy))
     assert again.step == 0 and again.generate("the ", 8, temperature=0) == got
+    # The kernels are chosen for this machine anew.
+    values = json.loads((copy / "config.json").read_text())
+    values["model"]["kernels"] = "pallas"
+    (copy / "config.json").write_text(json.dumps(values))
+    assert ngpt_jax.load(str(copy)).config.model.kernels == "auto"
     half = ngpt_jax.load(str(runs / kind), overrides={"model.dtype": "bfloat16"})
     assert half.config.model.dtype == "bfloat16" and half.generate("the ", 8).ids
 
@@ -609,6 +617,10 @@ def test_the_benchmark_of_decoding(tmp_path):
         assert row["decode_tokens_per_second"] == pytest.approx(2e3 / row["decode_ms"])
         assert row["prefill_tokens_per_second"] == pytest.approx(16e3 / row["prefill_ms"])
     assert "nGPT's tokens/s over GPT's: prefill" in done.stdout
+    command = command.replace("--tokens=64", "--tokens=100")
+    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--tokens=100 must be a multiple of 16" in done.stderr
 
 
 def test_importing_the_package_loads_nothing():

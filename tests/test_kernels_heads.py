@@ -15,8 +15,7 @@ from ngpt_jax.model.rotary import apply_rope, rope_tables
 EPS = 1e-6
 # Which of q_scale and k_scale there are: nGPT in training, in inference, both; QK-norm; GPT.
 CASES = [("unit_after_rope", (False, True)), ("unit_after_rope", (True, False)),
-         ("unit_after_rope", (True, True)), ("rms_before_rope", (True, True)),
-         ("none", (False, False))]  # fmt: skip
+         ("unit_after_rope", (True, True)), ("rms_before_rope", (True, True))]  # fmt: skip
 
 
 def inputs(shape, form, scaled, per_row=False, dtype="float32", wide="float32"):

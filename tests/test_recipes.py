@@ -125,6 +125,28 @@ def test_adamh_is_the_rule_of_its_paper(tiny):
     jax.tree.map(close, params, expected)
 
 
+def test_padding_of_the_vocabulary_is_no_part_of_the_norm_of_a_table(tiny):
+    """A step of AdamH is as long as the rate says, for the rows that stand for tokens."""
+    config = make(tiny, "adamh", "gpt", **{"model.vocab_multiple": 64})
+    own = param_tree(config.model)
+    params, real = init_params(config.model, jax.random.key(0)), config.model.vocab_size
+
+    def gradient(p):
+        g = jax.random.normal(jax.random.key(1), p.shape(config.model))
+        return g.at[real:].set(0) if p.axes[0] == "vocab" else g
+
+    def table(tree):
+        (found,) = (x for p, x in zip(jax.tree.leaves(own), jax.tree.leaves(tree))
+                    if p.group == "output_table")  # fmt: skip
+        return found
+
+    tx = make_optimizer(config)[0]
+    update = jax.jit(tx.update)(jax.tree.map(gradient, own), tx.init(params), params, step=0)[0]
+    before, moved = table(params), table(update)
+    assert len(before) > real and not before[real:].any() and not moved[real:].any()
+    assert jnp.linalg.norm(moved) / jnp.linalg.norm(before) == pytest.approx(2e-2, rel=0.02)
+
+
 def check_norms(config, params, first):
     """Matrices of the blocks and the output table have the norms that they had, no others have."""
     own = jax.tree.leaves(param_tree(config.model))

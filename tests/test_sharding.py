@@ -51,7 +51,7 @@ def test_no_parameter_is_cut_along_embed():
 
 
 def test_rules_name_known_axes_alone():
-    assert set(rules.PARAMETERS) <= set(rules.ACTIVATIONS) | {"layers", "joined"}
+    assert set(rules.PARAMETERS) <= set(rules.ACTIVATIONS) | {"layers", "joined", "vocab"}
     for table in (rules.PARAMETERS, rules.ACTIVATIONS):
         assert {m for cut in table.values() for m in cut} <= set(rules.MESH_AXES)
 
@@ -59,7 +59,7 @@ def test_rules_name_known_axes_alone():
 @pytest.mark.parametrize(
     ("shape", "mend"),
     [
-        ((1, 2, 4, 1), "try mesh.tensor=2."),
+        ((1, 2, 4, 1), "try mesh.tensor=2 and mesh.fsdp=-1."),
         ((1, 3, 2, 1), "try mesh.fsdp=1 and mesh.data=-1."),
         ((1, 5, 2, 1), "try mesh.fsdp=1 and mesh.data=-1."),
         ((1, 8, 2, 1), "try mesh.fsdp=4 and mesh.data=-1."),
@@ -68,7 +68,9 @@ def test_rules_name_known_axes_alone():
 def test_the_mend_of_a_mesh_is_one_that_divides(shape, mend):
     mesh = jax.sharding.AbstractMesh(shape, rules.MESH_AXES)
     sizes = {"embed": 6, "heads": 2, "head_dim": 4, "mlp": 8}
-    names = ("embed", "mlp") if mend != "try mesh.tensor=2." else ("embed", "heads")
+    names = (
+        ("embed", "mlp") if mend != "try mesh.tensor=2 and mesh.fsdp=-1." else ("embed", "heads")
+    )
     with pytest.raises(ConfigError) as e:
         rules.param_spec(names, sizes, mesh)
     assert str(e.value).endswith(mend)

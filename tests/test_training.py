@@ -28,11 +28,11 @@ from ngpt_jax.model.params import num_params
 from ngpt_jax.model.transformer import Transformer, init_params
 from ngpt_jax.parallel.mesh import BatchPlacer, make_mesh
 from ngpt_jax.terminal import format_duration
-from ngpt_jax.training import dry_run, evaluator, loop, step, throughput
+from ngpt_jax.training import dry_run, evaluator, layout, loop, step, throughput
 from ngpt_jax.training.logger import Logger
 from ngpt_jax.training.metrics import MetricWriter
 from ngpt_jax.training.stop_signal import EXIT_RESUME
-from ngpt_jax.training.workdir import RunError
+from ngpt_jax.training.workdir import Diverged, RunError
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,6 +97,95 @@ def test_a_stopped_run_goes_on_bit_for_bit(small, tmp_path, monkeypatch, kind):
     assert pa["position"] == pb["position"] == 12 * config.train.batch_size
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert np.array_equal(x, y)
+
+
+@pytest.mark.slow
+def test_another_held_out_text_is_evaluated_anew(small, tmp_path, book, capsys):
+    """A finished run with another text under the same name; a stop in between changes nothing."""
+    (tmp_path / "a.txt").write_text("a lazy dog\n" * 40)
+    (tmp_path / "b.txt").write_text("zq zq 0123456789\n" * 40)
+
+    def config(name):
+        paths = (f"val={tmp_path / name}",)
+        return small(**{"train.steps": 3, "checkpoint.every": 3, "data.eval_paths": paths})
+
+    def evaluated():
+        return [row["eval/val/loss"] for row in rows(tmp_path / "run") if "eval/val/loss" in row]
+
+    assert loop.train(config("a.txt"), tmp_path / "run") == 0
+    (first,) = evaluated()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_evaluation(patch)
+        assert loop.train(config("b.txt"), tmp_path / "run") == EXIT_RESUME
+    capsys.readouterr()
+    for _ in range(2):  # the second time it is known
+        assert loop.train(config("b.txt"), tmp_path / "run") == 0
+        (second,) = evaluated()
+        assert second > first + 0.01
+        assert f"held-out val: {second:.4f} nats" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_seconds_and_tokens_are_of_all_starts(small, tmp_path, monkeypatch):
+    """Steps between a row and a stop count; tokens are those that were read."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)  # rows after 3 and 6
+        assert loop.train(small(), tmp_path) == EXIT_RESUME
+    logged = [row["train/seconds"] for row in rows(tmp_path) if "train/seconds" in row][-1]
+    _, progress = final_state(tmp_path)
+    saved = float(progress["seconds"])
+    assert saved > logged
+    more = small(**{"train.batch_size": 8})
+    assert loop.train(more, tmp_path, allow_schedule_change=True) == 0
+    last = [row for row in rows(tmp_path) if "train/tokens" in row][-1]
+    assert last["train/seconds"] > saved
+    before = 5 * small().train.batch_size
+    assert last["train/tokens"] == (before + 7 * 8) * more.model.context
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying"), 1,
+         "error: the device has too little memory; set model.remat=full"),
+        (RunError("the disk is full"), 1, "error: the disk is full"),
+        (Diverged("step 3"), 3, "error: step 3"),
+        (ConfigError("a field"), 2, "error: a field"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)  # fmt: skip
+def test_an_error_of_a_run_is_one_line(error, code, told, capsys):
+    def train():
+        raise error
+
+    assert loop.exit_code(train) == code
+    said = capsys.readouterr().err
+    assert said.startswith(told) and said.count("\n") == bool(told)
+
+
+def test_an_error_that_nobody_expects_is_not_hidden():
+    def train():
+        raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        loop.exit_code(train)
+
+
+@pytest.mark.slow
+def test_a_context_without_room_for_a_sample(small, tmp_path):
+    config = small(**{"train.steps": 1, "sample.tokens": 5, "model.context": 1})
+    assert loop.train(config, tmp_path) == 0
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_compile_leaves_no_folder(small, tmp_path, monkeypatch):
+    def lower(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory")
+
+    monkeypatch.setattr(layout, "lower_train_step", lower)
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        loop.train(small(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

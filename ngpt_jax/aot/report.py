@@ -12,6 +12,7 @@ from ngpt_jax.aot import hlo, hlo_parts
 from ngpt_jax.aot.programs import Compiled, Texts, compile_generation, compile_step
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.decoding.cache import CHUNK
+from ngpt_jax.errors import is_out_of_memory
 from ngpt_jax.model.attention import kernel_of
 from ngpt_jax.model.params import num_params
 from ngpt_jax.parallel import rules
@@ -63,7 +64,7 @@ def report_of(
         facts = run_facts(config, mesh)
         return analyze(config, mesh, compile_step(config, mesh, lowered_to))
     except Exception as e:  # XlaRuntimeError has no public home
-        if "RESOURCE_EXHAUSTED" not in str(e) and "Ran out of memory" not in str(e):
+        if not is_out_of_memory(e):
             raise
         used = re.search(r"(?:Used |temporaries \()([\d.]+)([MG])", str(e))
         peak = float(used[1]) * {"M": 2**20, "G": GIB}[used[2]] if used else None

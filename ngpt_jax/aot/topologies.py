@@ -65,7 +65,7 @@ def topology_devices(name: str, slices: int = 1) -> list[Any]:
         if slices > 1:
             raise ConfigError(_NO_SLICES)
         return _gpus(_GPUS[generation], shape)
-    if generation not in _ACCELERATORS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+    if generation not in _ACCELERATORS or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", shape):
         raise ConfigError(
             f"--topology = {name!r} is not known; it is GENERATION:SHAPE with one of"
             f" {', '.join(_ACCELERATORS)}, for example v5e:4x4, v5p:2x2x4, v6e:8x8; or GPU:COUNT or"

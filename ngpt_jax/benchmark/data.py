@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -96,12 +95,19 @@ def _preparation(config: DataConfig, workers: int) -> tuple[float, float, int]:
             f"--source={config.source}", *(f"--paths={path}" for path in config.paths),
             f"--tokenizer={config.tokenizer}", f"--workers={workers}",
         ]  # fmt: skip
-        start = time.perf_counter()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - start
+        # Started by a small process: Linux counts what the starting one held before as the child's.
+        code = (
+            "import resource, subprocess, sys, time; start = time.perf_counter();"
+            " subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL);"
+            " print(time.perf_counter() - start,"
+            " resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
+        )
+        said = subprocess.run(
+            [sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+        seconds, peak = map(float, said.split())
         sets = json.loads(Path(folder, "out/manifest.json").read_text())["sets"].values()
         tokens = sum(shard["tokens"] for facts in sets for shard in facts["shards"])
-        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         return tokens / seconds, peak, tokens
 
 

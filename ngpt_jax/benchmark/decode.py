@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ngpt_jax.benchmark import configs
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.presets import of_kind
 from ngpt_jax.config.resolve import resolve
 from ngpt_jax.decoding import folding
@@ -71,6 +71,8 @@ def measure(
       side.
     """
     timed = {kind: _Timed(resolve(of_kind(config, kind))) for kind in ("ngpt", "gpt")}
+    if tokens < CHUNK or tokens % CHUNK:
+        raise ConfigError(f"--tokens={tokens} must be a multiple of {CHUNK}: so many are a chunk.")
     small, large = prompt + tokens, 4 * (prompt + tokens)
     for number in range(rounds + 1):
         for slots in (small, large):

@@ -76,8 +76,8 @@ class Checkpoints:
         if step in self._held_out:
             if loss is not None and self._held_out[step] is None:  # evaluated since it was saved
                 self._held_out[step] = loss
-                if distributed.is_first():
-                    self._folder.set_held_out(step, loss)
+                if problem := distributed.of_first(lambda: self._note(step, loss)):
+                    raise self._failed(step, problem) from earlier
         else:
             if problem := distributed.of_first(lambda: self._prepare(step, tree)):
                 raise self._failed(step, problem) from earlier
@@ -92,6 +92,14 @@ class Checkpoints:
         """Why a save cannot succeed, or nothing."""
         try:
             return saving.prepare(self._folder, step, tree)
+        except Exception as e:
+            return saving.why(e)
+
+    def _note(self, step: int, loss: float) -> str:
+        """Why the loss of a saved step cannot be noted, or nothing."""
+        try:
+            self._folder.set_held_out(step, loss)
+            return ""
         except Exception as e:
             return saving.why(e)
 

@@ -41,8 +41,8 @@ def restore(
             saved = _shapes(handler.metadata(folder).tree)
             if not only and all(name.startswith(("params/", "step")) for name in saved):
                 raise ConfigError(
-                    f"{where}: it holds weights alone; start a run from them with"
-                    " --config.init_from."
+                    f"{where}: it holds weights alone, without an optimizer's state; start a run"
+                    " from them with --config.init_from."
                 )
             saved = {name: shape for name, shape in saved.items() if name.startswith(only)}
             if difference := _difference(saved, _shapes(like), only):

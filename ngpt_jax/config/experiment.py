@@ -189,6 +189,23 @@ def load_config(
     return from_config_dict(values)
 
 
+def load_pair(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Config]:
+    """nGPT of an experiment, and GPT as its variant gpt has it, as :func:`load_config`."""
+    path, variants = split_spec(spec)
+    names = [name for name in variants.split(",") if name]
+    if "gpt" in names:
+        raise ConfigError("--config: leave out the variant gpt; both models are trained.")
+    specs = {"ngpt": spec, "gpt": f"{path}:{','.join([*names, 'gpt'])}"}
+    configs = {kind: load_config(spec, overrides) for kind, spec in specs.items()}
+    for kind, config in configs.items():
+        if config.model.kind != kind:
+            raise ConfigError(
+                f"model.kind: {specs[kind]} is {config.model.kind}, not {kind}; leave the field out"
+                " of the flags: both models are trained."
+            )
+    return configs
+
+
 def _plain(values: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
     """A copy in dicts, which take a value of any type: a ConfigDict refuses 0.1 in place of 0."""
     sections = (Mapping, ml_collections.ConfigDict)

@@ -104,6 +104,11 @@ def load_corpus(
     return Corpus(train, held_out, tokens, digest_of(prints))
 
 
+def held_out_digest(corpus: Corpus) -> str:
+    """Fingerprint of the held-out sets, their names included."""
+    return digest_of(f"{held.name} {held.fingerprint}" for held in corpus.held_out)
+
+
 def check_corpus(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Refuses what is wrong with the data, as far as it shows without reading or preparing text.
 

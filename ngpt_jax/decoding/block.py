@@ -64,11 +64,17 @@ def block(
       tables: cosines and sines of RoPE.
       attend: attention, which writes the KV cache.
     """
-    f, cache = _attention(config, layer, _read(config, h), tables, attend)
-    if first and config.residual != "add":
-        h = Hidden(h.x, inverse_norm(h.x))
-    h = _step(config, h, f, layer.get("alpha_a"))
-    return _step(config, h, _mlp(config, layer, _read(config, h)), layer.get("alpha_m")), cache
+    # The names are those of training's modules; aot tells bytes by part with them.
+    with jax.named_scope("_attention"):
+        f, cache = _attention(config, layer, _read(config, h), tables, attend)
+    with jax.named_scope("_step"):
+        if first and config.residual != "add":
+            h = Hidden(h.x, inverse_norm(h.x))
+        h = _step(config, h, f, layer.get("alpha_a"))
+    with jax.named_scope("_mlp"):
+        f = _mlp(config, layer, _read(config, h))
+    with jax.named_scope("_step"):
+        return _step(config, h, f, layer.get("alpha_m")), cache
 
 
 def rms_factor(x: jax.Array, factor: Any, eps: float) -> jax.Array:

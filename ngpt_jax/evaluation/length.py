@@ -54,7 +54,8 @@ def compare(
     context, eod = first.config.model.context, first.tokenizer.eod
     lengths = lengths_of(context, factor)
     terminal = Terminal()
-    sequences = cut_sequences(_documents(first, text, terminal), eod, lengths[-1], most)
+    documents = _documents(first, next(iter(folders.values())), text, terminal)
+    sequences = cut_sequences(documents, eod, lengths[-1], most)
     rows, positions, names = [], [], []
     for label, model in zip(labels, models):
         names.append(label := f"{title(model.config)} {label}")
@@ -72,7 +73,9 @@ def compare(
     return f"{format_table(table(rows, names))}\n{summary}"
 
 
-def _documents(model: LoadedModel, text: str | None, terminal: Terminal) -> list[np.ndarray]:
+def _documents(
+    model: LoadedModel, workdir: str, text: str | None, terminal: Terminal
+) -> list[np.ndarray]:
     """Token ids of each document; says which files are not read."""
     config = model.config
     if text is not None:
@@ -80,7 +83,7 @@ def _documents(model: LoadedModel, text: str | None, terminal: Terminal) -> list
         for line in left_out:
             terminal.say(line)
         return model.tokenizer.encode_batch(texts)
-    return held_out_documents(model)
+    return held_out_documents(model, workdir)
 
 
 def lengths_of(context: int, factor: int) -> list[int]:

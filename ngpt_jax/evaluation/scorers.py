@@ -27,7 +27,7 @@ import jax
 import numpy as np
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.corpus import load_corpus
+from ngpt_jax.data.corpus import held_out_digest, load_corpus
 from ngpt_jax.data.list_files import find_files
 from ngpt_jax.data.text import text_files
 from ngpt_jax.data.tokenizers.base import Tokenizer
@@ -36,6 +36,7 @@ from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training import layout
+from ngpt_jax.training.workdir import open_workdir, read_facts
 
 Progress = Callable[[float], None]
 
@@ -226,13 +227,23 @@ def read_text(path: str, text_key: str) -> tuple[list[str], list[str]]:
     return texts, left_out
 
 
-def held_out_documents(model: LoadedModel) -> list[np.ndarray]:
-    """Token ids of the documents of a run's held-out sets; raises ConfigError."""
-    config = model.config
+def held_out_documents(model: LoadedModel, workdir: str) -> list[np.ndarray]:
+    """Token ids of the documents of the held-out sets of the run in a folder.
+
+    Raises ConfigError where they are not here, or where the text here is another one.
+    """
+    config, facts = model.config, read_facts(open_workdir(workdir))
     try:
         corpus = load_corpus(config.data, model.tokenizer, config.model.context)
     except (ConfigError, OSError) as e:
         raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e
+    here = {"held_out": held_out_digest(corpus), "data": corpus.fingerprint}
+    known = next((name for name in here if name in facts), None)  # older runs noted data alone
+    if known is None or facts[known] != here[known]:
+        raise ConfigError(
+            "The text here is not what the run held out (another Python, other files, or weights"
+            " that were trained elsewhere); give --text."
+        )
     documents = []
     for held_out in corpus.held_out:
         ids = held_out.stream.read(0, len(held_out.stream))

@@ -182,7 +182,8 @@ class LoadedModel:
           A float32 array for one text, a list of them for a list: the log-probability in nats of
           each token given those before it; for token ids, of all but the first.
 
-        Raises ConfigError for a text longer than the training context.
+        Raises ConfigError for a text longer than the training context, and for weights that are
+        not finite.
         """
         many, one = arguments.as_list("texts", texts)
         rows = [self._ids("texts", text) for text in many]
@@ -193,6 +194,8 @@ class LoadedModel:
                 f" {self.config.model.context}; cut it into pieces."
             )
         out = [log_probs for log_probs, _ in self.score(rows)]
+        for log_probs in out:
+            check_finite(float(log_probs.sum()))
         return out[0] if one else out
 
     def score(

@@ -35,8 +35,8 @@ def read_config(flag: str, path: str, overrides: Sequence[tuple[str, str]] = ())
             " it."
         )
     config = workdir_lib.read_config(where, workdir)
-    # Devices and kernel are those of this machine, not of the one that trained.
-    model = dataclasses.replace(config.model, attention="auto")
+    # Devices and kernels are those of this machine, not of the one that trained.
+    model = dataclasses.replace(config.model, attention="auto", kernels="auto")
     config = dataclasses.replace(config, model=model, mesh=MeshConfig())
     return experiment.load_config(config_lib.to_config_dict(config), overrides)
 

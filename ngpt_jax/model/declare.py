@@ -45,7 +45,11 @@ def matrix(
 
     def init(key, shape, dtype):
         w = normal(key, shape, jnp.promote_types(dtype, jnp.float32))
-        return (sphere.normalize(w, axis) if config.weights == "sphere" else w).astype(dtype)
+        if config.weights == "sphere":
+            w = sphere.normalize(w, axis)
+        elif "vocab" in axes:  # padding counts in no norm of the whole table
+            w = w.at[config.vocab_size :].set(0)
+        return w.astype(dtype)
 
     w = declare(module, config, name, init)
     if config.normalize_on_read:

@@ -2,8 +2,8 @@
 
 Measures of parameters use numpy in float64, because float32 cannot tell a condition number of 1e7.
 Measures of activations use jax in at least float32. Angles are in degrees, entropies in nats. Zero
-vectors give finite numbers everywhere. Equation numbers are those of
-https://arxiv.org/abs/2410.01131.
+vectors give finite numbers; only the condition number of a zero matrix is infinite. Equation
+numbers are those of https://arxiv.org/abs/2410.01131.
 """
 
 from collections.abc import Iterator

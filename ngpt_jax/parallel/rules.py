@@ -39,7 +39,6 @@ ACTIVATIONS: Rules = {
     "kv_heads": ("tensor",),
     "head_dim": (),
     "mlp": ("tensor",),
-    "vocab": ("tensor",),
 }
 
 # A parameter with a larger share of all parameters must not lie whole on every device.
@@ -124,8 +123,8 @@ def _mend(axis: str, size: int, cut: Sequence[str], mesh: Mesh | AbstractMesh) -
         if left % n:
             break
         left //= n
-    rest = " and mesh.data=-1" if m == "fsdp" else ""  # fsdp is the rest by default
-    return f"try mesh.{m}={math.gcd(left, n)}{rest}"
+    rest = "data" if m == "fsdp" else "fsdp"
+    return f"try mesh.{m}={math.gcd(left, n)} and mesh.{rest}=-1"
 
 
 def check_sharded_enough(

@@ -196,8 +196,9 @@ def _write_page(
       cells, speedups: from summary.cells_of and summary.speedups_of.
       captions: of the pictures by file name, in order.
     """
-    # The results of one checkout may be made in another one: the folder's name decides.
-    usual = page.parent.name == results.default_folder(experiment).name
+    # The results of one checkout may be made in another one: the ends of the paths decide.
+    folders = page.parent.absolute(), results.default_folder(experiment).absolute()
+    usual = len({folder.parts[-2:] for folder in folders}) == 1
     elsewhere = "" if usual else f" --out={page.parent}"
     title = study.title or f"Comparison: {experiment}"
     wanted = len(study.settings) * len(study.models) * len(study.budgets)

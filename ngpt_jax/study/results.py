@@ -178,13 +178,19 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path
             f" {experiment} has now (the first: {point_of(stale[0]).name}); delete them and their"
             f" folders in {path.parent / 'runs'}, or choose another --out."
         )
+    _check_text(study, rows, path)
+
+
+def _check_text(study: Study, rows: Sequence[Result], path: Path) -> None:
     for setting in study.settings:
         for what in ("data", "held_out"):
-            found = {r[what] for r in rows if r["setting"] == setting}
+            found = {r[what] for r in in_study(study, rows) if r["setting"] == setting}
             if len(found) > 1:
                 raise ConfigError(
-                    f"{path}: rows of {setting} come from different text (column {what}: "
-                    f"{', '.join(sorted(map(str, found)))}); delete those of the other text."
+                    f"{path}: runs of {setting} read different text (column {what}:"
+                    f" {', '.join(sorted(map(str, found)))}; another Python?); delete the rows of"
+                    f" one text and their folders in {path.parent / 'runs'}, or choose another"
+                    " --out."
                 )
 
 
@@ -200,9 +206,13 @@ def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | Non
 
 
 def add(path: Path, study: Study, row: Result) -> None:
-    """Adds a row in the study's order; it replaces an older row of the same point."""
+    """Adds a row in the study's order; it replaces an older row of the same point.
+
+    Raises ConfigError for one of another text than the other rows of its setting.
+    """
     with lock(path.parent / LOCK):
         rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
+        _check_text(study, rows, path)
         names = list(study.settings), list(study.models)
 
         def place(row: Any) -> tuple:

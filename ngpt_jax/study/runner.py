@@ -313,7 +313,9 @@ def _result(c: Comparison, run: Running) -> Result:
         how = f"was ended by signal {-code} (9: out of memory?); see {log}"
     else:
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        how = f"ended with code {code}: {lines[-1] if lines else ''} (see {log})"
+        # After the error of a traceback jax may add more lines.
+        told = next((line for line in reversed(lines) if "rror" in line), (lines or [""])[-1])
+        how = f"ended with code {code}: {told} (see {log})"
     raise PointFailed(f"{run.point.name} {how}")
 
 

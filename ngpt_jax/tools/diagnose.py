@@ -7,7 +7,8 @@ Examples:
       --config.data.paths=/data/owt_llama2
 
 Each figure is a PNG, with its numbers in a CSV file of the same name; a second run is laid over the
-first one. What is measured on parameters alone needs only the checkpoint. Angles and the entropy of
+first one. What is measured on parameters alone needs only the checkpoint of a run,
+which has the optimizer's state (converted weights have none). Angles and the entropy of
 attention are measured on the run's held-out text. Rotation and gradients are measured on its next
 training batch, with the optimizer's moments. Where the text is not here, these are left out, and a
 line gives the reason.

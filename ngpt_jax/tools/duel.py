@@ -14,6 +14,8 @@ from pathlib import Path
 from absl import flags
 
 from ngpt_jax.config import ConfigError, command, experiment
+from ngpt_jax.parallel.backend import enable_x64_if_used, set_xla_flags
+from ngpt_jax.training.stop_signal import StopSignal
 
 _CONFIG = flags.DEFINE_string("config", None, "Experiment FILE[:variant,...], or its name.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/duel-NAME by default.")
@@ -22,19 +24,18 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; runs/duel-N
 def _main(overrides: list[tuple[str, str]]) -> int:
     if _CONFIG.value is None:
         raise ConfigError("Give an experiment: --config=quickstart (see --help).")
-    path, variants = experiment.split_spec(_CONFIG.value)
-    names = [name for name in variants.split(",") if name]
-    if "gpt" in names:
-        raise ConfigError("--config: leave out the variant gpt; both models are trained.")
-    specs = {"ngpt": _CONFIG.value, "gpt": f"{path}:{','.join([*names, 'gpt'])}"}
-    configs = {name: experiment.load_config(spec, overrides) for name, spec in specs.items()}
-    from ngpt_jax.training.stop_signal import StopSignal
-
+    configs = experiment.load_pair(_CONFIG.value, overrides)
+    set_xla_flags(configs["ngpt"].runtime.xla_flags)
     stop = StopSignal()
+    from ngpt_jax.training import loop
     from ngpt_jax.training.duel import duel
 
+    for config in configs.values():
+        enable_x64_if_used(config.model)
+    path, variants = experiment.split_spec(_CONFIG.value)
+    names = [name for name in variants.split(",") if name]
     folder = _WORKDIR.value or Path("runs") / "-".join(["duel", Path(path).stem, *names])
-    return duel(configs, folder, stop)
+    return loop.exit_code(lambda: duel(configs, folder, stop))
 
 
 if __name__ == "__main__":

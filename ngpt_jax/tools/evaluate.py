@@ -57,6 +57,10 @@ _OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/evaluat
 def _main(overrides: list[tuple[str, str]]) -> None:
     if _WORKDIR.value is None:
         raise ConfigError("--workdir is needed: the folder of a training run.")
+    if not _TASKS.value:
+        for flag in (_TASKS_DIR, _LIMIT, _HARNESS):
+            if flag.present:
+                raise ConfigError(f"--{flag.name} is for --tasks; give some, or leave it out.")
     from ngpt_jax.evaluation.tasks import find_tasks
 
     tasks, names = find_tasks(_TASKS.value, _TASKS_DIR.value, _LIMIT.value, _HARNESS.value)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from ngpt_jax import plots
-from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config import ConfigError
 from ngpt_jax.files import matching
 from ngpt_jax.model.params import num_params
 from ngpt_jax.training import workdir as workdir_lib
@@ -129,18 +129,21 @@ def _facts(folder: Path) -> RunFacts:
     losses = read_losses(folder)
     saved = [int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
     logged = [step for curve in (losses.train, *losses.held_out.values()) for step, _ in curve[-1:]]
-    step, loss = max([0, *saved, *logged]), losses.at_end()
+    step, loss, steps = max([0, *saved, *logged]), losses.at_end(), config.train.steps
+    # A row may be of steps that were not saved, which are made again.
+    evaluated = losses.held_out and all(c[-1][0] == steps for c in losses.held_out.values())
+    finished = bool(evaluated) and steps in saved
     return RunFacts(
         folder=str(folder),
         kind=config.model.kind,
         parameters=f"{num_params(config.model):,}",
-        step=f"{step:,} of {config.train.steps:,}",
+        step=f"{step:,} of {steps:,}",
         held_out="-" if loss is None else f"{loss:.4f}",
-        state=_state(folder, config, step),
+        state=_state(folder, finished),
     )
 
 
-def _state(folder: Path, config: Config, step: int) -> str:
+def _state(folder: Path, finished: bool) -> str:
     try:
         with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # let go again when it is closed
@@ -148,5 +151,4 @@ def _state(folder: Path, config: Config, step: int) -> str:
         return "running"
     except OSError:  # no lock
         pass
-    assert config.train.steps is not None
-    return "finished" if step >= config.train.steps else "stopped"
+    return "finished" if finished else "stopped"

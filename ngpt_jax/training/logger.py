@@ -68,7 +68,8 @@ class Logger:
         """
         assert config.train.steps is not None
         self._model, self._steps, self._every = config.model, config.train.steps, config.log.every
-        self._tokens_per_step = config.train.batch_size * config.model.context
+        self._context = config.model.context
+        self._tokens_per_step = config.train.batch_size * self._context
         self._max_skipped = config.train.max_skipped
         self._progress, self._write, self.terminal = progress, write, terminal
         self._last_saved = last_saved
@@ -144,6 +145,11 @@ class Logger:
                 )
         return fetched[-1] if fetched else {}
 
+    def progress(self) -> Progress:
+        """That of the run, with the seconds since the last row, as a checkpoint has it."""
+        seconds = self._progress.seconds + self.clock.seconds
+        return dataclasses.replace(self._progress, seconds=seconds)
+
     def write_row(self, step: int, params: Any) -> None:
         """Writes the row of the steps since the last one."""
         metrics, progress = self.fetch(step), self._progress
@@ -157,7 +163,7 @@ class Logger:
         row: Row = {
             "loss": statistics.fmean(progress.losses) if progress.losses else None,
             **{name: metrics[name] for name in ("grad_norm", "learning_rate", "skipped")},
-            "tokens": step * tokens,
+            "tokens": progress.position * self._context,
             "seconds": progress.seconds,
             "tokens_per_second": rate,
             "mfu": throughput.mfu(self._model, rate),

@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
+import jax
 from etils import epath
 
-from ngpt_jax.config import Config
+from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data.preparing.folder import Stopped
+from ngpt_jax.errors import drop_unwritten, is_out_of_memory, tell
 from ngpt_jax.files import reason
 from ngpt_jax.parallel import distributed
 from ngpt_jax.terminal import Terminal, format_duration
 from ngpt_jax.training import history
 from ngpt_jax.training.setup import Run, open_run
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
+from ngpt_jax.training.workdir import RunError
 
 
 def train(
@@ -67,6 +70,31 @@ def train(
         return 0
 
 
+def exit_code(trained: Callable[[], int]) -> int:
+    """The exit code of a program that trains; an error of a run is told in one line.
+
+    Args:
+      trained: trains, and returns 0 or EXIT_RESUME.
+    """
+    try:
+        return trained()
+    except (RunError, ConfigError) as e:
+        tell(f"error: {e}")
+        return distributed.leave(e.exit_code if isinstance(e, RunError) else 2)
+    except jax.errors.JaxRuntimeError as e:
+        if not is_out_of_memory(e):
+            raise
+        tell(
+            "error: the device has too little memory; set model.remat=full, raise train.accumulate"
+            f" or lower train.batch_size, and see what --dry_run says ({reason(e)[:200]})"
+        )
+        return distributed.leave(1)
+    except KeyboardInterrupt:
+        return distributed.leave(130)
+    finally:
+        drop_unwritten()
+
+
 def steps_of(run: Run) -> Iterator[None]:
     """Makes the steps, and what is due between them, to the end or a stop; yields after each."""
     evaluator, logger, saver = run.evaluator, run.logger, run.saver
@@ -78,7 +106,7 @@ def steps_of(run: Run) -> Iterator[None]:
         stopping = run.step == run.steps or run.stop_asked()
         if stopping or saver.due(run.step):
             logger.fetch(run.step)
-            saver.save(run.step, run.state, dataclasses.asdict(run.progress))
+            saver.save(run.step, run.state, dataclasses.asdict(logger.progress()))
         if stopping:
             break
 

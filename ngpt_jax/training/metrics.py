@@ -37,7 +37,7 @@ class MetricWriter:
 
     def __init__(
         self, workdir: epath.Path, start_step: int, wandb_project: str | None = None,
-        config: dict[str, Any] | None = None,
+        config: dict[str, Any] | None = None, same_held_out: bool = True,
     ):  # fmt: skip
         """
         Args:
@@ -45,6 +45,8 @@ class MetricWriter:
           start_step: the step that the run goes on from.
           wandb_project: of Weights & Biases; None: not used.
           config: shown there.
+          same_held_out: whether the held-out text is that of the rows; if not, the evaluation at
+            ``start_step`` is dropped too.
 
         Raises:
           ConfigError: W&B does not start.
@@ -56,18 +58,21 @@ class MetricWriter:
         old = [path for number, path in sorted(found.items()) if number >= -1]
         self.results: Results = {}
         for path in old:
-            self._keep_rows_up_to(start_step, path)
+            self._keep_rows_up_to(start_step, path, same_held_out)
         remote = is_remote(workdir)
         name = f"metrics-{max([-1, *found]) + 1:04}.jsonl" if remote else "metrics.jsonl"
         self.path, self._text = workdir / name, ""
         self._file = None if remote else open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._tensorboard = None if remote else _TensorBoard(workdir, start_step)
 
-    def _keep_rows_up_to(self, step: int, path: epath.Path) -> None:
+    def _keep_rows_up_to(self, step: int, path: epath.Path, same_held_out: bool) -> None:
         text, kept = path.read_bytes(), []
         for line in text.splitlines(keepends=True):
             try:
                 row = json.loads(line.decode())
+                evaluated = any(name.startswith("eval/") for name in row)
+                if row["step"] == step and evaluated and not same_held_out:
+                    continue
                 if row["step"] <= step and step > 0:
                     kept.append(line if line.endswith(b"\n") else line + b"\n")
                 if row["step"] == step:

@@ -12,8 +12,8 @@ from ngpt_jax.decoding.sampling import Sampling
 
 
 def sample_text(model: ModelConfig, how: SampleConfig, tokenizer: Tokenizer, params: Any) -> str:
-    """``sample.prompt`` and what follows, as long as the context has room; "" for no tokens."""
-    if not how.tokens:
+    """``sample.prompt`` and what follows, as long as the context has room; "" where it has none."""
+    if not how.tokens or model.context < 2:
         return ""
     prompt = [tokenizer.eod, *tokenizer.encode(how.prompt)][-(model.context - 1) :]
     weights = jax.jit(lambda p: folding.for_inference(model, p))(params)

@@ -20,7 +20,7 @@ from ngpt_jax.checkpoint.restoring import restore_params
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.config.convert import fields
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.corpus import Corpus, load_corpus
+from ngpt_jax.data.corpus import Corpus, held_out_digest, load_corpus
 from ngpt_jax.data.tokenizers.base import Tokenizer, check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import digest_of, reason, writing
@@ -171,18 +171,21 @@ def open_run(
             " raise it."
         )
 
-    # 7. The logs end at this step. Then the folder tells what it holds: last of all, so that a
-    # start that is refused leaves it as it was.
+    # 7. The logs end at this step, before its evaluation if that was of another held-out text.
     shown, project = dataclasses.asdict(config), config.log.wandb_project
-    writer = _on_first(workdir, lambda: MetricWriter(workdir, step, project, shown))
-    if writer is not None:
-        stack.callback(writer.close)
     facts = {
         "data": corpus.fingerprint,
-        "held_out": digest_of(f"{s.name} {s.fingerprint}" for s in corpus.held_out),
+        "held_out": held_out_digest(corpus),
         "tokenizer": tokenizer.fingerprint,
     }
-    _on_first(workdir, lambda: workdir_lib.write_start(workdir, config, facts))
+
+    def open_logs() -> MetricWriter:
+        held_out = workdir_lib.read_facts(workdir).get("held_out", facts["held_out"])
+        return MetricWriter(workdir, step, project, shown, held_out == facts["held_out"])
+
+    writer = _on_first(workdir, open_logs)
+    if writer is not None:
+        stack.callback(writer.close)
 
     # 8. What is due between the steps. A checkpoint tells of which text it is, as its place in the
     # data means nothing in another one; all that is random comes from the seeds in the config.
@@ -241,6 +244,9 @@ def open_run(
         logger.compile_seconds = time.perf_counter() - start
         say(f"compiled the step in {logger.compile_seconds:.1f} s")
 
+    # 12. The folder tells what it holds: last of all, so that a start that is refused, or whose
+    # step does not compile, leaves it as it was.
+    _on_first(workdir, lambda: workdir_lib.write_start(workdir, config, facts))
     profile = Profile(config.profile, workdir, say)
     sample = functools.partial(sample_text, model, config.sample, tokenizer)
     return Run(

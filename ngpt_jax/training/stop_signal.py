@@ -7,11 +7,13 @@ from typing import Any
 from ngpt_jax import signals
 
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; the same command goes on
-_ANSWER = "received: stopping as soon as what is done is saved; a second Ctrl-C quits at once"
+_ANSWER = "received: stopping as soon as all is saved; a second Ctrl-C waits for one save at most"
 
 
 class StopSignal:
-    """Remembers that one of ``signals.STOP_SIGNALS`` came; a second Ctrl-C quits at once.
+    """Remembers that one of ``signals.STOP_SIGNALS`` came.
+
+    A second Ctrl-C quits after the save in progress, if there is one.
 
     It is made before jax is loaded, so that no signal is missed. With several processes a signal to
     one of them stops all at the same call: jax then handles SIGTERM itself, and the other signals

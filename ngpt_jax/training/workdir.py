@@ -158,6 +158,15 @@ def write_start(workdir: epath.Path, config: Config, facts: dict[str, str]) -> N
     files.write_atomically(workdir / "config.json", config_lib.to_json(config))
 
 
+def read_facts(workdir: epath.Path) -> dict[str, Any]:
+    """What :func:`write_start` wrote into versions.json; nothing where that cannot be read."""
+    try:
+        facts = json.loads((workdir / "versions.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
     """Refuses a workdir that is not the same folder for all processes.
 

@@ -45,8 +45,8 @@ def rotate_heads(
       cos, sin: (T, head_dim/2) or (B, T, head_dim/2) float32.
       q_scale: (kv_heads, group, head_dim) or (head_dim,) float32. None: no factor.
       k_scale: (kv_heads, head_dim) or (head_dim,) float32. None: no factor.
-      form: unit_after_rope, rms_before_rope or none. The second
-        needs both scales, the third has none.
+      form: unit_after_rope or rms_before_rope. The second needs both
+        scales.
       eps: for rms_before_rope.
       interpret: run it without a GPU.
 
@@ -284,8 +284,6 @@ def _forward(
     head_dim: int,
 ) -> Pair:
     """The result for one head of each token, as :mod:`ngpt_jax.model.heads` defines it."""
-    if form == "none":
-        return _turn(x, cos, sin)
     if form == "unit_after_rope":
         return _times(_normalized(_turn(x, cos, sin), form, eps, head_dim)[0], scale)
     return _turn(_times(_normalized(x, form, eps, head_dim)[0], scale), cos, sin)
@@ -305,8 +303,6 @@ def _backward(
 
     With y = Norm(x) the gradient for x is (g - y <y, g>) / ||x||, and likewise for RMSNorm.
     """
-    if form == "none":
-        return _turn(g, cos, -sin), None
     if form == "unit_after_rope":
         x = _turn(x, cos, sin)
     else:
