@@ -965,7 +965,8 @@ def test_with_one_seed_there_is_no_interval(tmp_path):
 def test_a_run_of_another_text_is_refused(tmp_path):
     """Of another Python on another machine, say, while both share the folder."""
     rows = made_up_rows(PLAN, lambda p: made_up_loss(p, {"gpt": 2e-3, "ngpt": 1e-2}))
-    rows = [row | {"data": "a", "held_out": "b", "cores": 1} for row in rows]
+    of_text = {"data": "a", "held_out": "b", "cores": 1, "config": "c"}
+    rows = [row | of_text for row in rows if row["setting"] == rows[0]["setting"]]
     for row in rows[:3]:
         results.add(tmp_path / "results.csv", PLAN, row)
     before = (tmp_path / "results.csv").read_text()
