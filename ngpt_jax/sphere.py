@@ -3,7 +3,7 @@
 Every function reads its input in at least float32, that is in
 ``promote_types(x.dtype, float32)``. Points and vectors come back in the dtype that they
 had (whole numbers in float32), so that bfloat16 stays bfloat16 outside and float64 stays
-float64 throughout; numbers that are measured come in at least float32. Norms of complex
+float64 throughout; norms come in at least float32. Norms of complex
 vectors are those of ``|x|``.
 
 ``axis`` is the axis (an int) or the axes (a tuple of ints) along which one vector

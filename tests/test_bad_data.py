@@ -85,15 +85,17 @@ def test_shards_of_a_prepared_folder_one_by_one(prepared, path):
     (prepared.parent / "b").mkdir()
     write_bin(prepared.parent / "b/a.bin", RNG.integers(0, 257, 500))
     files = {"paths": (str(prepared.parent / "b"),), "cache": prepared.parent / "c"}
-    with raises(f"data.eval_paths: .* {said}as the only one of paths, or in data.mixture"):
+    with raises(f"data.eval_paths: .*train-00000.bin' {said[:-11]}give its held-out files alone"):
         load(source="bin", eval_paths=(f"v={prepared}",), **files)
+    held_out = f"v={prepared}/held_out-00000.bin"
+    assert load(source="bin", eval_paths=(held_out,), **files).held_out[0].name == "v"
 
 
 def test_the_manifest_of_another_program(prepared):
     other = prepared.parent / "other"
     other.mkdir()
     write_bin(other / "a.bin", RNG.integers(0, 257, 500))
-    (other / "manifest.json").write_text('{"files": ["a.bin"]}')
+    (other / "manifest.json").write_text('{"version": 1, "files": ["a.bin"]}')
     assert load(source="bin", paths=(str(other),), cache=prepared.parent / "c").tokens > 400
 
 
@@ -212,7 +214,9 @@ def test_damaged_shards_in_the_cache_are_called_so(tmp_path):
     whole = shard.read_bytes()
     for damaged, said in ((whole[:-10], "damaged: "), (bytes(len(whole)), "was altered; ")):
         shard.write_bytes(damaged)
-        with raises(f"data.cache: '.*train-00000.bin' .*{said}delete '.*' and prepare it anew"):
+        with raises(
+            f"data.cache: '.*train-00000.bin' .*{said}delete '.*', and the same command prepares"
+        ):
             load(**how)
     shutil.rmtree(shard.parent)
     assert load(**how).tokens
@@ -359,7 +363,7 @@ def test_shards_altered_in_place(prepared):
     data = bytearray(shard.read_bytes())
     data[10] ^= 1
     shard.write_bytes(bytes(data))
-    with raises("data.paths: .*train-00000.bin' was altered; delete '.*' and prepare it anew"):
+    with raises("data.paths: .*train-00000.bin' was altered; prepare the folder anew"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
     shard.unlink()
     with raises("train-00000.bin' is missing"):
@@ -376,7 +380,7 @@ def test_shards_altered_in_place(prepared):
 def test_manifests_with_wrong_fields(prepared, change):
     file = prepared / "manifest.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with raises("manifest.json' is damaged .*; delete '.*' and prepare it anew"):
+    with raises("manifest.json' is damaged .*; prepare the folder anew"):
         load(source="bin", paths=(str(prepared),), cache=prepared.parent / "c")
 
 

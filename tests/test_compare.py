@@ -969,9 +969,10 @@ def test_a_run_of_another_text_is_refused(tmp_path):
     rows = [row | of_text for row in rows if row["setting"] == rows[0]["setting"]]
     for row in rows[:3]:
         results.add(tmp_path / "results.csv", PLAN, row)
-    before = (tmp_path / "results.csv").read_text()
+    before, name = (tmp_path / "results.csv").read_text(), results.point_of(rows[3]).name
     for what in ("data", "held_out"):
-        with pytest.raises(ConfigError, match=f"read different text .column {what}: .*/runs, or"):
+        message = rf"{name} read another text than .*; delete \S*/runs/{name}, and go on"
+        with pytest.raises(ConfigError, match=message):
             results.add(tmp_path / "results.csv", PLAN, rows[3] | {what: "c"})
     assert (tmp_path / "results.csv").read_text() == before
 

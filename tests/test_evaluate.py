@@ -586,7 +586,8 @@ def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monk
         shutil.copytree(runs / "ngpt", copy)
         facts = json.loads((copy / "versions.json").read_text())
         (copy / "versions.json").write_text(json.dumps(change(facts)))
-        with pytest.raises(ConfigError, match="text here is not what the run held out .*--text"):
+        told = "does not tell which" if folder == "converted" else "the text here is not the run's"
+        with pytest.raises(ConfigError, match=f"held-out text is not here .*{told}.*; give --text"):
             report.evaluate(
                 str(copy), None, [], report.Wanted([], [], None, None, 16, False), False, None
             )

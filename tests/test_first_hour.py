@@ -249,6 +249,8 @@ def test_losses_are_read_from_what_a_crash_has_left(tmp_path):
     assert losses == ([(2, 3.0), (4, 2.5)], {"a": [(4, 2.75)], "b/c": [(4, 2.25)]})
     assert losses.at_end() == 2.5
     assert history.read_losses(tmp_path / "none") == ([], {})
+    history.plot_losses({"x": history.Losses([], {})}, tmp_path / "empty.png")
+    assert (tmp_path / "empty.csv").read_text() == "run,set,step,loss\n"
 
 
 def test_a_run_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
@@ -261,5 +263,3 @@ def test_a_run_in_a_folder_whose_name_looks_like_a_pattern(tmp_path):
             writer.write(step, {"train/loss": step + start / 10})
         writer.close()
     assert history.read_losses(folder).train == [(1, 1), (2, 2), (3, 3.2), (4, 4.2)]
-    history.plot_losses({"x": history.Losses([], {})}, tmp_path / "empty.png")
-    assert (tmp_path / "empty.csv").read_text() == "run,set,step,loss\n"

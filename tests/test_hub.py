@@ -290,6 +290,13 @@ def repository(paths, configs=()):
         (["a/LICENSE.txt", "requirements.txt", "c4-train.0.json.gz"], [], None,
          ["c4-train.0.json.gz"]),
         (["dataset_infos.json", "en/train/0.parquet"], [], "en", ["en/train/0.parquet"]),
+        (["train.json", "test.jsonl", "train_license.txt"], [], None,
+         ["train.json", "train_license.txt"]),
+        (
+            ["train.json", "extra.jsonl", "b.jsonl", "license.txt"],
+            [{"config_name": "a", "data_files": ["train.json", "extra.jsonl", "license.txt"]}],
+            None, ["train.json"],
+        ),
         (
             ["a.jsonl", "b.txt"], [{"config_name": "default", "data_files": {"train": "*.txt"}}],
             None, ["b.txt"],

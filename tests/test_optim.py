@@ -42,6 +42,15 @@ def test_wsd_is_stable_then_falls_linearly():
     assert r[-1] == 0.0
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "wsd_sqrt"])
+def test_a_decay_begins_when_the_warm_up_has_ended(schedule):
+    """However long it is: the rate rises to its peak and falls to the end, without a jump."""
+    r = rates(schedule=schedule, decay_fraction=0.9, warmup_steps=50)
+    top = int(np.argmax(r))
+    assert top == 50 and r[50] == pytest.approx(1)
+    assert np.all(np.diff(r[:51]) > 0) and np.all(np.diff(r[50:]) < 0) and r[-1] < 0.2
+
+
 def test_wsd_sqrt_falls_by_the_root_of_the_progress():
     r = rates(schedule="wsd_sqrt", decay_fraction=0.2, final_fraction=0.1)
     assert np.all(r[:81] == 2.0)

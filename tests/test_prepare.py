@@ -241,7 +241,7 @@ def test_damaged_manifests(config, tmp_path, damage):
     run(config, tmp_path / "out")
     file = tmp_path / "out/manifest.json"
     file.write_text(damage if isinstance(damage, str) else damage(file.read_text()))
-    with raises("data.paths: '.*manifest.json' is damaged .*; delete '.*' and prepare it anew"):
+    with raises("data.paths: '.*manifest.json' is damaged .*; prepare the folder anew"):
         load(source="bin", paths=(str(tmp_path / "out"),), cache=tmp_path / "cache")
 
 
@@ -297,7 +297,7 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
     with raises("data.paths: .*train-00001.bin' has .* bytes, not .*; it is damaged"):
         load(source="bin", paths=(folder,), cache=cache)
     shard.unlink()
-    with raises("data.paths: .*train-00001.bin' is missing; delete '.*' and prepare it anew"):
+    with raises("data.paths: .*train-00001.bin' is missing; prepare the folder anew"):
         load(source="bin", paths=(folder,), cache=cache)
     shard.write_bytes(data[::-1])
     made = manifest.read_manifest(epath.Path(folder), "--out")

@@ -164,11 +164,16 @@ def test_an_error_of_a_run_is_one_line(error, code, told, capsys):
 
 
 def test_an_error_that_nobody_expects_is_not_hidden():
-    def train():
-        raise jax.errors.JaxRuntimeError("INTERNAL: a fault")
+    for fault in (
+        "INTERNAL: a fault",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem",
+    ):
 
-    with pytest.raises(jax.errors.JaxRuntimeError):
-        loop.exit_code(train)
+        def train(fault=fault):
+            raise jax.errors.JaxRuntimeError(fault)
+
+        with pytest.raises(jax.errors.JaxRuntimeError):
+            loop.exit_code(train)
 
 
 @pytest.mark.slow

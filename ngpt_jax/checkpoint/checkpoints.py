@@ -74,7 +74,7 @@ class Checkpoints:
         step, text, tree = int(state.step), json.dumps(progress), state._asdict()
         loss = held_out if held_out is not None and math.isfinite(held_out) else None
         if step in self._held_out:
-            if loss is not None and self._held_out[step] is None:  # evaluated since it was saved
+            if loss not in (None, self._held_out[step]):  # evaluated (anew) since it was saved
                 self._held_out[step] = loss
                 if problem := distributed.of_first(lambda: self._note(step, loss)):
                     raise self._failed(step, problem) from earlier

@@ -1,6 +1,7 @@
 """Experiment files and command-line overrides: FILE[:variant,...] and --config.a.b=value."""
 
 import contextlib
+import copy
 import importlib
 import os
 import re
@@ -170,7 +171,16 @@ def load_config(
         raise ConfigError(
             f"--config={source}: get_config returns no config (is a return missing?)."
         )
-    values = _plain(values)
+    values = copy.deepcopy(values)  # references within stay references
+    with contextlib.ExitStack() as stack:
+        if isinstance(values, ml_collections.ConfigDict):  # which refuses 0.1 in place of 0
+            stack.enter_context(values.ignore_type())
+            stack.enter_context(values.unlocked())
+        _override(values, overrides)
+    return from_config_dict(values)
+
+
+def _override(values: Any, overrides: Sequence[tuple[str, str]]) -> None:
     tuples: dict[str, Any] = {}
     for name, text in overrides:
         field = convert.field_named(name)
@@ -181,12 +191,13 @@ def load_config(
         if isinstance(value, tuple):
             tuples[name] = value
         *path, leaf = name.split(".")
-        section: Any = values
+        section = values
         for depth, part in enumerate(path, start=1):
-            section = section.setdefault(part, {})
+            if part not in section:
+                section[part] = {}
+            section = section[part]
             convert.check_section(section, ".".join(path[:depth]) + ".")
         section[leaf] = value
-    return from_config_dict(values)
 
 
 def load_pair(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Config]:
@@ -204,12 +215,6 @@ def load_pair(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Conf
                 " of the flags: both models are trained."
             )
     return configs
-
-
-def _plain(values: Mapping[str, Any] | ml_collections.ConfigDict) -> dict[str, Any]:
-    """A copy in dicts, which take a value of any type: a ConfigDict refuses 0.1 in place of 0."""
-    sections = (Mapping, ml_collections.ConfigDict)
-    return {k: _plain(v) if isinstance(v, sections) else v for k, v in values.items()}
 
 
 def describe(config: Config) -> str:

@@ -69,12 +69,6 @@ def resolve(config: Config) -> Config:
         o.schedule == "constant" or (o.warmup_steps or 0) < steps,
         f"optimizer.warmup_steps = {o.warmup_steps} must be below the {steps} steps of the run.",
     )
-    decay = round(o.decay_fraction * steps)
-    _require(
-        o.schedule not in ("wsd", "wsd_sqrt") or (o.warmup_steps or 0) + decay <= steps,
-        f"optimizer.decay_fraction = {o.decay_fraction}: the last {decay} of {steps} steps begin"
-        f" before the warm-up of {o.warmup_steps} ends; lower one of them.",
-    )
     _check_choices(config)
     _check_recipe(config)
     _check_parametrization(config)

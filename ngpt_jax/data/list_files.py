@@ -163,19 +163,22 @@ def find_train_and_eval_files(
                 " of them."
             )
     if config.source in TOKEN_FORMATS:
-        _refuse_prepared(files, f"{prefix}paths", "itself")
+        _refuse_prepared(files, f"{prefix}paths")
         for some in held_out.values():
-            _refuse_prepared(some, field, "as the only one of paths, or in data.mixture")
+            _refuse_prepared([f for f in some if f.name.startswith("train-")], field)
     _refuse_held_out(files, prefix)
     return Files(files, held_out, left_out)
 
 
-def _refuse_prepared(files: Sequence[epath.Path], field: str, how: str) -> None:
+def _refuse_prepared(files: Sequence[epath.Path], field: str) -> None:
     for file in {file.parent: file for file in files}.values():
         if is_prepared(file.parent):
+            mend = f"give {str(file.parent)!r} itself"
+            if field.endswith("eval_paths"):
+                mend = "give its held-out files alone"
             raise ConfigError(
                 f"{field}: {str(file)!r} is of a prepared folder, which knows its tokenizer and"
-                f" what is held out; give {str(file.parent)!r} {how}."
+                f" what is held out; {mend}."
             )
 
 
@@ -186,7 +189,8 @@ def is_prepared(folder: epath.Path) -> bool:
         return False
     with contextlib.suppress(ValueError, OSError, RecursionError):  # the reader tells more
         values = json.loads(file.read_text())
-        return not isinstance(values, dict) or bool(values.keys() & {"sets", "version"})
+        if isinstance(values, dict) and values.keys() - {"version"}:
+            return bool(values.keys() & {"sets", "tokenizer"})
     return True
 
 

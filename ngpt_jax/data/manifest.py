@@ -140,7 +140,7 @@ def read_manifest(folder: epath.Path, field: str) -> Manifest:
         return manifest
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
         raise ConfigError(
-            f"{field}: {str(file)!r} is damaged ({type(e).__name__}: {e}); {_anew(folder)}."
+            f"{field}: {str(file)!r} is damaged ({type(e).__name__}: {e}); {_anew(folder, field)}."
         ) from e
 
 
@@ -180,11 +180,11 @@ def check_shards(manifest: Manifest, folder: epath.Path, field: str) -> None:
     for shard in manifest.shards():
         file = folder / shard.file
         if not file.is_file():
-            raise ConfigError(f"{field}: {str(file)!r} is missing; {_anew(folder)}.")
+            raise ConfigError(f"{field}: {str(file)!r} is missing; {_anew(folder, field)}.")
         if (size := file.stat().length) != shard.bytes:
             raise ConfigError(
                 f"{field}: {str(file)!r} has {size:,} bytes, not {shard.bytes:,}; it is damaged:"
-                f" {_anew(folder)}."
+                f" {_anew(folder, field)}."
             )
 
 
@@ -207,12 +207,14 @@ def verify(
         doing(f"hashing {shard.file}")
         if sha256_of(folder / shard.file) != shard.sha256:
             raise ConfigError(
-                f"{field}: {str(folder / shard.file)!r} was altered; {_anew(folder)}."
+                f"{field}: {str(folder / shard.file)!r} was altered; {_anew(folder, field)}."
             )
 
 
-def _anew(folder: epath.Path) -> str:
-    return f"delete {str(folder)!r} and prepare it anew"
+def _anew(folder: epath.Path, field: str) -> str:
+    if field == "data.cache":
+        return f"delete {str(folder)!r}, and the same command prepares it anew"
+    return "prepare the folder anew"
 
 
 def sha256_of(file: epath.Path) -> str:

@@ -10,7 +10,7 @@ from etils import epath
 from ngpt_jax.checkpoint.restoring import restore
 from ngpt_jax.config import Config, ConfigError
 from ngpt_jax.data import pipeline
-from ngpt_jax.data.corpus import Corpus, load_corpus
+from ngpt_jax.data.corpus import Corpus, held_out_digest, load_corpus
 from ngpt_jax.data.tokenizers.base import check_tokenizer
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.files import reason
@@ -19,6 +19,7 @@ from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import make_mesh
 from ngpt_jax.training import layout
 from ngpt_jax.training.step import TrainState
+from ngpt_jax.training.workdir import check_held_out, open_workdir
 
 Batch = dict[str, np.ndarray]
 
@@ -28,12 +29,14 @@ class RunState(NamedTuple):
 
     Attributes:
       label: its name in tables and figures.
+      workdir: its folder.
       config: resolved.
       state: on the first device here.
       progress: what the checkpoint holds beside the state: the position in the data and so on.
     """
 
     label: str
+    workdir: epath.Path
     config: Config
     state: TrainState
     progress: dict[str, Any]
@@ -48,7 +51,7 @@ def read_state(label: str, path: str, config: Config, checkpoint: epath.Path) ->
     where = f"{checkpoint} is not of the model and optimizer in {path}/config.json"
     mend = "put the config.json of its run there"
     state, progress = restore(checkpoint, like._asdict(), where, mend)
-    return RunState(label, config, like._replace(**state), progress)
+    return RunState(label, open_workdir(path), config, like._replace(**state), progress)
 
 
 def load_text(run: RunState) -> Corpus:
@@ -61,6 +64,7 @@ def load_text(run: RunState) -> Corpus:
         raise ConfigError(f"{e.filename or 'the text'} cannot be read: {reason(e)}.") from e
     if corpus.fingerprint != run.progress["data"]:
         raise ConfigError("the text here is not the one that the run was trained on.")
+    check_held_out(run.workdir, held_out_digest(corpus), corpus.fingerprint)
     return corpus
 
 

@@ -36,7 +36,7 @@ from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
 from ngpt_jax.training import layout
-from ngpt_jax.training.workdir import open_workdir, read_facts
+from ngpt_jax.training.workdir import check_held_out, open_workdir
 
 Progress = Callable[[float], None]
 
@@ -232,18 +232,12 @@ def held_out_documents(model: LoadedModel, workdir: str) -> list[np.ndarray]:
 
     Raises ConfigError where they are not here, or where the text here is another one.
     """
-    config, facts = model.config, read_facts(open_workdir(workdir))
+    config = model.config
     try:
         corpus = load_corpus(config.data, model.tokenizer, config.model.context)
+        check_held_out(open_workdir(workdir), held_out_digest(corpus), corpus.fingerprint)
     except (ConfigError, OSError) as e:
         raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e
-    here = {"held_out": held_out_digest(corpus), "data": corpus.fingerprint}
-    known = next((name for name in here if name in facts), None)  # older runs noted data alone
-    if known is None or facts[known] != here[known]:
-        raise ConfigError(
-            "The text here is not what the run held out (another Python, other files, or weights"
-            " that were trained elsewhere); give --text."
-        )
     documents = []
     for held_out in corpus.held_out:
         ids = held_out.stream.read(0, len(held_out.stream))

@@ -26,7 +26,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
       A function from the step to the learning rate, a scalar in the default float dtype.
     """
     warmup = config.warmup_steps or 0
-    decay = max(1, round(config.decay_fraction * steps))
+    decay = max(1, min(round(config.decay_fraction * steps), steps - warmup))  # after the warm-up
 
     def share_of_peak(step):
         if config.schedule == "constant":

@@ -178,20 +178,27 @@ def check_rows(experiment: str, study: Study, rows: Sequence[Result], path: Path
             f" {experiment} has now (the first: {point_of(stale[0]).name}); delete them and their"
             f" folders in {path.parent / 'runs'}, or choose another --out."
         )
-    _check_text(study, rows, path)
-
-
-def _check_text(study: Study, rows: Sequence[Result], path: Path) -> None:
     for setting in study.settings:
         for what in ("data", "held_out"):
-            found = {r[what] for r in in_study(study, rows) if r["setting"] == setting}
+            found = {r[what] for r in rows if r["setting"] == setting}
             if len(found) > 1:
                 raise ConfigError(
-                    f"{path}: runs of {setting} read different text (column {what}:"
-                    f" {', '.join(sorted(map(str, found)))}; another Python?); delete the rows of"
-                    f" one text and their folders in {path.parent / 'runs'}, or choose another"
-                    " --out."
+                    f"{path}: rows of {setting} come from different text (column {what}: "
+                    f"{', '.join(sorted(map(str, found)))}); delete those of the other text, and"
+                    f" their folders in {path.parent / 'runs'}."
                 )
+
+
+def _check_same_text(study: Study, rows: Sequence[Result], new: Result, path: Path) -> None:
+    """Refuses a new row of another text than those of its setting that the study has."""
+    for old in in_study(study, rows):
+        if old["setting"] == new["setting"] and any(old[x] != new[x] for x in ("data", "held_out")):
+            name = point_of(new).name
+            raise ConfigError(
+                f"{name} read another text than {point_of(old).name} (Python {new['python']} here,"
+                f" {old['python']} there); delete {path.parent / 'runs' / name}, and go on with"
+                " that text, or choose another --out."
+            )
 
 
 def spread_of(study: Study, rows: Sequence[Result], point: Point) -> float | None:
@@ -211,8 +218,9 @@ def add(path: Path, study: Study, row: Result) -> None:
     Raises ConfigError for one of another text than the other rows of its setting.
     """
     with lock(path.parent / LOCK):
-        rows = [r for r in read(path) if point_of(r) != point_of(row)] + [row]
-        _check_text(study, rows, path)
+        others = [r for r in read(path) if point_of(r) != point_of(row)]
+        _check_same_text(study, others, row, path)
+        rows = [*others, row]
         names = list(study.settings), list(study.models)
 
         def place(row: Any) -> tuple:

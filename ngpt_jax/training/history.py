@@ -31,9 +31,10 @@ class Losses(NamedTuple):
     held_out: dict[str, Curve]
 
     def at_end(self) -> float | None:
-        """The newest held-out loss, the mean over the sets."""
-        last = [curve[-1][1] for curve in self.held_out.values()]
-        return sum(last) / len(last) if last else None
+        """The newest held-out loss, the mean over the sets that were evaluated then."""
+        last = [curve[-1] for curve in self.held_out.values()]
+        newest = [loss for step, loss in last if step == max(last)[0]]
+        return sum(newest) / len(newest) if newest else None
 
 
 def read_losses(workdir: epath.PathLike) -> Losses:
@@ -131,8 +132,8 @@ def _facts(folder: Path) -> RunFacts:
     logged = [step for curve in (losses.train, *losses.held_out.values()) for step, _ in curve[-1:]]
     step, loss, steps = max([0, *saved, *logged]), losses.at_end(), config.train.steps
     # A row may be of steps that were not saved, which are made again.
-    evaluated = losses.held_out and all(c[-1][0] == steps for c in losses.held_out.values())
-    finished = bool(evaluated) and steps in saved
+    evaluated = any(curve[-1][0] == steps for curve in losses.held_out.values())
+    finished = evaluated and steps in saved
     return RunFacts(
         folder=str(folder),
         kind=config.model.kind,

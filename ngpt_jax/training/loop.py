@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -82,11 +83,13 @@ def exit_code(trained: Callable[[], int]) -> int:
         tell(f"error: {e}")
         return distributed.leave(e.exit_code if isinstance(e, RunError) else 2)
     except jax.errors.JaxRuntimeError as e:
-        if not is_out_of_memory(e):
+        # That of a kernel's own memory is a fault of the kernel.
+        if not is_out_of_memory(e) or re.search("vmem|shared memory", str(e), re.IGNORECASE):
             raise
         tell(
-            "error: the device has too little memory; set model.remat=full, raise train.accumulate"
-            f" or lower train.batch_size, and see what --dry_run says ({reason(e)[:200]})"
+            "error: the device has too little memory; set model.remat=full, raise train.accumulate,"
+            " lower train.batch_size or eval.batch_size, and see what --dry_run says"
+            f" ({reason(e)[:200]})"
         )
         return distributed.leave(1)
     except KeyboardInterrupt:

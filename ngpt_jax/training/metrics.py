@@ -70,8 +70,8 @@ class MetricWriter:
         for line in text.splitlines(keepends=True):
             try:
                 row = json.loads(line.decode())
-                evaluated = any(name.startswith("eval/") for name in row)
-                if row["step"] == step and evaluated and not same_held_out:
+                at_step, evaluated = row["step"] == step, any(n.startswith("eval/") for n in row)
+                if at_step and evaluated and not same_held_out:
                     continue
                 if row["step"] <= step and step > 0:
                     kept.append(line if line.endswith(b"\n") else line + b"\n")

@@ -167,6 +167,24 @@ def read_facts(workdir: epath.Path) -> dict[str, Any]:
     return facts if isinstance(facts, dict) else {}
 
 
+def check_held_out(workdir: epath.Path, held_out: str, data: str) -> None:
+    """Refuses another held-out text than the newest start of a run had; raises ConfigError.
+
+    Args:
+      workdir: the run's folder.
+      held_out, data: fingerprints of the held-out text here, and of that to train on.
+    """
+    facts, here = read_facts(workdir), {"held_out": held_out, "data": data}
+    known = next((name for name in here if name in facts), None)  # older runs noted data alone
+    if known is None:
+        raise ConfigError(
+            f"{workdir / 'versions.json'} does not tell which text was held out (weights that were"
+            " trained elsewhere have none)."
+        )
+    if facts[known] != here[known]:
+        raise ConfigError("the text here is not the run's (another Python, or other files).")
+
+
 def check_shared(workdir: epath.Path, patience: float = 60.0) -> None:
     """Refuses a workdir that is not the same folder for all processes.
 

@@ -13,11 +13,10 @@ from ngpt_jax.data.hub import Repository
 from ngpt_jax.data.text.text_files import PACKED, SUFFIXES, read_documents
 from ngpt_jax.data.text.units import Doing, TextSource, Unit, held_out_name
 
-# Where a set has such files, others are read only if its card names them.
+# Where a split has such files, others are read only if the card names them.
 _SURE = (".parquet", *(f"{kind}{packed}" for kind in (".jsonl", ".ndjson") for packed in PACKED))
 _NO_TEXT = re.compile(  # files about the set
-    r"(.*/)?(dataset_infos?|config|.*licen[cs]e|readme|requirements|notice|citation)[^/]*"
-    r"\.(json|txt)",
+    r"(.*/)?(dataset_infos?|config|licen[cs]e|readme|requirements|notice|citation)\.(json|txt)",
     re.IGNORECASE,
 )
 _CONVERTED = "refs/convert/parquet"  # the hub's own copy, also of data sets that are programs
@@ -37,7 +36,7 @@ def open_hub(config: SourceConfig, prefix: str, download: bool, cache: str) -> T
         return TextSource([], {}, field)
     (spec,) = config.paths
     repo = hub.find_repository("dataset", spec, cache, field)
-    if not any(map(_readable, repo.files)) and "@" not in spec:
+    if not any(map(_is_text, repo.files)) and "@" not in spec:
         repo = hub.find_repository("dataset", f"{spec}@{_CONVERTED}", cache, field)
     splits = _splits(repo, config.hub_config, prefix)
 
@@ -55,12 +54,20 @@ def open_hub(config: SourceConfig, prefix: str, download: bool, cache: str) -> T
             )
         held_out = {held_out_name(split): units(split, "hub_eval_split")}
     notes = [repo.note] if repo.note else []
+    used = {path for some in splits.values() for path in some}
+    if left := sorted(path for path in repo.files if _is_text(path) and path not in used):
+        more = ", ..." if len(left) > 5 else ""
+        notes.append(f"{repo.name}: not read are {', '.join(left[:5])}{more}")
     origin = f"{repo.name}@{repo.commit}"
     return TextSource(units(config.hub_split, "hub_split"), held_out, field, notes, origin)
 
 
 def _readable(path: str) -> bool:
-    return path.lower().endswith(SUFFIXES) and not _NO_TEXT.fullmatch(path)
+    return path.lower().endswith(SUFFIXES)
+
+
+def _is_text(path: str) -> bool:
+    return _readable(path) and not _NO_TEXT.fullmatch(path)
 
 
 def _unit(repo: Repository, path: str, text_key: str, prefix: str) -> Unit:
@@ -81,7 +88,7 @@ def _unit(repo: Repository, path: str, text_key: str, prefix: str) -> Unit:
 def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list[str]]:
     """The readable files of each split of a config, by the data set's card or by their names."""
     readable = sorted(filter(_readable, repo.files))
-    paths = [path for path in readable if path.lower().endswith(_SURE)] or readable
+    paths = [path for path in readable if _is_text(path)]
     named = {str(c["config_name"]): c for c in repo.configs if isinstance(c, dict) and _files(c)}
     if not named and paths and all(p.count("/") > 1 for p in paths):  # as in the hub's own copy
         named = {p.split("/")[0]: {"data_dir": p.split("/")[0]} for p in paths}
@@ -96,7 +103,7 @@ def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list
         raise ConfigError(f"{prefix}hub_config: give one of the configs of {repo.name}: {known}.")
     files = _files(named[choice])
     if not isinstance(files, dict):
-        return _by_name(_matching(paths, files) or _matching(readable, files))
+        return _by_name(_matching(readable, files), named=True)
     return {split: _matching(readable, patterns) for split, patterns in files.items()}
 
 
@@ -114,8 +121,11 @@ def _files(config: dict[str, Any]) -> dict[str, list[str]] | list[str]:
     return [] if files == "/**" else patterns(files)
 
 
-def _by_name(paths: Sequence[str]) -> dict[str, list[str]]:
-    """Files by the split that their names tell; all are train where none does."""
+def _by_name(paths: Sequence[str], named: bool = False) -> dict[str, list[str]]:
+    """Files by the split that their names tell; all are train where none does.
+
+    Those of kinds that are surely data, unless the card has ``named`` them all.
+    """
     out: dict[str, list[str]] = {}
     for path in paths:
         for split, words in _SPLITS.items():
@@ -127,7 +137,8 @@ def _by_name(paths: Sequence[str]) -> dict[str, list[str]]:
     rest = out.pop("", [])
     if rest and "train" not in out:
         out["train"] = rest
-    return out
+    sure = {split: [p for p in some if p.lower().endswith(_SURE)] for split, some in out.items()}
+    return out if named else {split: sure[split] or some for split, some in out.items()}
 
 
 def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Text of TensorFlow Datasets."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -92,9 +93,14 @@ def _set_folder(folder: epath.Path, field: str) -> epath.Path:
     if (folder / "dataset_info.json").exists():
         return folder
     below, folders = [], [folder]
-    for _ in range(3):  # at most NAME/CONFIG/VERSION
-        folders = [entry for some in folders for entry in matching(some, "*")]
-        below += [some for some in folders if (some / "dataset_info.json").exists()]
+    for _ in range(4):  # at most NAME/CONFIG/VERSION
+        above, folders = folders, []
+        for some in above:
+            with contextlib.suppress(PermissionError):
+                entries = matching(some, "[!.]*")
+                found = any(entry.name == "dataset_info.json" for entry in entries)
+                below += [some] if found else []
+                folders += [] if found else entries
     if len(below) != 1:
         told = f"{len(below)} data sets" if below else "no dataset_info.json"
         raise ConfigError(
