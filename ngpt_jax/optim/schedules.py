@@ -14,8 +14,8 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     * ``cosine``: (1 + cos(pi r)) / 2, with r in [0, 1] the progress after the warm-up.
     * ``log``: 1 - log(1 + r/rho) / log(1 + 1/rho), the logarithmic decay of
       https://arxiv.org/abs/2608.01284, with rho = ``log_rho``. Its mean is 1/log(1 + 1/rho) - rho.
-    * ``wsd``: constant, then 1 - p, with p the progress in the last ``decay_fraction`` of the run, at
-      most all after the warm-up.
+    * ``wsd``: constant, then 1 - p, with p the progress in the last ``decay_fraction`` of the run,
+      but not before the end of the warm-up.
     * ``wsd_sqrt``: the same with 1 - sqrt(p).
     * ``constant``: the peak to the end.
 
