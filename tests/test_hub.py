@@ -196,7 +196,9 @@ def test_a_set_that_changes_is_noticed_and_the_old_one_stays(hub, prepare, tmp_p
     assert len(hub.fetched()) >= 4
 
 
-def test_the_data_of_an_experiment_are_prepared_for_machines_without_a_network(hub, start):
+def test_the_data_of_an_experiment_are_prepared_for_machines_without_a_network(
+    hub, start, tmp_path
+):
     command = [
         "--config=quickstart:debug", "--config.data.source=hub", "--config.data.paths=me/text",
         "--config.data.hub_eval_split=test", "--config.data.tokenizer=hub:me/tokenizer",
@@ -215,6 +217,12 @@ def test_the_data_of_an_experiment_are_prepared_for_machines_without_a_network(h
     hub.log.clear()
     code, output = said("ngpt_jax.main", **alone)
     assert code == 0 and hub.log == [], output
+    # The model is handed on with the tokenizer that the Hub has.
+    given = ["--workdir=runs/quickstart-debug", "--to_hf=hf"]
+    process = start("-m", "ngpt_jax.tools.convert", *given, **alone)
+    assert (process.communicate(timeout=300)[0].count("error"), process.returncode) == (0, 0)
+    original = hub.repos["model", "me/tokenizer"]["files"]["tokenizer.json"]
+    assert (tmp_path / "hf/original_tokenizer/tokenizer.json").read_bytes() == original
     code, output = said("ngpt_jax.data.prepare", "--out=x")
     assert code == 2 and "error: --out: with --config, give --config.data" in output
     code, output = said("ngpt_jax.data.prepare", "--source=hub")

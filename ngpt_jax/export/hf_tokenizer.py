@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from ngpt_jax.config import DataConfig, command
 from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
+from ngpt_jax.data.tokenizers.load import tokenizer_path
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
 from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
 
@@ -39,7 +40,7 @@ def write(
 
     Args:
       folder: that of the model.
-      data: data.tokenizer is the path of the original.
+      data: data.tokenizer names the original.
       tokenizer: loaded from there.
       context: length of a training sequence in tokens.
 
@@ -48,6 +49,7 @@ def write(
       bytes need no file); and notes on what transformers cannot read.
     """
     eos, readable, notes = EOD_OF_BYTES, True, []
+    original = tokenizer_path(data)
     built: tokenizers.Tokenizer | None = None
     if isinstance(tokenizer, ByteTokenizer):
         built = _of_bytes()
@@ -56,7 +58,8 @@ def write(
         built = _plain(tokenizer.tokenizer)
     elif isinstance(tokenizer, SentencePieceTokenizer):
         eos = tokenizer.processor.id_to_piece(tokenizer.eod)
-        shutil.copyfile(Path(data.tokenizer).expanduser(), folder / "tokenizer.model")
+        assert original is not None
+        shutil.copyfile(original, folder / "tokenizer.model")
         notes = ["AutoTokenizer reads this SentencePiece model from transformers 5 on."]
     elif isinstance(tokenizer, TiktokenTokenizer):
         eos, built = tokenizer.encoding.decode([tokenizer.eod]), _of_tiktoken(tokenizer)
@@ -83,15 +86,13 @@ def write(
             "clean_up_tokenization_spaces": False,
         }
         command.write_json(str(folder / "tokenizer_config.json"), values)
-    file = _copy_original(folder, data.tokenizer)
+    file = original and _copy_original(folder, original)
     return {"fingerprint": tokenizer.fingerprint, "file": file}, notes
 
 
-def _copy_original(folder: Path, path: str) -> str | None:
-    """Copies the original; returns the copy's path in the folder, None for bytes."""
-    if path == "byte":
-        return None
-    source, place = Path(path).expanduser(), folder / ORIGINAL
+def _copy_original(folder: Path, source: Path) -> str:
+    """Copies the original; returns the copy's path in the folder."""
+    place = folder / ORIGINAL
     place.mkdir()
     if source.is_dir():
         for name in ("encoder.json", "vocab.bpe"):

@@ -26,6 +26,14 @@ def _from_hub(file: TokenizerFile, cache: str) -> TokenizerFile:
     return dataclasses.replace(file, path=path, repository=name)
 
 
+def tokenizer_path(config: DataConfig, prefix: str = "data.") -> Path | None:
+    """The file or folder here that holds the tokenizer, fetched if need be; None for bytes."""
+    file = TokenizerFile(config.tokenizer, config.end_of_document, prefix)
+    if file.path == "byte":
+        return None
+    return Path((_from_hub(file, config.cache) if file.path.startswith(_HUB) else file).real_path)
+
+
 def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
     """The tokenizer that ``config.tokenizer`` names; raises ConfigError.
 
