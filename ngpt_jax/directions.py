@@ -143,7 +143,7 @@ def unit_step(
     def edit(axis, w, u):
         norm = sphere.norms(w, axis, axis_name)
         scaled, _, square = sphere.rescale(u, axis, axis_name)
-        of_vectors = as_norms("length", length, w, axis)
+        of_vectors = as_norms(length, w, axis, "length")
         return of_vectors * norm * (scaled * sphere.safe_rsqrt(square))
 
     return _stateless("unit_step", edit, axes)
@@ -217,7 +217,7 @@ def cap_angle(
         def edit(axis, w, u):
             scaled, scale, _ = sphere.rescale(u, axis, axis_name)
             parts = sphere.split(w, scaled, axis, axis_name)
-            theta = as_norms("max_angle", angle, w, axis)
+            theta = as_norms(angle, w, axis, "max_angle")
             theta = jnp.where(theta >= 0, theta, jnp.nan)
             phi = jnp.arctan2(jnp.sqrt(parts.square), parts.norm * scale + parts.radial)
             # 1 - cos(theta) as 2 sin^2(theta / 2), which keeps its digits at small angles.

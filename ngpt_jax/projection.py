@@ -159,18 +159,10 @@ def _radii(radius: Radius, params: PyTree) -> PyTree:
         ) from e
 
 
-def _as_radius(radius: Any, x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    """A leaf's radius, as :func:`as_norms`."""
-    if is_absent(radius):
-        raise ValueError("radius must have a number or an array for each leaf that has an axis.")
-    return as_norms("radius", radius, x, axis)
-
-
-def as_norms(name: str, value: Any, x: jax.Array, axis: tuple[int, ...]) -> jax.Array:
-    """A number for each vector, or one for all, in the dtype of the norms of x.
-
-    Refuses what has not their shape; ``name`` is that of the option.
-    """
+def as_norms(value: Any, x: jax.Array, axis: tuple[int, ...], name: str = "radius") -> jax.Array:
+    """The option ``name`` in the dtype of the norms of x; refuses what has not their shape."""
+    if is_absent(value):
+        raise ValueError(f"{name} must have a number or an array for each leaf that has an axis.")
     r = jnp.asarray(value, jnp.finfo(x.dtype).dtype)
     kept = {a % x.ndim for a in axis}
     shape = tuple(1 if i in kept else n for i, n in enumerate(x.shape))
@@ -308,7 +300,7 @@ def keep_params_on_sphere(
                 return u
             w = sphere.promote(p)
             change = u.astype(w.dtype)
-            r = sphere.norms(w, axis, axis_name) if mode == "brake" else _as_radius(r, w, axis)
+            r = sphere.norms(w, axis, axis_name) if mode == "brake" else as_norms(r, w, axis)
             moved = w + change
             scaled, scale, square = sphere.rescale(moved, axis, axis_name)
             inverse = sphere.safe_rsqrt(square)
@@ -317,7 +309,7 @@ def keep_params_on_sphere(
             if mode == "ball":
                 kept = jnp.where(jnp.sqrt(square) / scale > r, kept, change)
             if shares is not None:
-                outward, inward = (as_norms("shares", s, w, axis) for s in shares)
+                outward, inward = (as_norms(s, w, axis, "shares") for s in shares)
                 share = jnp.where(jnp.sqrt(square) / scale > r, outward, inward)
                 kept = share * change + (1 - share) * kept
             if retraction == "exp":
@@ -372,7 +364,7 @@ def project_params(
         if axis is None:
             return p
         scaled, _, square = sphere.rescale(p, axis, axis_name)
-        r = _as_radius(r, scaled, axis)
+        r = as_norms(r, scaled, axis)
         return (r * (scaled * sphere.safe_rsqrt(square))).astype(p.dtype)
 
     _check_radius(radius)
@@ -399,7 +391,7 @@ def sphere_deviation(
             return None
         scaled, scale, square = sphere.rescale(p, axis, axis_name)
         norm = jnp.sqrt(square) / scale
-        return jnp.max(jnp.abs(norm - _as_radius(r, scaled, axis)))
+        return jnp.max(jnp.abs(norm - as_norms(r, scaled, axis)))
 
     _check_radius(radius)
     return map_with_axes(worst, axes, params, _radii(radius, params))

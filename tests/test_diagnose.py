@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from ngpt_jax import plots
 from ngpt_jax.checkpoint.folder import find_checkpoint
@@ -50,7 +51,8 @@ def wobbly(config, seed=0):
 
 
 def opened(config, params):
-    return RunState("run", config, TrainState(0, params, None, None), {})
+    state = TrainState(0, params, None, None)
+    return RunState("run", epath.Path("run"), config, state, {})
 
 
 def f64(tree):
