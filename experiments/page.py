@@ -279,6 +279,7 @@ def fair_speedups() -> str:
         ]
         for setting, steps, tokens in _budgets(cells)
     ]  # fmt: skip
+    lines = [line for line in lines if set(line[2:]) != {"-"}]
     head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in _COSTS.values()]
     return _table(["text", "tokens a parameter", *head], lines)
 
