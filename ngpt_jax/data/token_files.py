@@ -76,7 +76,7 @@ def check_tokens(
     """
     field = f"{prefix}paths"
     if (folder := _prepared_folder(source, prefix)) is not None:
-        _open_manifest(source, prefix, folder, tokenizer)
+        _check_prepared(source, prefix, folder, tokenizer)
         return set(), set()
     files, eval_files, _ = find_train_and_eval_files(source, prefix, _suffixes(source))
     if source.source == "bin":
@@ -179,10 +179,10 @@ def _prepared_folder(source: SourceConfig, prefix: str) -> epath.Path | None:
     return prepared[0]
 
 
-def _open_manifest(
+def _check_prepared(
     source: SourceConfig, prefix: str, folder: epath.Path, tokenizer: Tokenizer
-) -> Manifest:
-    """The manifest of a prepared folder; refuses what the source says of it and is not so."""
+) -> None:
+    """Refuses a damaged folder, another tokenizer, and what the source says and is not so."""
     manifest = manifest_lib.open_manifest(folder, tokenizer, f"{prefix}paths")
     for name, said, is_ in (
         ("source", source.source, manifest.format),
@@ -192,7 +192,6 @@ def _open_manifest(
             raise ConfigError(
                 f"{prefix}{name}={said}, but {str(folder)!r} holds {is_}; set {prefix}{name}={is_}."
             )
-    return manifest
 
 
 def _verify_once(manifest: Manifest, folder: epath.Path, field: str, cache: Path) -> None:

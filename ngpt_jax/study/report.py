@@ -197,8 +197,8 @@ def _write_page(
       captions: of the pictures by file name, in order.
     """
     # The results of one checkout may be made in another one: the ends of the paths decide.
-    folders = page.parent.absolute(), results.default_folder(experiment).absolute()
-    usual = len({folder.parts[-2:] for folder in folders}) == 1
+    here, default = page.parent.absolute(), results.default_folder(experiment).absolute()
+    usual = here.parts[-2:] == default.parts[-2:]
     elsewhere = "" if usual else f" --out={page.parent}"
     title = study.title or f"Comparison: {experiment}"
     wanted = len(study.settings) * len(study.models) * len(study.budgets)

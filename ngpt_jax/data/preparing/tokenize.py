@@ -22,8 +22,8 @@ from ngpt_jax.files import reason
 _CHARACTERS_AT_ONCE = 2**20  # of a portion: bounds the memory that a tokenizer's results take
 # A small text is tokenized before a worker has started: by the bytes of its files, or its records,
 _SMALL = 4 * 2**20
-_LEAST_SAMPLED = 2**12  # characters on which is measured what a tokenizer loses
 _PORTIONS_BEFORE_WORKERS = 16  # and no further than this, as files may be packed and records long.
+_LEAST_SAMPLED = 2**12  # characters on which is measured what a tokenizer loses
 
 
 class Group(NamedTuple):

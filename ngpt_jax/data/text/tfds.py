@@ -90,10 +90,8 @@ def _builder(config: SourceConfig, prefix: str, download: bool) -> Any:
 
 def _set_folder(folder: epath.Path, field: str) -> epath.Path:
     """The folder with dataset_info.json: the given one, or the only one below it."""
-    if (folder / "dataset_info.json").exists():
-        return folder
     below, folders = [], [folder]
-    for _ in range(4):  # at most NAME/CONFIG/VERSION
+    for _ in range(4):  # the folder itself, and at most NAME/CONFIG/VERSION
         above, folders = folders, []
         for some in above:
             with contextlib.suppress(PermissionError):

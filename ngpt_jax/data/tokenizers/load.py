@@ -12,8 +12,10 @@ from ngpt_jax.errors import tell
 _HUB = "hub:"
 
 
-def _from_hub(file: TokenizerFile, cache: str) -> TokenizerFile:
-    """The tokenizer's file of a repository of the Hugging Face Hub, which is fetched first."""
+def _here(file: TokenizerFile, cache: str) -> TokenizerFile:
+    """The file on this machine; that of a repository of the Hugging Face Hub is fetched first."""
+    if not file.path.startswith(_HUB):
+        return file
     field, spec = f"{file.prefix}tokenizer", file.path.removeprefix(_HUB)
     repo = hub.find_repository("model", spec, cache, field)
     if repo.note:
@@ -31,7 +33,7 @@ def tokenizer_path(config: DataConfig, prefix: str = "data.") -> Path | None:
     file = TokenizerFile(config.tokenizer, config.end_of_document, prefix)
     if file.path == "byte":
         return None
-    return Path((_from_hub(file, config.cache) if file.path.startswith(_HUB) else file).real_path)
+    return Path(_here(file, config.cache).real_path)
 
 
 def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
@@ -49,8 +51,7 @@ def load_tokenizer(config: DataConfig, prefix: str = "data.") -> Tokenizer:
                 " own."
             )
         return ByteTokenizer()
-    if file.path.startswith(_HUB):
-        file = _from_hub(file, config.cache)
+    file = _here(file, config.cache)
     # Each library is imported where it is needed: few runs need more than one.
     if os.path.isdir(file.real_path):
         from ngpt_jax.data.tokenizers.tiktoken_files import load_gpt2
