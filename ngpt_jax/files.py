@@ -66,6 +66,16 @@ def writing(where: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def writing_cache(cache: str | os.PathLike[str]) -> Iterator[None]:
+    """As :func:`writing`, for files in the folder that the field data.cache names."""
+    try:
+        yield
+    except OSError as e:
+        where = f"data.cache = {os.fspath(cache)!r}"
+        raise ConfigError(f"{where} cannot be written: {reason(e)}; give another folder.") from e
+
+
+@contextlib.contextmanager
 def reading(where: str) -> Iterator[None]:
     """Turns an OSError of what is read inside into a ConfigError that begins with ``where``."""
     try:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ngpt_jax.config import ConfigError
-from ngpt_jax.files import reason, write_atomically
+from ngpt_jax.files import write_atomically, writing_cache
 
 
 def cached_arrays(
@@ -30,7 +29,7 @@ def cached_arrays(
         return _load_arrays(folder)
     except (OSError, ValueError, EOFError, TypeError):
         arrays = compute()
-    try:
+    with writing_cache(cache):
         folder.mkdir(parents=True, exist_ok=True)
         for number, array in enumerate(arrays):
             temporary = folder / f".{number}.{secrets.token_hex(8)}.npy"
@@ -42,10 +41,6 @@ def cached_arrays(
         crcs = [zlib.crc32((folder / f"{n}.npy").read_bytes()) for n in range(len(arrays))]
         write_atomically(folder / "crc32.json", json.dumps(crcs))
         return _load_arrays(folder)
-    except OSError as e:
-        raise ConfigError(
-            f"data.cache = {str(cache)!r} cannot be written: {reason(e)}; give another folder."
-        ) from e
 
 
 def _load_arrays(folder: Path) -> list[np.ndarray]:

@@ -19,7 +19,7 @@ from etils import epath
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.manifest import sha256_of
 from ngpt_jax.data.text.units import Doing
-from ngpt_jax.files import reason, write_atomically
+from ngpt_jax.files import reason, write_atomically, writing_cache
 
 WAIT = 0.5  # seconds between two signs of life
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -89,13 +89,9 @@ def find_repository(kind: str, spec: str, cache: str, field: str) -> Repository:
             f" give {name}@{newest.commit}"
         )
         return dataclasses.replace(pinned, note=note)
-    try:
+    with writing_cache(cache):
         pin.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(pin, json.dumps(dataclasses.asdict(newest)) + "\n")
-    except OSError as e:
-        raise ConfigError(
-            f"data.cache = {cache!r} cannot be written: {reason(e)}; give another folder."
-        ) from e
     return newest
 
 
