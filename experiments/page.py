@@ -73,11 +73,13 @@ def _spread(losses: Sequence[float]) -> str:
 
 
 def _state(study: Study, rows: Sequence[Result]) -> str:
-    """How much of a study has run; nothing where all has."""
-    left = len(plan.forecast(study, results.losses_of(study, rows)))
+    """How much of a study has run, and what it cannot find; nothing where all is there."""
+    losses = results.losses_of(study, rows)
+    left = len(plan.forecast(study, losses))
     if not rows:
         return "not started."
-    return f"**Not complete**: {len(rows)} of about {len(rows) + left} runs." if left else ""
+    state = [f"**Not complete**: {len(rows)} of about {len(rows) + left} runs."] if left else []
+    return " ".join([*state, *plan.given_up(study, losses)])
 
 
 # ------------------------------------------------------------------------------- the learning rate
@@ -99,7 +101,7 @@ def transfer_table() -> str:
         mine = [optima.get((setting, model)) for setting in study.settings]
         for label, column, digits in (
             (f"{name}: best rate", "optimum", ".2g"),
-            ("over that at width 32", "shift", ".2f"),
+            ("relative to width 32", "shift", ".2f"),
         ):
             found = (_interval(o, column, digits) if o and o[column] else "-" for o in mine)
             lines.append([label, *found])
@@ -128,12 +130,13 @@ def transfer_sentence() -> str:
     first, *_, last = study.settings
     shifts = {(o["setting"], o["model"]): o for o in summary.optima_of(study, rows)}
     parts = [
-        f"to {_interval(line, 'shift', '.2f')} of its start for {name}"
+        f"{_interval(line, 'shift', '.2f')} for {name}"
         for model, name in _RULES.items()
         if (line := shifts.get((last, model))) and line["shift"]
     ]
     widths = " to ".join(s.removeprefix("width") for s in (first, last))
-    text = f"From width {widths} the best number goes {', '.join(parts)}. " if parts else ""
+    text = f"From width {widths} the best rate changes by a factor of {_enumerate(parts)}. "
+    text = text if parts else ""
     return _paragraph(text + _state(study, rows))
 
 
@@ -174,7 +177,7 @@ def recipes_sentence() -> str:
         gains = [statistics.fmean(of[a]) - statistics.fmean(of[b]) for a, b in zip(*pairs.values())]
         apart = {name: _apart(of[a], of[b]) for name, (a, b) in pairs.items()}
         text = (
-            f"Muon instead of Adam lowers the loss by {gains[0]:.3f} nats a token for nGPT and by"
+            f"Muon instead of Adam lowers the loss by {gains[0]:.3f} nats per token for nGPT and by"
             f" {gains[1]:.3f} for GPT with QK-norm. nGPT's loss is higher than GPT's by"
             f" {apart['Adam']} with Adam and by {apart['Muon']} with Muon (mean and standard error"
             " of the seeds' differences). "
@@ -200,7 +203,7 @@ _ARMS = {
     "ngpt_muon": "nGPT, Muon", "gpt_qk_muon": "GPT with QK-norm, Muon",
 }  # fmt: skip
 _VARIANTS = {
-    "": "This table", "long": "130 tokens a parameter", "context": "Context 1,024",
+    "": "This table", "long": "130 tokens per parameter", "context": "Context 1,024",
     "width": "Width 128",
 }  # fmt: skip
 _WIDTHS = {"prose128": 64, "prose128x128": 128}
@@ -224,15 +227,13 @@ def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
 
 
 def _speedups(cells: Sequence[CellRow]) -> list[SpeedUpRow]:
-    """Of all settings, each with its tokens a parameter and its context."""
+    """Of all settings, each with its tokens per parameter and its context."""
     study, _ = _load("fair")
     together = dataclasses.replace(study, settings={s: {} for s in _TEXTS})
-    of_cell = {(c["setting"], c["model"], c["steps"]): c for c in cells}
+    tokens = {(setting, steps): tokens for setting, steps, tokens in _budgets(cells)}
     return [
         s | {
-            "tokens_per_parameter": of_cell[s["setting"], s["baseline"], s["steps"]][
-                "tokens_per_parameter"
-            ],
+            "tokens_per_parameter": tokens[s["setting"], s["steps"]],
             "context": 1024 if s["setting"] == "prose1024" else 128,
         }
         for s in summary.speedups_of(together, cells)
@@ -240,7 +241,7 @@ def _speedups(cells: Sequence[CellRow]) -> list[SpeedUpRow]:
 
 
 def _budgets(cells: Sequence[CellRow]) -> list[tuple[str, int, float]]:
-    """(setting, steps, tokens a parameter) of the lines of the tables."""
+    """(setting, steps, tokens per parameter) of the lines of the tables, by the first model."""
     first = {(c["setting"], c["steps"]): c["tokens_per_parameter"] for c in reversed(cells)}
     return [(*key, tokens) for key, tokens in reversed(first.items())]
 
@@ -264,7 +265,7 @@ def fair_losses() -> str:
         [_TEXTS[setting], f"{tokens:.0f}", *(loss(setting, m, steps) for m in _ARMS)]
         for setting, steps, tokens in _budgets(cells)
     ]
-    return _table(["text", "tokens a parameter", *_ARMS.values()], lines)
+    return _table(["text", "tokens per parameter", *_ARMS.values()], lines)
 
 
 def fair_speedups() -> str:
@@ -281,7 +282,7 @@ def fair_speedups() -> str:
     ]  # fmt: skip
     lines = [line for line in lines if set(line[2:]) != {"-"}]
     head = [f"{name}: in {cost}" for name in _PAIRS.values() for cost in _COSTS.values()]
-    return _table(["text", "tokens a parameter", *head], lines)
+    return _table(["text", "tokens per parameter", *head], lines)
 
 
 def fair_state() -> str:
@@ -293,27 +294,31 @@ def _range(values: Sequence[float], digits: str) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _complete() -> list[dict[str, CellRow]]:
-    """The cells of each line of the tables that has all models."""
-    cells, _, _ = _fair()
-    lines = (
-        {c["model"]: c for c in cells if (c["setting"], c["steps"]) == (setting, steps)}
-        for setting, steps, _ in _budgets(cells)
+def _cases() -> dict[tuple[str, int], dict[str, CellRow]]:
+    """The cells of each line of the tables that has all models and both speed-ups in steps."""
+    cells, speedups, _ = _fair()
+    there = Counter(
+        (s["setting"], s["steps"])
+        for s in speedups
+        if s["cost"] == "steps" and s["model"] in _PAIRS
     )
-    return [line for line in lines if set(line) == set(_ARMS)]
+    lines = {
+        key: {c["model"]: c for c in cells if (c["setting"], c["steps"]) == key}
+        for key, count in there.items()
+        if count == len(_PAIRS)
+    }
+    return {key: line for key, line in lines.items() if set(line) == set(_ARMS)}
 
 
 def fair_answer() -> str:
     """The answer: who is faster with each optimizer, what Muon does, who is best."""
-    lines = _complete()
-    rows = [s for s in _fair()[1] if s["model"] in _PAIRS]
-    there = {(c["setting"], c["steps"]) for line in lines for c in line.values()}
-    rows = [s for s in rows if (s["setting"], s["steps"]) in there]
-    if not rows:
+    cells, speedups, _ = _fair()
+    cases = _cases()
+    if not cases:
         return ""
 
     def speed(model: str) -> str:
-        mine = [s for s in rows if s["model"] == model]
+        mine = [s for s in speedups if s["model"] == model and (s["setting"], s["steps"]) in cases]
         steps, time = ([s for s in mine if s["cost"] == cost] for cost in _COSTS)
         counts = {
             "lies above 1": sum(s["low"] > 1 for s in steps),
@@ -322,22 +327,24 @@ def fair_answer() -> str:
         }
         found = _enumerate([f"{how} in {n}" for how, n in counts.items() if n])
         ranges = [_range([s["speed_up"] for s in x], ".2f") for x in (steps, time) if x]
+        timed = "" if len(time) == len(steps) else f", where it was measured ({len(time)} cases),"
         return (
             f"nGPT's speed-up {_PAIRS[model]} is {ranges[0]} in steps, and its interval {found} of"
-            f" {len(steps)} cases{''.join(f'; in time it is {x}' for x in ranges[1:])}."
+            f" {len(steps)} cases{''.join(f'; in time{timed} it is {x}' for x in ranges[1:])}."
         )
 
     def less(a: str, b: str) -> str:
-        return _range([line[b]["loss"] - line[a]["loss"] for line in lines], ".3f")
+        return _range([line[b]["loss"] - line[a]["loss"] for line in cases.values()], ".3f")
 
-    tokens = [c["tokens_per_parameter"] for line in lines for c in line.values()]
-    best = Counter(min(line, key=lambda m: line[m]["loss"]) for line in lines).most_common()
+    tokens = [tokens for *key, tokens in _budgets(cells) if tuple(key) in cases]
+    best = Counter(min(line, key=lambda m: line[m]["loss"]) for line in cases.values())
     return _paragraph(
-        f"There are {len(lines)} cases (texts and budgets) at {_range(tokens, '.0f')} tokens a"
-        f" parameter. {' '.join(map(speed, _PAIRS))} Muon instead of Adam lowers the loss of nGPT"
-        f" by {less('ngpt_muon', 'ngpt')} nats a token, and that of GPT with QK-norm by"
-        f" {less('gpt_qk_muon', 'gpt_qk')}. The lowest loss is that of"
-        f" {_enumerate([f'{_ARMS[m]}, in {n}' for m, n in best])} of {len(lines)} cases."
+        f"There are {len(cases)} cases (lines of [the table](#the-fair-table)) at"
+        f" {_range(tokens, '.0f')} tokens per parameter. {' '.join(map(speed, _PAIRS))} Muon"
+        f" instead of Adam lowers the loss of nGPT by {less('ngpt_muon', 'ngpt')} nats per token,"
+        f" and that of GPT with QK-norm by {less('gpt_qk_muon', 'gpt_qk')}. The lowest loss is that"
+        f" of {_enumerate([f'{_ARMS[m]}, in {n}' for m, n in best.most_common()])} of"
+        f" {len(cases)} cases."
     )
 
 
@@ -367,18 +374,18 @@ def fair_doubts() -> str:
     )
     lower = [c | {"losses": [x - missed(c) for x in c["losses"]]} for c in cells]
     return _paragraph(
-        "Without the first seed, which chose the rates, the speed-ups in steps"
-        f" {change([c | {'losses': c['losses'][1:]} for c in cells])}. The rates are a factor of"
-        " two apart; with the lowest points of parabolas through the best one and its neighbours"
-        f" losses are {of_ngpt:.4f} nats lower for nGPT and {of_gpt:.4f} for GPT, and the speed-ups"
-        f" {change(lower)}."
+        "Without the first seed, which was used for tuning, the speed-ups in steps"
+        f" {change([c | {'losses': c['losses'][1:]} for c in cells])}. Neighbouring learning rates"
+        " differ by a factor of two. A parabola through the losses at the best rate and its two"
+        f" neighbours has its minimum on average {of_ngpt:.4f} nats lower for nGPT and"
+        f" {of_gpt:.4f} for GPT. With these minima the speed-ups {change(lower)}."
     )
 
 
 def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
-    """'with Adam from 1.05 (...) at 5 to 0.90 (...) at 36, a factor of 0.86 (...)'.
+    """'with Adam it is 1.05 (...) at 5 tokens and 0.90 (...) at 36, a ratio of 0.86 (...)'.
 
-    Nothing of a model that has but one place on the axis.
+    Nothing of a model that has but one place on the axis, and no ratio of what is a bound.
     """
     parts = []
     for model, name in _PAIRS.items():
@@ -386,14 +393,14 @@ def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
         if len(mine) < 2:
             continue
         first, last = mine[0], mine[-1]
-        factor = last["speed_up"] / first["speed_up"]
-        # The interval of the quotient, the two taken as independent.
+        ratio = last["speed_up"] / first["speed_up"]
+        # The interval of the ratio, the two taken as independent.
         error = math.exp(math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))))
-        ends = " to ".join(f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
-        parts.append(
-            f"{name} from {ends} {unit}, a factor of {factor:.2f}"
-            f" ({factor / error:.2f} to {factor * error:.2f})"
-        )
+        of_first, of_last = (f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
+        text = f"{name} it is {of_first} {unit} and {of_last}"
+        if not first["bound"] + last["bound"]:
+            text += f", a ratio of {ratio:.2f} ({ratio / error:.2f} to {ratio * error:.2f})"
+        parts.append(text)
     return "; ".join(parts)
 
 
@@ -402,12 +409,12 @@ def growth_part() -> str:
     texts = []
     for setting in ("stdlib128", "prose128"):
         rows = [s for s in _fair()[1] if s["setting"] == setting and s["cost"] == "steps"]
-        if course := _course(rows, "tokens_per_parameter", "tokens a parameter"):
-            texts.append(f"On {_TEXTS[setting]} it goes {course}.")
+        if course := _course(rows, "tokens_per_parameter", "tokens per parameter"):
+            texts.append(f"On {_TEXTS[setting]}, {course}.")
     if not texts:
-        return "Speed-up against tokens a parameter: not measured yet."
-    picture = "![speed-up in steps against tokens a parameter, a panel a text](fair/growth.png)"
-    text = f"The speed-up in steps against the length of training. {' '.join(texts)}"
+        return "Speed-up against tokens per parameter: not measured yet."
+    picture = "![speed-up in steps against tokens per parameter, a panel a text](fair/growth.png)"
+    text = f"The speed-up in steps changes with the length of training. {' '.join(texts)}"
     return f"{_paragraph(text)}\n\n{picture}"
 
 
@@ -422,7 +429,7 @@ def context_part() -> str:
     if not course:
         return "Speed-up against the context: not measured yet."
     text = (
-        "The speed-up in steps against the context. On prose at 36 tokens a parameter it goes"
+        "The speed-up in steps changes with the context. On prose at 36 tokens per parameter,"
         f" {course}."
     )
     return f"{_paragraph(text)}\n\n![speed-up in steps against the context](fair/context.png)"
@@ -434,18 +441,18 @@ def _at_both_contexts() -> list[SpeedUpRow]:
 
 
 def growth() -> str:
-    """Speed-up of nGPT over GPT with QK-norm against tokens a parameter, a panel a text."""
+    """Speed-up of nGPT over GPT with QK-norm against tokens per parameter, a panel a text."""
     panels = {
         _TEXTS[setting]: [s for s in _fair()[1] if s["setting"] == setting]
         for setting in ("stdlib128", "prose128")
     }
-    return _draw("growth", panels, "tokens_per_parameter", "tokens a parameter")
+    return _draw("growth", panels, "tokens_per_parameter", "tokens per parameter")
 
 
 def context() -> str:
     """The same against the context, on prose at the budget that both contexts have."""
     panels = {_TEXTS["prose128"]: _at_both_contexts()}
-    return _draw("context", panels, "context", "context, 36 tokens a parameter")
+    return _draw("context", panels, "context", "context, 36 tokens per parameter")
 
 
 def _draw(name: str, panels: Mapping[str, Sequence[SpeedUpRow]], x: str, label: str) -> str:
@@ -487,23 +494,23 @@ def _draw(name: str, panels: Mapping[str, Sequence[SpeedUpRow]], x: str, label: 
 # What fair.py:ablation changes, as the page says it.
 _PIECES = {
     "ngpt_muon": {
-        "": "nothing",
+        "": "none",
         "no_projection": "no projection: matrices are on the sphere at the start only",
         "free_weights": "free weights, as GPT has them: neither normalized nor projected",
         "no_qk_norm": "no QK-norm, s_qk only",
-        "alpha0.05": "alpha from 0.05, as in the paper, not 0.2",
-        "alpha0.35": "alpha from 0.35",
+        "alpha0.05": "alpha starts at 0.05 (the paper's) instead of 0.2",
+        "alpha0.35": "alpha starts at 0.35",
         "alpha0.5+fixed": "no learned step: Norm(h + Norm(f(h))), alpha fixed at 0.5",
-        "s_z1": "s_z from 1, as in the paper, not 10",
+        "s_z1": "s_z starts at 1 (the paper's) instead of 10",
         "s_z10+fixed": "s_z fixed at 10",
-        "paper_scales": "scales 1/sqrt(width), as in the paper, not 0.5",
-        "warmup10": "a warm-up of a tenth, not none",
+        "paper_scales": "`scale` of alpha, s_qk and s_z is 1/sqrt(width) (the paper's) instead of 0.5",
+        "warmup10": "warm-up over a tenth of the run instead of none",
     },
     "gpt_qk_muon": {
-        "": "nothing",
+        "": "none",
         "unit_weights": "unit weights: projected as nGPT's are",
-        "decay0.1": "weight decay 0.1, not none",
-        "warmup0": "no warm-up, not a fifth",
+        "decay0.1": "weight decay 0.1 instead of 0",
+        "warmup0": "no warm-up instead of a fifth of the run",
     },
 }  # fmt: skip
 
@@ -519,7 +526,7 @@ def ablation_table() -> str:
             name = f"{model}{piece and '+' + piece}"
             more = _more(cells, name) if piece else ""
             lines.append([_ARMS[model], text, _with_rate(cells[name]), more])
-    return _table(["model", "changed", "nats a token (rate)", "more than with nothing"], lines)
+    return _table(["model", "change", "nats per token (rate)", "difference to unchanged"], lines)
 
 
 def _more(cells: dict[str, CellRow], name: str) -> str:
@@ -534,10 +541,10 @@ def why_part() -> str:
     lowest = {m: min(c["loss"] for n, c in cells.items() if n.startswith(m)) for m in _PIECES}
     return _paragraph(
         "No single piece explains why nGPT is behind. Unit weights suit nGPT and do not suit GPT:"
-        f" nGPT without the projection is worse ({more('ngpt_muon+no_projection')} nats a token),"
+        f" nGPT without the projection is worse ({more('ngpt_muon+no_projection')} nats per token),"
         f" so is nGPT with free weights ({more('ngpt_muon+free_weights')}), and so is GPT with unit"
         f" weights ({more('gpt_qk_muon+unit_weights')}). Where the scales start matters as much:"
-        f" the paper's start of alpha costs {more('ngpt_muon+alpha0.05')} in so short a run, and"
+        f" the paper's initial alpha costs {more('ngpt_muon+alpha0.05')} in so short a run, and"
         f" that of s_z {more('ngpt_muon+s_z1')}. QK-norm changes nothing"
         f" ({more('ngpt_muon+no_qk_norm')} without it). A fixed step of 0.5 does as well as learned"
         f" ones ({more('ngpt_muon+alpha0.5+fixed')}). GPT's recipe is not its best either: without"
@@ -557,7 +564,10 @@ def width_part() -> str:
     course = _course([s | {"width": _WIDTHS[s["setting"]]} for s in rows], "width", "channels")
     if not course:
         return "Speed-up at twice the width: not measured yet."
-    return _paragraph(f"On prose, in steps, at 10 tokens a parameter: {course}.")
+    return _paragraph(
+        "The speed-up in steps changes with the width. On prose at 10 tokens per parameter,"
+        f" {course}."
+    )
 
 
 # --------------------------------------------------------------------------------- the quickstart
@@ -588,7 +598,7 @@ def quickstart_table() -> str:
         ]
         for model, rows in _quickstart().items()
     ]
-    return _table(["model", "nats a token", "bits a byte", "minutes"], lines)
+    return _table(["model", "nats per token", "bits per byte", "minutes"], lines)
 
 
 # ------------------------------------------------------------------------------------- README.md
@@ -598,21 +608,21 @@ def numbers() -> str:
     """The table of README.md."""
     quick = _quickstart()
     bits = {m: _spread([r["bits_per_byte"] for r in rows]) for m, rows in quick.items()}
-    minutes = f"{_minutes(quick['ngpt'])} and {_minutes(quick['gpt'])} minutes"
+    minutes = f"{_minutes(quick['ngpt'])}, {_minutes(quick['gpt'])} minutes"
     lines = [
-        ["quickstart, bits a byte", f"{bits['ngpt']}; QK-norm {bits['gpt']}", minutes],
+        ["quickstart, bits/byte", f"nGPT {bits['ngpt']}, QK-norm {bits['gpt']}", minutes],
         *_speedup_lines(),
         _length_line(),
         _h200_line(),
     ]
-    return _table(["measured", "nGPT", "caveat"], lines)
+    return _table(["measured", "result", "note"], lines)
 
 
 def _speedup_lines() -> list[list[str]]:
     """nGPT over GPT with QK-norm, at the largest budget of each text."""
     lines = []
-    texts = {"prose128": "prose", "stdlib128": "source"}
-    for (setting, text), model in itertools.product(texts.items(), _PAIRS):
+    texts = {"prose128": "prose", "stdlib128": "Python source"}
+    for (setting, text), (model, name) in itertools.product(texts.items(), _PAIRS.items()):
         mine = [s for s in _fair()[1] if (s["setting"], s["model"]) == (setting, model)]
         if not mine:
             continue
@@ -622,8 +632,8 @@ def _speedup_lines() -> list[list[str]]:
         shown = [f"{name} {summary.show_row(s)}" for name, s in costs.items()]
         tokens = last["steps"]["tokens_per_parameter"]
         lines.append([
-            f"speed-up {_PAIRS[model]}, {text}", ", ".join(shown),
-            f"{tokens:.0f} tokens a parameter",
+            f"speed-up, {name.removeprefix('with ')}, {text}", ", ".join(shown),
+            f"{tokens:.0f} tokens/parameter",
         ])  # fmt: skip
     return lines
 
@@ -641,7 +651,7 @@ def _length_line() -> list[str]:
     }
     return [
         "perplexity at 1 and 4 times the context",
-        f"{at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "one run each",
+        f"nGPT {at['ngpt']}; QK-norm {at['gpt_qk']}; GPT {at['gpt']}", "1 seed",
     ]  # fmt: skip
 
 
@@ -650,8 +660,8 @@ def _h200_line() -> list[str]:
     found = json.loads(path.read_text(encoding="utf-8"))
     return [
         "time of a step, 12 layers of width 768, H200",
-        f"{found['ratios']['ngpt/gpt']:.2f} times GPT's",
-        f"{found['steps']} steps of older code; never trained",
+        f"nGPT {found['ratios']['ngpt/gpt']:.2f} times GPT",
+        f"{found['steps']} steps, older code; never trained",
     ]
 
 

@@ -65,7 +65,7 @@ def test_the_page_of_studies_that_have_begun(with_more):
         both = len(models) > 1
         assert ("not measured yet" in blocks["context_part"]) == (not both)
         assert blocks["context_part"].count("with Muon") == 0
-        assert blocks["numbers"].count("speed-up with") == 4
+        assert blocks["numbers"].count("| speed-up, ") == 4
 
 
 def test_the_page_of_complete_studies(with_more, monkeypatch):
@@ -77,7 +77,7 @@ def test_the_page_of_complete_studies(with_more, monkeypatch):
     assert "Not complete" not in blocks["fair_state"]
     for part in ("growth_part", "context_part", "width_part"):
         text = " ".join(blocks[part].split())
-        assert text.count("with Adam from") == text.count("with Muon from") > 0
+        assert text.count("with Adam it is") == text.count("with Muon it is") > 0
     assert PAGE["growth"]() and PAGE["context"]()
     # Other widths and contexts are no points of the growth's lines.
     assert {row["setting"] for row in drawn["growth.csv"]} == {"stdlib128", "prose128"}

@@ -7,7 +7,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data.corpus import check_corpus
 from ngpt_jax.data.tokenizers.load import with_tokenizer
 from ngpt_jax.errors import tell
-from ngpt_jax.files import is_remote
+from ngpt_jax.files import is_remote, lock
 from ngpt_jax.study import plan, report, results, runner
 from ngpt_jax.terminal import Terminal
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
@@ -19,8 +19,8 @@ def compare(
     """Runs what is due, and writes the report; see the flags of ``tools.compare``.
 
     Returns:
-      The exit code: 0 for a study that is complete, EXIT_RESUME for one that was stopped by a
-      signal, 1 for a failure. Raises ConfigError, runner.PointFailed, OSError.
+      The exit code: EXIT_RESUME where a signal stopped it before the end, 1 where a run failed or
+      a cell was given up, else 0. Raises ConfigError, runner.PointFailed, OSError.
     """
     study = results.load_study(experiment)
     if out and is_remote(out):
@@ -46,13 +46,16 @@ def compare(
         print(f"{len(rows)} rows; {runner.to_come(study, rows)} -> {folder}")
         return 0
     folder.mkdir(parents=True, exist_ok=True)
-    complete = report_only or _run_all(c, terminal)
-    rows = results.read(c.table)
-    terminal.say(f"report -> {report.write(experiment, study, rows, folder)}")
+    failed, stopped = ([], False) if report_only else _run_all(c, terminal)
+    with lock(folder / results.LOCK):  # another program may add a row, or write the report too
+        rows = results.read(c.table)
+        terminal.say(f"report -> {report.write(experiment, study, rows, folder)}")
     lost = plan.given_up(study, results.losses_of(study, rows))
+    if failed:
+        lost.append(f"{len(failed)} failed and will be tried by the next start: {failed[0]}")
     for line in lost:
         tell(f"error: {line}")
-    return 1 if lost else 0 if complete else EXIT_RESUME
+    return EXIT_RESUME if stopped else 1 if lost else 0
 
 
 def _check_runs(experiment: str, study: plan.Study, points: Sequence[plan.Point]) -> None:
@@ -68,11 +71,13 @@ def _check_runs(experiment: str, study: plan.Study, points: Sequence[plan.Point]
             raise ConfigError(f"{point.name}: {e}") from e
 
 
-def _run_all(c: runner.Comparison, terminal: Terminal) -> bool:
-    """Runs what is due until a signal comes; returns whether the study is complete."""
+def _run_all(c: runner.Comparison, terminal: Terminal) -> tuple[list[str], bool]:
+    """Runs what is due until a signal comes; returns failures, and whether a signal ended it."""
     stop = StopSignal()
     try:
-        return runner.run_all(c, terminal, lambda: stop.name)
+        failed = runner.run_all(c, terminal, lambda: stop.name)
+        due = plan.due(c.study, results.losses_of(c.study, results.read(c.table)))
+        return failed, bool(stop.name and due)
     finally:
         terminal.close()
         stop.restore()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ngpt_jax import plots
-from ngpt_jax.files import lock, write_atomically
+from ngpt_jax.files import write_atomically
 from ngpt_jax.study import figures, plan, results, summary
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
@@ -52,52 +52,54 @@ code { background: #f3f3f3; padding: 0 .2em; overflow-wrap: anywhere; }
 
 
 def write(experiment: str, study: Study, rows: Sequence[Result], out: Path) -> Path:
-    """Writes the report into ``out``, in the place of an older one; returns the page's path."""
+    """Writes the report into ``out``, in the place of an older one; returns the page's path.
+
+    The caller has the lock of that folder's table, from before it read the rows.
+    """
     rows = results.in_study(study, rows)
     cells = summary.cells_of(study, rows)
     speedups = summary.speedups_of(study, cells)
     captions: dict[str, str] = {}
-    with lock(out / results.LOCK):  # another program may be writing the report too
-        for name in ("speedup.csv", "optima.csv", *_PICTURES):
-            (out / name).unlink(missing_ok=True)
-        lines = [{name: c[name] for name in summary.CELL_COLUMNS} for c in cells]
-        plots.write_csv(out / "cells.csv", summary.CELL_COLUMNS, lines)
-        if speedups:
-            plots.write_csv(out / "speedup.csv", summary.SPEEDUP_COLUMNS, speedups)
-            figures.speedups(study, speedups, out / "speedup.png")
-            captions["speedup.png"] = (
-                "Speed-up at equal loss, by the baseline's budget. An arrow: more (less) than where"
-                " it begins; the budgets do not reach so far."
+    for name in ("speedup.csv", "optima.csv", *_PICTURES):
+        (out / name).unlink(missing_ok=True)
+    lines = [{name: c[name] for name in summary.CELL_COLUMNS} for c in cells]
+    plots.write_csv(out / "cells.csv", summary.CELL_COLUMNS, lines)
+    if speedups:
+        plots.write_csv(out / "speedup.csv", summary.SPEEDUP_COLUMNS, speedups)
+        figures.speedups(study, speedups, out / "speedup.png")
+        captions["speedup.png"] = (
+            "Speed-up at equal loss, by the baseline's budget. An arrow: more (less) than where"
+            " it begins; the budgets do not reach so far."
+        )
+    if cells and len(study.budgets) > 1:
+        for cost in figures.costs_to_draw(cells):
+            figures.losses(study, cells, cost, out / f"loss_{cost}.png")
+            captions[f"loss_{cost}.png"] = (
+                f"Held-out loss against {figures.COSTS[cost]}: mean, least and largest of the"
+                f" seeds.{_lost(cells)}"
             )
-        if cells and len(study.budgets) > 1:
-            for cost in figures.costs_to_draw(cells):
-                figures.losses(study, cells, cost, out / f"loss_{cost}.png")
-                captions[f"loss_{cost}.png"] = (
-                    f"Held-out loss against {figures.COSTS[cost]}: mean, least and largest of the"
-                    f" seeds.{_lost(cells)}"
-                )
-        if cells and len(study.budgets) == 1:
-            figures.models(study, cells, out / "loss.png")
-            caption = "Held-out loss: a mark for each seed, a bar at their mean."
-            captions["loss.png"] = caption + _lost(cells)
-        if rows and study.near:
-            optima = summary.optima_of(study, rows)
-            plots.write_csv(out / "optima.csv", summary.OPTIMUM_COLUMNS, optima)
-            figures.transfer(study, rows, optima, out / "transfer.png")
-            captions["transfer.png"] = (
-                f"Loss against {study.tuned}: the mean of the seeds that ran. A bar spans the"
-                " seeds' optima, see optima.csv."
-            )
-        # With near and one line a model, the figure above has it.
-        single = len(study.settings) == len(study.budgets) == len(study.seeds) == 1
-        if rows and study.tuned is not None and not (study.near and single):
-            figures.tuning(study, rows, out / "tuning.png")
-            captions["tuning.png"] = (
-                f"Tuning of {study.tuned} with the first seed; what a finished cell took is ringed."
-                " Runs that diverged are not drawn."
-            )
-        path = out / "report.html"
-        _write_page(path, experiment, study, rows, cells, speedups, captions)
+    if cells and len(study.budgets) == 1:
+        figures.models(study, cells, out / "loss.png")
+        caption = "Held-out loss: a mark for each seed, a bar at their mean."
+        captions["loss.png"] = caption + _lost(cells)
+    if rows and study.near:
+        optima = summary.optima_of(study, rows)
+        plots.write_csv(out / "optima.csv", summary.OPTIMUM_COLUMNS, optima)
+        figures.transfer(study, rows, optima, out / "transfer.png")
+        captions["transfer.png"] = (
+            f"Loss against {study.tuned}: the mean of the seeds that ran. A bar spans the"
+            " seeds' optima, see optima.csv."
+        )
+    # With near and one line a model, the figure above has it.
+    single = len(study.settings) == len(study.budgets) == len(study.seeds) == 1
+    if rows and study.tuned is not None and not (study.near and single):
+        figures.tuning(study, rows, out / "tuning.png")
+        captions["tuning.png"] = (
+            f"Tuning of {study.tuned} with the first seed; what a finished cell took is ringed."
+            " Runs that diverged are not drawn."
+        )
+    path = out / "report.html"
+    _write_page(path, experiment, study, rows, cells, speedups, captions)
     return path
 
 

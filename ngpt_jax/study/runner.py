@@ -1,5 +1,6 @@
 """Runs the points of a study, each as a process of its own, side by side, until none is due."""
 
+import functools
 import json
 import os
 import statistics
@@ -7,15 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, NamedTuple
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.files import lock, write_atomically
-from ngpt_jax.parallel.backend import available_cores
+from ngpt_jax.files import write_atomically
 from ngpt_jax.study import plan, results
+from ngpt_jax.study.cores import lanes, pinned, release, take, take_cores
 from ngpt_jax.study.plan import Point, Study
 from ngpt_jax.study.results import Result
 from ngpt_jax.terminal import Terminal, format_duration
@@ -61,61 +62,6 @@ class Running(NamedTuple):
     started: float | None = None  # time.monotonic(); None: it goes on with an earlier process's run
 
 
-def lanes(cores: int | None) -> int:
-    """How many runs go side by side; raises ConfigError where there are too few cores."""
-    here = len(available_cores())
-    if cores is not None and cores > here:
-        raise ConfigError(f"get_study(): each run is pinned to {cores} cores, and {here} are here.")
-    return 1 if cores is None else here // cores
-
-
-def take(path: Path) -> IO[str] | None:
-    """Locks a file for this program, and for the run that inherits it; None if it is locked."""
-    try:
-        return lock(path, keep_waiting=lambda: False)
-    except BlockingIOError:
-        return None
-
-
-def take_cores(cores: int | None) -> dict[int, IO[str]] | None:
-    """Cores that no other run of any study on this machine has, with their locks.
-
-    Empty where runs are not pinned; None where too few are free.
-    """
-    if cores is None:
-        return {}
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"ngpt_jax-cores-{user}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    taken: dict[int, IO[str]] = {}
-    for core in available_cores():
-        if (held := take(folder / str(core))) is not None:
-            taken[core] = held
-        if len(taken) == cores:
-            return taken
-    release(taken.values())
-    return None
-
-
-def release(locks: Iterable[IO[str]]) -> None:
-    for held in locks:
-        held.close()
-
-
-@contextmanager
-def pinned(cores: Iterable[int]) -> Iterator[None]:
-    """Processes that are started inside run on these cores alone, where the system can do that."""
-    if not cores or not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    before = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
 def start(
     c: Comparison, point: Point, cores: Iterable[int], locks: list[IO[str]]
 ) -> subprocess.Popen:
@@ -151,36 +97,43 @@ def _origins(c: Comparison, point: Point) -> list[Result]:
     return origins
 
 
-def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> bool:
+def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> list[str]:
     """Runs the points that are due until none is, or until stopped.
 
-    Each finished run is added to the table at once. When ``stopped`` names a signal, the runs save
-    their state and end.
+    Each finished run is added to the table at once. One that fails does not end the others, and is
+    not tried again here. When ``stopped`` names a signal, the runs save their state and end.
 
     Returns:
-      Whether the study is complete. Raises PointFailed.
+      A line for each run that failed.
     """
     c.runs.mkdir(parents=True, exist_ok=True)
     running: list[Running] = []
+    failed: dict[Point, str] = {}
     waiting = False
     try:
         while True:
             rows = results.read(c.table)
             losses = results.losses_of(c.study, rows)
-            due = [p for p in plan.due(c.study, losses) if p not in {r.point for r in running}]
+            taken = {*failed, *(r.point for r in running)}
+            due = [p for p in plan.due(c.study, losses) if p not in taken]
             for point in due:
                 if stopped() or len(running) == lanes(c.study.cores):
                     break
                 if (run := _try(c, point)) is not None:
                     running.append(run)
             if not running and (stopped() or not due):
-                return not due
+                return list(failed.values())
             if not running and not waiting:
                 waiting = True
                 terminal.say(f"waiting: other programs have {len(due)} runs, or the cores")
-            for run in _wait(running, stopped, terminal, *_status(c.study, rows, running)):
+            status = functools.partial(_status, c, rows, running)
+            for run in _wait(running, stopped, terminal, status):
                 running.remove(run)
-                _finish(c, run, terminal, bool(stopped()))
+                try:
+                    _finish(c, run, terminal, bool(stopped()))
+                except PointFailed as e:
+                    failed[run.point] = str(e)
+                    terminal.say(f"error: {e}")
     finally:
         for run in running:  # after an error in one of them, or in this program
             run.process.terminate()
@@ -214,7 +167,10 @@ def _start(
 
 
 def _wait(
-    running: Sequence[Running], stopped: Stopped, terminal: Terminal, share: float, status: str
+    running: Sequence[Running],
+    stopped: Stopped,
+    terminal: Terminal,
+    status: Callable[[], tuple[str, float]],
 ) -> list[Running]:
     """Waits until a run ends, and returns those that have ended.
 
@@ -222,6 +178,7 @@ def _wait(
     it tells the runs to save their state.
     """
     told, since = False, time.monotonic()
+    shown, looked = status(), since
     while running or time.monotonic() - since < 5:
         if stopped() and not told:
             told = True
@@ -233,16 +190,30 @@ def _wait(
             return ended
         if not running and stopped():
             return []
-        terminal.show(status, share)
+        if time.monotonic() - looked > 5:
+            shown, looked = status(), time.monotonic()
+        terminal.show(*shown)
         time.sleep(0.2)
     return []
 
 
-def _status(study: Study, rows: list[Result], running: list[Running]) -> tuple[float, str]:
-    """The share of the study that is done, and a line about it."""
-    done, (count, left) = len(results.in_study(study, rows)), _forecast(study, rows)
+def _status(c: Comparison, rows: list[Result], running: list[Running]) -> tuple[str, float]:
+    """A line about the study, and the share of its runs that is done."""
+    steps = {run.point: _steps_made(c.runs / run.point.name) for run in running}
+    done, (count, left) = len(results.in_study(c.study, rows)), _forecast(c.study, rows, steps)
     names = ", ".join(run.point.name for run in running)
-    return done / (done + count), f"{done} of about {done + count} runs{left}; now {names}"
+    begun = sum(n / point.steps for point, n in steps.items())
+    share = (done + begun) / (done + count)
+    return f"{done} of about {done + count} runs{left}; now {names}", share
+
+
+def _steps_made(workdir: Path) -> int:
+    """The last step of which a run tells."""
+    try:
+        rows = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return json.loads(rows[-1])["step"]
+    except (OSError, ValueError, IndexError):  # none yet, or one that is being written
+        return 0
 
 
 def to_come(study: Study, rows: list[Result]) -> str:
@@ -251,8 +222,12 @@ def to_come(study: Study, rows: list[Result]) -> str:
     return f"about {count} runs to come{left}"
 
 
-def _forecast(study: Study, rows: list[Result]) -> tuple[int, str]:
+def _forecast(
+    study: Study, rows: list[Result], made: Mapping[Point, int] = MappingProxyType({})
+) -> tuple[int, str]:
     """How many runs are still to come, and ", about 1:23:45 left".
+
+    ``made`` has the steps that running ones have made.
 
     A run takes its steps times the median seconds a step of the finished runs of its setting and
     model, and their median of ``other_seconds``: start, compilation, evaluation. Where there are
@@ -266,10 +241,11 @@ def _forecast(study: Study, rows: list[Result]) -> tuple[int, str]:
         return len(points), ", for how long is not known before one has ended"
     step = _medians((row, row["seconds"] / row["steps"]) for row in done)
     other = _medians((r, x) for r in done if (x := r.get("other_seconds")) is not None)
-    seconds = sum(
-        p.steps * step.get(key, step[None]) + other.get(key, other.get(None, 0.0))
-        for p in points for key in [(p.setting, p.model)]
-    )  # fmt: skip
+    seconds = 0.0
+    for p in points:
+        key = p.setting, p.model
+        seconds += (p.steps - made.get(p, 0)) * step.get(key, step[None])
+        seconds += other.get(key, other.get(None, 0.0))
     left = f", about {format_duration(seconds / lanes(study.cores))} left"
     return len(points), left + ("" if other else " without start and evaluation (not known)")
 

@@ -134,11 +134,15 @@ class SpeedUp(NamedTuple):
     high: float | None
 
 
-def cost_at(costs: ArrayLike, losses: ArrayLike, loss: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """The cost at which a loss is reached, on a monotone cubic (PCHIP) through (log cost, loss).
+_STRAIGHT = 0.4  # of exponents from 0 (log) to 0.6, the one with the least bias on measured curves
 
-    Straight lines would ask 15 % too much between budgets a factor of four apart, as losses fall
-    more and more slowly. Curves, N of them, are computed at once.
+
+def cost_at(costs: ArrayLike, losses: ArrayLike, loss: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """The cost at which a loss is reached, on a monotone cubic (PCHIP) through the points.
+
+    Against cost**-0.4 measured losses lie nearly on a line. Against log cost they bend: two budgets
+    a factor of four apart would ask 17 % too much between them, and the end of a curve would be
+    too flat. Curves, N of them, are computed at once.
 
     Args:
       costs: (points,), ascending.
@@ -150,13 +154,14 @@ def cost_at(costs: ArrayLike, losses: ArrayLike, loss: ArrayLike) -> tuple[np.nd
       first point is already below the loss, so that less would do; or the last cost and -1 where
       no point reaches it.
     """
-    x = np.log(np.asarray(costs, np.float64))
+    at = np.asarray(costs, np.float64)
+    x = -((at / at[0]) ** -_STRAIGHT)
     y, target = np.asarray(losses, np.float64), np.asarray(loss, np.float64)
     reached = y <= target
     point = np.where(reached.any(axis=0), reached.argmax(axis=0), len(x) - 1)
     bound = np.where(reached[0] & (y[0] < target), 1, np.where(reached.any(axis=0), 0, -1))
     if len(x) == 1:
-        return np.exp(x[point]), bound
+        return at[point], bound
     piece = np.maximum(point - 1, 0)  # reached within this one, from its left end on
     cubic = PchipInterpolator(x, y, axis=0).c[:, piece, np.arange(y.shape[1])]
     low, high = np.zeros_like(target), x[piece + 1] - x[piece]
@@ -165,7 +170,8 @@ def cost_at(costs: ArrayLike, losses: ArrayLike, loss: ArrayLike) -> tuple[np.nd
         above = np.polyval(cubic, middle) > target
         low, high = np.where(above, middle, low), np.where(above, high, middle)
     inside = (bound == 0) & (point > 0)
-    return np.exp(np.where(inside, x[piece] + high, x[point])), bound
+    found = at[0] * (-x[piece] - high) ** (-1 / _STRAIGHT)
+    return np.where(inside, found, at[point]), bound
 
 
 def speed_up(
