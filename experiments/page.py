@@ -270,9 +270,7 @@ def fair_losses() -> str:
 
 def fair_speedups() -> str:
     cells, speedups, _ = _fair()
-    shown = {
-        (s["setting"], s["model"], s["steps"], s["cost"]): summary.show_row(s) for s in speedups
-    }
+    shown = {(s["setting"], s["model"], s["steps"], s["cost"]): summary.show(s) for s in speedups}
     lines = [
         [
             _TEXTS[setting], f"{tokens:.0f}",
@@ -396,7 +394,7 @@ def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
         ratio = last["speed_up"] / first["speed_up"]
         # The interval of the ratio, the two taken as independent.
         error = math.exp(math.hypot(*(math.log(s["high"] / s["low"]) / 2 for s in (first, last))))
-        of_first, of_last = (f"{summary.show_row(s)} at {s[x]:,.0f}" for s in (first, last))
+        of_first, of_last = (f"{summary.show(s)} at {s[x]:,.0f}" for s in (first, last))
         text = f"{name} it is {of_first} {unit} and {of_last}"
         if not first["bound"] + last["bound"]:
             text += f", a ratio of {ratio:.2f} ({ratio / error:.2f} to {ratio * error:.2f})"
@@ -503,7 +501,9 @@ _PIECES = {
         "alpha0.5+fixed": "no learned step: Norm(h + Norm(f(h))), alpha fixed at 0.5",
         "s_z1": "s_z starts at 1 (the paper's) instead of 10",
         "s_z10+fixed": "s_z fixed at 10",
-        "paper_scales": "`scale` of alpha, s_qk and s_z is 1/sqrt(width) (the paper's) instead of 0.5",
+        "paper_scales": (
+            "`scale` of alpha, s_qk and s_z is 1/sqrt(width) (the paper's) instead of 0.5"
+        ),
         "warmup10": "warm-up over a tenth of the run instead of none",
     },
     "gpt_qk_muon": {
@@ -629,7 +629,7 @@ def _speedup_lines() -> list[list[str]]:
         most = max(s["steps"] for s in mine)
         last = {s["cost"]: s for s in mine if s["steps"] == most}
         costs = {name: last[cost] for cost, name in _COSTS.items() if cost in last}
-        shown = [f"{name} {summary.show_row(s)}" for name, s in costs.items()]
+        shown = [f"{name} {summary.show(s)}" for name, s in costs.items()]
         tokens = last["steps"]["tokens_per_parameter"]
         lines.append([
             f"speed-up, {name.removeprefix('with ')}, {text}", ", ".join(shown),

@@ -7,6 +7,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO, TYPE_CHECKING
@@ -43,7 +44,8 @@ def write_atomically(path: os.PathLike[str] | str, content: str | bytes) -> None
         epath.Path(path).write_bytes(body)  # an object appears as a whole
         return
     folder, name = os.path.split(os.fspath(path))
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    # By chance, as machines that share a disk may have processes of one number.
+    temporary = os.path.join(folder, f".{name}.{secrets.randbits(63)}.tmp")
     try:
         with open(temporary, "wb") as f:
             f.write(body)

@@ -46,11 +46,6 @@ _START_TIMEOUT = flags.DEFINE_integer(
 )
 
 
-def _default_workdir(spec: str) -> Path:
-    name, variants = experiment.split_spec(spec)
-    return Path("runs") / "-".join([Path(name).stem, *filter(None, variants.split(","))])
-
-
 def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, str]]) -> str:
     """What to do with a finished run, ready to paste."""
     commands: list[tuple[str, ...]] = [
@@ -58,7 +53,7 @@ def _next_commands(workdir: str | Path, prompt: str, overrides: list[tuple[str, 
         ("evaluate", f"--workdir={workdir}"),
     ]
     path, variants = experiment.split_spec(_CONFIG.value or "")
-    others = ",".join(name for name in variants.split(",") if name != "gpt")
+    others = ",".join(name for name in experiment.names_of(variants) if name != "gpt")
     given = [(name, value) for name, value in overrides if name != "model.kind"]
     with contextlib.suppress(ConfigError):  # there is no such pair of models
         spec = f"{path}{others and f':{others}'}"
@@ -101,7 +96,8 @@ def _main(overrides: list[tuple[str, str]]) -> int:
         if problem is not None:
             raise problem
         return 0
-    workdir = _default_workdir(_CONFIG.value) if _WORKDIR.value is None else _WORKDIR.value
+    default = Path("runs") / experiment.run_name(_CONFIG.value)
+    workdir = default if _WORKDIR.value is None else _WORKDIR.value
 
     def train() -> int:
         code = loop.train(config, workdir, _ALLOW_SCHEDULE_CHANGE.value, stop)

@@ -287,15 +287,23 @@ def test_storage_without_a_rename(tmp_path, by_commit_file, capsys):
     assert numbers(tmp_path / "damaged") == [6]
 
 
-def test_the_manifest_is_there_before_the_commit(tmp_path, monkeypatch):
+def test_all_files_are_on_the_disk_before_the_commit(tmp_path, monkeypatch):
     commit, threads = atomicity.AtomicRenameTemporaryPath.finalize, []
+    fsync, forced = os.fsync, set()
+
+    def noted(file):
+        forced.add(os.fstat(file).st_ino)
+        fsync(file)
 
     async def checked(self):
         checksums.verify(self.get())
+        files = [Path(self.get()) / name for name in checksums._files(self.get())]
+        assert forced >= {path.stat().st_ino for path in files} and len(files) > 5
         assert checksums.read(self.get())["step"] == 2
         threads.append(threading.current_thread())
         await commit(self)
 
+    monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", checked)
     train(tmp_path, 2)
     assert numbers(tmp_path / "checkpoints") == [2]
@@ -306,9 +314,9 @@ def test_each_file_is_measured_once_by_the_process_that_wrote_it(tmp_path, monke
     """Its own files before process 0 merges what all have written; of others' files it is told."""
     measure, write, seen = checksums._measure, checksums.write, []
 
-    def noted(path, **like):
+    def noted(path):
         seen.append(str(path).partition(atomicity.TMP_DIR_SUFFIX)[2].partition("/")[2])
-        return measure(path, **like)
+        return measure(path)
 
     def told(folder, facts, measured):
         assert measured and {n for n in seen if "process_0" in n} == set(measured)

@@ -11,8 +11,7 @@ import ml_collections
 import pytest
 
 from ngpt_jax import config as config_lib
-from ngpt_jax import main
-from ngpt_jax.config import ConfigError, convert
+from ngpt_jax.config import ConfigError, convert, experiment
 from ngpt_jax.config.command import split_overrides
 from ngpt_jax.config.experiment import describe, load_config
 from ngpt_jax.config.resolve import resolve
@@ -360,7 +359,7 @@ def test_paths_with_a_colon(tmp_path):
         assert load(spec=str(folder / name)).model.kind == "ngpt"
         assert load(spec=f"{folder / name}:gpt").model.kind == "gpt"
         assert load(spec=f"{folder / name}:").model.kind == "ngpt"
-        assert main._default_workdir(f"{folder / name}:gpt,debug").name == f"{name[:-3]}-gpt-debug"
+        assert experiment.run_name(f"{folder / name}:gpt,debug") == f"{name[:-3]}-gpt-debug"
     assert results.default_folder(f"{folder}/e.py:gpt") == folder / "e-gpt"
     with pytest.raises(ConfigError, match=r"no file '.*/12:30:05/gone.py'"):
         load(spec=f"{folder}/gone.py")

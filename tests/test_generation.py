@@ -21,6 +21,7 @@ from ngpt_jax.config import ConfigError
 from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.decoding import folding
 from ngpt_jax.decoding.cache import Slots, empty_cache
+from ngpt_jax.decoding.forward import tables_of
 from ngpt_jax.decoding.prefill import prefill, read_prompts
 from ngpt_jax.decoding.rows import inverse_norm, row_max, square_norm
 from ngpt_jax.decoding.sampling import Sampling, draw, filter_logits
@@ -73,7 +74,8 @@ def decoded_logits(config, params, tokens, cut, pieces):
 
     @jax.jit
     def go_on(tokens, caches, end):
-        return read_next(config, weights, tokens, caches, Slots(first, end))
+        tables = tables_of(config, end + jnp.arange(tokens.shape[1]), first)
+        return read_next(config, weights, tokens, caches, Slots(first, end), tables)
 
     caches = empty_cache(folded, *tokens.shape)
     out, place = [], 0

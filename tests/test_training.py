@@ -571,3 +571,17 @@ def test_a_step_that_hangs_dumps_all_stacks(small, tmp_path, monkeypatch, capfd)
     assert "in hang" in err
     time.sleep(1.1)  # the end of a run ends the watch
     assert "Timeout" not in capfd.readouterr().err
+
+
+def test_the_memory_of_a_chip_is_that_of_the_table_or_what_jax_says(monkeypatch):
+    def memory(kind, stats, platform="cuda"):
+        device = SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: stats)
+        return throughput.memory_of(device)
+
+    monkeypatch.setenv(throughput.FRACTION, "0.5")
+    assert memory("NVIDIA A100 80GB PCIe", None) == 79.2 * throughput.GIB
+    assert memory("NVIDIA Something", {"bytes_limit": 12 * throughput.GIB}) == 24 * throughput.GIB
+    assert memory("NVIDIA Something", None) is None
+    assert memory("cpu", {"bytes_limit": 5}, "cpu") is None
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert memory("NVIDIA Something", {"bytes_limit": 12}) is None

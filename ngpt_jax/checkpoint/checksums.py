@@ -1,8 +1,8 @@
 """Sizes and checksums of a checkpoint's files, by which it is known to be whole.
 
 They stand in the checkpoint's manifest.json, which is written last. A local file is read for it by
-the process that wrote it, right then, while its machine has the bytes in memory. gs:// knows the
-MD5 of what it holds and is asked for it: nothing is downloaded.
+the process that wrote it, right then, while its machine has the bytes in memory, and forced to the
+disk. gs:// knows the MD5 of what it holds and is asked for it: nothing is downloaded.
 """
 
 import base64
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -30,7 +30,10 @@ class DamagedCheckpoint(Exception):
 
 
 def measure(folder: epath.Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Sizes and checksums of files by their names in the folder. Raises what the storage raises."""
+    """Sizes and checksums of files by their names in the folder, which are on the disk then.
+
+    Raises what the storage raises.
+    """
     names = list(names)
     with ThreadPoolExecutor(_THREADS) as pool:
         return dict(zip(names, pool.map(lambda name: _measure(folder / name), names)))
@@ -56,7 +59,7 @@ def write(folder: epath.Path, facts: dict[str, Any], measured: dict[str, dict[st
     names = _files(folder)
     known = {name: measured[name] for name in names if name in measured}
     files = known | measure(folder, (name for name in names if name not in known))
-    (folder / MANIFEST).write_text(_text({**facts, "files": files}))
+    write_atomically(folder / MANIFEST, _text({**facts, "files": files}))
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
@@ -94,7 +97,7 @@ def verify(folder: epath.Path) -> None:
     def problem(name: str) -> str:
         try:
             expected = files[name]
-            found = _measure(folder / name, **expected)
+            found = _measure(folder / name, expected)
         except Exception as e:  # what a missing file raises depends on the storage
             if not (folder / name).exists():
                 return f"{name} is missing"
@@ -124,8 +127,12 @@ def _files(folder: epath.Path) -> list[str]:
     return names
 
 
-def _measure(path: epath.Path, **like: Any) -> dict[str, Any]:
-    """Bytes and checksum of a file; the checksum is of the kind that ``like`` has, if any."""
+def _measure(path: epath.Path, like: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Bytes and checksum of a file; the checksum is of the kind that ``like`` has.
+
+    Without ``like`` the file was just written: it is forced to the disk.
+    """
+    just_written, like = like is None, like or {}
     if is_remote(path) and "crc32" not in like:
         storage, name = fsspec.url_to_fs(os.fspath(path))
         found = storage.info(name)
@@ -133,6 +140,8 @@ def _measure(path: epath.Path, **like: Any) -> dict[str, Any]:
             return {"bytes": found["size"], "md5": found["md5Hash"]}
     size = crc = 0
     with path.open("rb") as f:
+        if just_written and not is_remote(path):
+            os.fsync(f.fileno())
         if "md5" in like:
             md5 = base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode()
             return {"bytes": path.stat().length, "md5": md5}

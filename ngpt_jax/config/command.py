@@ -47,7 +47,7 @@ def _check_not_empty(flag: str, value: Any) -> None:
 def refuse_overrides(overrides: Sequence[tuple[str, str]]) -> None:
     """For commands that read no config; raises ConfigError."""
     for name, _ in overrides:
-        raise ConfigError(f"--config.{name} is a flag of training; see --help.")
+        raise ConfigError(f"--config.{name} is a flag of training, not of this; see --help.")
 
 
 def _fail(message: str) -> NoReturn:

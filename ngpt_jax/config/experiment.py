@@ -33,9 +33,20 @@ def apply_variants(
       variants: names, separated by commas.
       known: a function that edits a config, for each name.
     """
-    for name in filter(None, variants.split(",")):
+    for name in names_of(variants):
         variant(name, known)(config)
     return config
+
+
+def names_of(variants: str) -> list[str]:
+    """The variants of FILE:variant,..."""
+    return [name for name in variants.split(",") if name]
+
+
+def run_name(spec: str) -> str:
+    """FILE-variant-..., the name of a folder for FILE[:variant,...]."""
+    path, variants = split_spec(spec)
+    return "-".join([Path(path).stem, *names_of(variants)])
 
 
 def variant(name: str, known: Mapping[str, _T]) -> _T:
@@ -203,7 +214,7 @@ def _override(values: Any, overrides: Sequence[tuple[str, str]]) -> None:
 def load_pair(spec: str, overrides: Sequence[tuple[str, str]]) -> dict[str, Config]:
     """nGPT of an experiment, and GPT as its variant gpt has it, as :func:`load_config`."""
     path, variants = split_spec(spec)
-    names = [name for name in variants.split(",") if name]
+    names = names_of(variants)
     if "gpt" in names:
         raise ConfigError("--config: leave out the variant gpt; both models are trained.")
     specs = {"ngpt": spec, "gpt": f"{path}:{','.join([*names, 'gpt'])}"}

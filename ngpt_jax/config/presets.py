@@ -1,6 +1,6 @@
 """What each ``model.kind`` stands for: independent choices, each filled in where it is None.
 
-This is the only file that knows the kinds. A new variant of the model is an entry of PRESETS and,
+No layer of the model asks for the kind. A new variant of the model is an entry of PRESETS and,
 where it needs a rule that does not exist yet, one function in the model.
 """
 

@@ -30,20 +30,17 @@ def read_next(
     tokens: jax.Array,
     caches: Caches,
     slots: Slots,
-    tables: Tables | None = None,
+    tables: Tables,
 ) -> tuple[jax.Array, Caches]:
     """The last hidden states (B, T, embed) of the next tokens (B, T), and the caches with them.
 
-    ``slots`` are those before these tokens. ``tables`` of RoPE may be given, so that a loop need
-    not compute them. The other arguments are those of :func:`forward`.
+    ``slots`` are those before these tokens. The other arguments are those of :func:`forward`.
     """
 
     def attend(cache: KeysValues, q, k, v, scale):
         cache = write(cache, k, v, slots.end)
         return attend_to_cache(q, cache, scale, slots), cache
 
-    if tables is None:
-        tables = tables_of(config, slots.end + jnp.arange(tokens.shape[1]), slots.first)
     attends = [functools.partial(attend, cache) for cache in caches]
     return forward(config, params, tokens, tables, attends)
 

@@ -19,7 +19,11 @@ from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
 from ngpt_jax.data.tokenizers.load import tokenizer_path
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
-from ngpt_jax.data.tokenizers.tiktoken_files import TiktokenTokenizer
+from ngpt_jax.data.tokenizers.tiktoken_files import (
+    GPT2_FILES,
+    TiktokenTokenizer,
+    byte_names,
+)
 
 ORIGINAL = "original_tokenizer"  # folder with the files that the training read
 EOD_OF_BYTES = "<|endoftext|>"
@@ -95,18 +99,11 @@ def _copy_original(folder: Path, source: Path) -> str:
     place = folder / ORIGINAL
     place.mkdir()
     if source.is_dir():
-        for name in ("encoder.json", "vocab.bpe"):
+        for name in GPT2_FILES:
             shutil.copyfile(source / name, place / name)
         return ORIGINAL
     shutil.copyfile(source, place / source.name)
     return f"{ORIGINAL}/{source.name}"
-
-
-def _byte_names() -> dict[int, str]:
-    """The printable character that stands for each byte in byte-level tokenizers."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
@@ -117,7 +114,7 @@ def _byte_level(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokeniz
 
 
 def _of_bytes() -> tokenizers.Tokenizer:
-    tokenizer = _byte_level({name: b for b, name in _byte_names().items()}, [])
+    tokenizer = _byte_level({name: b for b, name in byte_names().items()}, [])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.add_special_tokens([EOD_OF_BYTES])
     return tokenizer
@@ -132,7 +129,7 @@ def _plain(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 def _of_tiktoken(tokenizer: TiktokenTokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer: a merge for each pair of tokens that makes a third, sorted by its id."""
-    encoding, names = tokenizer.encoding, _byte_names()
+    encoding, names = tokenizer.encoding, byte_names()
     ranks = {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
     special = {token: encoding.encode_single_token(token) for token in encoding.special_tokens_set}
 

@@ -27,7 +27,7 @@ def matrix(
 
     With ``weights=sphere`` its vectors along embed are normalized at initialization. With
     ``normalize_on_read`` they are normalized here too, so that gradients are tangent to the sphere.
-    The matrix is still sharded over ``fsdp``. Its users gather it: :meth:`Block._linear`,
+    The matrix is still sharded over ``fsdp``. Its users gather it: :meth:`Block._product`,
     the embedding and the loss.
 
     Args:

@@ -173,7 +173,7 @@ def _speedup_table(speedups: Sequence[SpeedUpRow]) -> str:
     costs = {"steps": "in steps", "flops": "in FLOPs", "seconds": "in time"}
     lines: dict[tuple, dict[str, str]] = {}
     for s in speedups:
-        text = summary.show_row(s)
+        text = summary.show(s)
         line = lines.setdefault((s["setting"], s["model"], s["baseline"], f"{s['steps']:,}"), {})
         line[s["cost"]] = text.replace(" to ", "\u00a0to\u00a0")  # an interval stays on one line
     rows = [[*key, *(line.get(cost, "-") for cost in costs)] for key, line in lines.items()]

@@ -15,7 +15,7 @@ from typing import Any
 from ngpt_jax import config as config_lib
 from ngpt_jax import plots
 from ngpt_jax.config import Config, ConfigError
-from ngpt_jax.config.experiment import call_in_file, file_and_variants, load_config
+from ngpt_jax.config.experiment import call_in_file, file_and_variants, load_config, run_name
 from ngpt_jax.config.presets import value_of_kind
 from ngpt_jax.files import digest_of, lock, reason
 from ngpt_jax.study.plan import Losses, Point, Study, check, chosen, overrides_of
@@ -61,10 +61,10 @@ def default_folder(experiment: str) -> Path:
 
     In the current folder for an experiment that was installed with the package.
     """
-    path, variants = file_and_variants(experiment)
+    path, _ = file_and_variants(experiment)
     installed = Path(path).resolve().is_relative_to(Path(__file__).parents[1])
     folder = Path() if installed else Path(path).parent
-    return folder / "-".join([Path(path).stem, *filter(None, variants.split(","))])
+    return folder / run_name(experiment)
 
 
 def command_of(experiment: str, study: Study, point: Point) -> list[str]:

@@ -20,10 +20,9 @@ from ngpt_jax.study.cores import lanes, pinned, release, take, take_cores
 from ngpt_jax.study.plan import Point, Study
 from ngpt_jax.study.results import Result
 from ngpt_jax.terminal import Terminal, format_duration
-from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
+from ngpt_jax.training.stop_signal import EXIT_DIVERGED, EXIT_RESUME, StopSignal
 
 _INPUTS = ("data", "held_out", "config")  # columns that make runs comparable
-EXIT_DIVERGED = 3  # workdir.Diverged.exit_code, without loading jax
 Stopped = Callable[[], str | None]  # the name of the signal that was received, if one was
 
 

@@ -35,8 +35,7 @@ _CHECK = flags.DEFINE_string(
 
 
 def _main(overrides: list[tuple[str, str]]) -> int:
-    if overrides:
-        raise ConfigError("--config.… is for training; here the experiment file sets fields.")
+    command.refuse_overrides(overrides)
     if _EXPERIMENT.value is None:
         raise ConfigError("Give --experiment=experiments/speedup.py (see --help).")
     if sum(map(bool, (_CHECK.value, _DRY_RUN.value, _REPORT_ONLY.value))) > 1:

@@ -32,9 +32,7 @@ def _main(overrides: list[tuple[str, str]]) -> int:
 
     for config in configs.values():
         enable_x64_if_used(config.model)
-    path, variants = experiment.split_spec(_CONFIG.value)
-    names = [name for name in variants.split(",") if name]
-    folder = _WORKDIR.value or Path("runs") / "-".join(["duel", Path(path).stem, *names])
+    folder = _WORKDIR.value or Path("runs") / f"duel-{experiment.run_name(_CONFIG.value)}"
     return loop.exit_code(lambda: duel(configs, folder, stop))
 
 

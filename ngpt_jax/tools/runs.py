@@ -9,6 +9,7 @@ from ngpt_jax.config import command
 
 
 def _main(overrides: list[tuple[str, str]], folder: str = "runs") -> None:
+    command.refuse_overrides(overrides)
     from ngpt_jax.terminal import format_table
     from ngpt_jax.training.history import list_runs
 

@@ -45,7 +45,7 @@ def by_devices(config: Config, mesh: Mesh) -> tuple[Config, dict[str, str]]:
 
     choose("attention", *choose_kernel(config.model, mesh, device.platform, capability))
     choose("kernels", *fused.choose_kernels(config.model, device))
-    memory = _memory(device)
+    memory = throughput.memory_of(device)
     reason = f"auto on {platform}" if config.model.loss_chunk is None else "as configured"
     chunk = _loss_chunk(config, mesh.shape, platform, memory)
     choose("loss_chunk", chunk, reason, f"{chunk:,} tokens")
@@ -53,12 +53,6 @@ def by_devices(config: Config, mesh: Mesh) -> tuple[Config, dict[str, str]]:
     scan, reason = _scan_layers(config.model, platform)
     choose("scan_layers", scan, reason, "yes" if scan else "no, unrolled")
     return config, told
-
-
-def _memory(device: jax.Device) -> float | None:
-    """Bytes of a device's memory; None where that is not known."""
-    chip = throughput.chip_of(device)
-    return None if chip is None else chip.memory * GIB
 
 
 def _tokens(config: Config, shape: Mapping[str, int]) -> int:

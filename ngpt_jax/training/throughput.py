@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 
 from ngpt_jax.config import ConfigError, ModelConfig
+from ngpt_jax.parallel import rules
 
 GIB = 2**30  # bytes
 FRACTION = "XLA_PYTHON_CLIENT_MEM_FRACTION"  # of a GPU's memory, which jax takes at its start
@@ -29,6 +30,8 @@ _CHIPS = (
     Chip("TPU v5", 459e12, 95, 2765e9, 600e9),
     Chip("TPU v6 lite", 918e12, 32, 1640e9, 448e9),
     Chip("TPU7x", 2307e12, 192, 7380e9, 1200e9),
+    Chip("NVIDIA A100-PCIE-40GB", 312e12, 39.4, 1555e9, 64e9),
+    Chip("NVIDIA A100 80GB PCIe", 312e12, 79.2, 1935e9, 64e9),
     Chip("NVIDIA A100-SXM4-40GB", 312e12, 39.4, 1555e9, 600e9),
     Chip("NVIDIA A100-SXM4-80GB", 312e12, 79.2, 2039e9, 600e9),
     Chip("NVIDIA H100 PCIe", 756e12, 80, 2000e9, 600e9),
@@ -90,6 +93,20 @@ def chip_of(device: jax.Device) -> Chip | None:
         if kind == chip.kind or kind.startswith(chip.kind + " "):  # "NVIDIA L4" is not an "L40S"
             return chip
     return None
+
+
+def memory_of(device: jax.Device) -> float | None:
+    """Bytes of an accelerator's memory; None where that is not known.
+
+    Of a chip that is not in the table, what jax says; but several processes might not agree on it.
+    """
+    if (chip := chip_of(device)) is not None:
+        return chip.memory * GIB
+    platform = rules.platform_of(device)
+    if platform == "cpu" or jax.process_count() > 1:
+        return None
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return limit / usable_share(platform) if limit else None
 
 
 def mfu(config: ModelConfig, tokens_per_second: float) -> float | None:

@@ -21,6 +21,7 @@ from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
 from ngpt_jax.errors import install_hint
 from ngpt_jax.parallel import distributed
 from ngpt_jax.parallel.backend import available_cores
+from ngpt_jax.training.stop_signal import EXIT_DIVERGED
 
 
 class RunError(RuntimeError):
@@ -32,7 +33,7 @@ class RunError(RuntimeError):
 class Diverged(RunError):
     """Too many steps in a row had no finite loss or gradient."""
 
-    exit_code = 3
+    exit_code = EXIT_DIVERGED
 
 
 _RUN, _SCHEDULE, _FREE = OWN.resume, SCHEDULE.resume, FREE.resume
@@ -241,7 +242,7 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """What runs here: command, machine, versions of packages. For people only."""
+    """What runs here: command, machine, versions of packages; a study's table takes some of it."""
     packages = "ngpt-jax jax jaxlib flax optax orbax-checkpoint grain numpy tokenizers".split()
     found: dict[str, Any] = {}
     for name in packages:

@@ -148,6 +148,19 @@ def _parse_ranks(content: bytes, known: TiktokenFormat) -> dict[bytes, int]:
     return ranks
 
 
+GPT2_FILES = ("encoder.json", "vocab.bpe")  # of its folder
+
+
+def byte_names() -> dict[int, str]:
+    """The character that stands for each byte in GPT-2's tokenizer and others of its kind.
+
+    A printable byte is itself; the others are the characters 256, 257, ...
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = itertools.count(256)
+    return {b: chr(b if b in printable else next(others)) for b in range(256)}
+
+
 def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
     """Reads GPT-2's encoder.json (token to id) and vocab.bpe (merges) from their folder.
 
@@ -155,8 +168,7 @@ def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
 
     Raises ConfigError: no such files, damaged files, no such token.
     """
-    names = ("encoder.json", "vocab.bpe")
-    if not all(Path(folder.real_path, name).exists() for name in names):
+    if not all(Path(folder.real_path, name).exists() for name in GPT2_FILES):
         there = sorted(os.listdir(folder.real_path), key=lambda name: name != "tokenizer.json")
         known = re.compile(r"tokenizer\.json|.*\.(model|tiktoken)")
         if readable := list(filter(known.fullmatch, there)):
@@ -172,7 +184,7 @@ def load_gpt2(folder: TokenizerFile) -> TiktokenTokenizer:
         raise folder.error(
             f"the folder {folder.path!r} lacks encoder.json or vocab.bpe; give {KINDS}."
         )
-    encoder_json, vocab_bpe = map(folder.read, names)
+    encoder_json, vocab_bpe = map(folder.read, GPT2_FILES)
     try:
         ranks, special_tokens = _parse_gpt2(encoder_json, vocab_bpe)
     except ValueError as e:
@@ -202,10 +214,7 @@ def _parse_gpt2(encoder_json: bytes, vocab_bpe: bytes) -> tuple[dict[bytes, int]
             merges.append("".join(pair))
         elif pair and number > 1:
             raise ValueError(f"line {number} of vocab.bpe is not a pair")
-    # GPT-2 writes bytes as printable characters; other bytes as the characters 256, 257, ...
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = itertools.count(256)
-    byte_of = {chr(b if b in printable else next(others)): b for b in range(256)}
+    byte_of = {name: b for b, name in byte_names().items()}
     tokens = [*byte_of, *merges]
     if missing := [token for token in tokens if token not in encoder]:
         raise ValueError(f"encoder.json has no {missing[0]!r}")

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ngpt_jax.model import norms
+
 Tile = jax.Array  # (1, width) float32
 _ROWS = 16  # at most, of a program with sums: these are then 1/20 of the bytes of a backward pass
 _PROGRAMS = 1024  # at least, where there are rows enough, to fill a GPU of 132 cores
@@ -101,9 +103,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 def inverse_norm(x: Tile) -> Tile:
     """1 / ||x|| as (1, 1); 0 where the squared norm is below the smallest normal number."""
-    square = jnp.sum(x * x, 1, keepdims=True)
-    there = square >= jnp.finfo(jnp.float32).tiny
-    return jnp.where(there, jax.lax.rsqrt(jnp.where(there, square, 1)), 0)
+    return norms.inverse_root(jnp.sum(x * x, 1, keepdims=True))
 
 
 def unit_backward(y: Tile, inverse: Tile, g: Tile) -> Tile:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from ngpt_jax.model import norms
+
 Pair = tuple[jax.Array, jax.Array]  # a head's halves: tiles of float32
 
 _WARPS = 8  # at most
@@ -333,6 +335,5 @@ def _normalized(x: Pair, form: str, eps: float, head_dim: int) -> tuple[Pair, ja
     if form == "rms_before_rope":
         inverse = jax.lax.rsqrt(square / head_dim + eps)
     else:
-        there = square >= jnp.finfo(square.dtype).tiny
-        inverse = jnp.where(there, jax.lax.rsqrt(jnp.where(there, square, 1)), 0)
+        inverse = norms.inverse_root(square)
     return (a * inverse, b * inverse), inverse
