@@ -49,6 +49,7 @@ def get_config(variants: str = ""):
     config.data.held_out = 0.005  # about 50 M tokens, all of which are evaluated at the end
     config.data.workers = 2  # the small model reads millions of tokens a second
     config.eval.batch_size = 32
+    config.mesh.fsdp = 1  # of several GPUs CUDA_VISIBLE_DEVICES names the one of a run
     one_run_of_many(config)
     known = dict.fromkeys(STUDIES, lambda config: None) | {"127m": _127m, "debug": debug}
     return apply_variants(config, variants, known)

@@ -34,8 +34,8 @@ def report(folder, name, experiment, *options):
 
 def gpu(folder):
     """A row a program on eight H100s, 32,768 tokens a device."""
-    rows = [("model", "kernels", "layers, remat", "peak GiB", "GB a step", "launched", "compute ms",
-             "memory ms", "network ms", "MFU at most", "one after another")]  # fmt: skip
+    rows = [("model", "kernels", "layers, remat", "peak GiB", "GB per step", "launched", "compute ms",
+             "memory ms", "network ms", "roofline MFU", "MFU without overlap")]  # fmt: skip
     for (size, label), context, kind, kernels in itertools.product(
         MODELS.items(), (1024, 4096), ("gpt", "ngpt"), ("xla", "pallas")
     ):
@@ -74,7 +74,7 @@ def tpu(folder):
 
 def remat(folder):
     """1B on v5e:4x4 by remat: 8 sequences a chip, and the most that fit."""
-    rows = [("1B, 1k, v5e-16", "peak GiB at 8 a chip", "GB a step", "most that fit (peak GiB)")]
+    rows = [("1B, 1k, v5e-16", "peak GiB at 8 a chip", "GB per step", "most that fit (peak GiB)")]
     for kind in REMATS:
         options = "--topology=v5e:4x4", f"--config.model.remat={kind}"
         eight = report(folder, f"remat_{kind}_8", "1b.py", *options, "--windows=8")

@@ -314,10 +314,10 @@ def read(curve, budgets, loss):
 @pytest.mark.parametrize(
     ("middle", "others", "bias", "spread"),
     [
-        (1000, (500, 2000, 4000), 0.02, 0.05),
-        (2000, (500, 1000, 4000), 0.02, 0.06),  # in the last piece
-        (1000, (500, 2000), 0.07, 0.06),
-        (2000, (1000, 4000), 0.07, 0.06),
+        (1000, (500, 2000, 4000), 0.015, 0.04),
+        (2000, (500, 1000, 4000), 0.015, 0.04),  # in the last piece
+        (1000, (500, 2000), 0.06, 0.04),
+        (2000, (1000, 4000), 0.06, 0.04),
     ],
 )
 def test_a_budget_is_found_again_from_the_others(middle, others, bias, spread):

@@ -145,6 +145,7 @@ HOW = {
     "pytest": NotOurs("the tests themselves"),
     "git clone": NotOurs("git"),
     "cd ngpt_jax": NotOurs("the shell"),
+    "export": NotOurs("the shell"),
     "gcloud compute tpus tpu-vm create": NotOurs("a TPU, and an account at Google"),
     "gcloud compute tpus tpu-vm ssh": NotOurs("the same; what it runs there is in the list too"),
     "python -m uv": NotOurs("uv's commands"),

@@ -119,18 +119,18 @@ def _times(r: dict[str, Any]) -> dict[str, str]:
         f"{name} {_format_seconds(s)}{share(r['mfu_bounds'].get(name))}"
         for name, s in r["least_seconds"].items()
     ]
-    rows = {"least time": ", ".join(least)}
+    rows = {"time by resource": ", ".join(least)}
     if small:
         small_text = "none: the model is so small that starting a step takes longer than its work"
-        return rows | {"estimate": small_text}
+        return rows | {"roofline": small_text}
     left_out = ["memory and network"] if r["unreadable"] else []
     left_out += ["the starts of kernels"] if decode else []
     if any(c["across"] for c in (r["collectives"] or {}).values()):
         left_out.append("the network between hosts, whose speed is not known")
     total = f"{_format_seconds(r['step_seconds_sum'])}{share(r['mfu_sum'])}"
     return rows | {
-        "one after another": f"{total}, {r['tokens_per_second_sum']:,.0f} tokens/s",
-        "estimate": (
+        "without overlap": f"{total}, {r['tokens_per_second_sum']:,.0f} tokens/s",
+        "roofline": (
             f"at least {_format_seconds(r['step_seconds_bound'])} {of} ({r['bound_by']}), at most"
             f" {r['tokens_per_second_bound']:,.0f} tokens/s"
             + ("" if decode else f", MFU at most {r['mfu_bound']:.0%}")

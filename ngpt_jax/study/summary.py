@@ -140,7 +140,7 @@ def cost_at(costs: ArrayLike, losses: ArrayLike, loss: ArrayLike) -> tuple[np.nd
     """The cost at which a loss is reached, on a monotone cubic (PCHIP) through the points.
 
     Against cost**-0.4 measured losses lie nearly on a line. Against log cost they bend: two budgets
-    a factor of four apart would ask 17 % too much between them, and the end of a curve would be
+    a factor of four apart would ask 16 % too much between them, and the end of a curve would be
     too flat. Curves, N of them, are computed at once.
 
     Args:
