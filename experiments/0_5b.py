@@ -14,10 +14,10 @@ with --config.data.tokenizer=FILE for another tokenizer; see ngpt_jax/data/READM
 a step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of
 the paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
 paper's.
-Expected cost, not measured: 2.76e9 FLOPs a token at 1k, 1.45e20 in all; at 40 % MFU about 100 hours
-of one H100, or 8 hours of a TPU v5e-64.
+Expected cost, not measured: 2.76e9 FLOPs per token at 1k, 1.45e20 in all; at 40 % MFU about 100
+hours of one H100, or 8 hours of a TPU v5e-64.
 Fits a TPU v5e-16 and larger (ngpt_jax/aot/README.md). On fewer devices use microbatches:
---config.train.accumulate=8, for example.
+--config.train.accumulate=8, for example, and --config.eval.batch_size=64.
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny), stdlib (on bytes of the
 standard library, without a network).
 """

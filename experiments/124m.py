@@ -13,10 +13,11 @@ with --config.data.tokenizer=FILE for another tokenizer; see ngpt_jax/data/READM
 12 layers, width 768, 12 heads, context 1024. With the 32,000 tokens of LLaMA-2's tokenizer: 162.5 M
 parameters, of which 113.2 M in the blocks. 2.5 B tokens in 19,200 steps of 131,072 (22 tokens a
 block parameter). If memory is short: --config.train.accumulate=4, for example.
-Expected cost: 8.8e8 FLOPs a token, 2.2e18 in all; 2.1 hours of one H200 at the 325,000 tokens/s
+Expected cost: 8.8e8 FLOPs per token, 2.2e18 in all; 2.1 hours of one H200 at the 325,000 tokens/s
 that 20 steps of batch 32 gave there (29 % MFU). The whole run was never made.
-Variants: gpt (the baseline), debug (tiny), stdlib (on bytes of the standard library, without a
-network); nugpt and root_width (rates that follow other shapes, see ngpt_jax/optim/README.md).
+Variants: gpt (the baseline, at 6e-4, GPT-2's usual rate; neither model was tuned here), debug
+(tiny), stdlib (on bytes of the standard library, without a network); nugpt and root_width (rates
+that follow other shapes, see ngpt_jax/optim/README.md).
 """
 
 from ngpt_jax.config import default_config

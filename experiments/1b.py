@@ -13,11 +13,12 @@ with --config.data.tokenizer=FILE for another tokenizer; see ngpt_jax/data/READM
 36 layers, width 1280, 20 heads of 64, SwiGLU of 5120, LLaMA-2's 32,000 tokens, 512 sequences
 a step: 0.52 M tokens at 1k, 2.1 M at 4k, 4.2 M at 8k. 100,000 steps are 52 B tokens, a point of
 the paper's figure 2. Adam, no weight decay, no warm-up, cosine to zero; all scale constants are the
-paper's.
-Expected cost, not measured: 6.19e9 FLOPs a token at 1k, 3.25e20 in all; at 40 % MFU about 230 hours
-of one H100, or 18 hours of a TPU v5e-64.
+paper's. At 8k the paper found nGPT too sensitive until the scale of alpha was 0.1:
+--config.model.alpha_a.scale=0.1 --config.model.alpha_m.scale=0.1.
+Expected cost, not measured: 6.19e9 FLOPs per token at 1k, 3.25e20 in all; at 40 % MFU about 230
+hours of one H100, or 18 hours of a TPU v5e-64.
 Fits a TPU v5e-16 and larger (ngpt_jax/aot/README.md). On fewer devices use microbatches:
---config.train.accumulate=8, for example.
+--config.train.accumulate=8, for example, and --config.eval.batch_size=64.
 Variants: gpt (the baseline), ctx4k, ctx8k, debug (tiny), stdlib (on bytes of the
 standard library, without a network).
 """

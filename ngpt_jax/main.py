@@ -7,7 +7,7 @@ Examples:
   python -m ngpt_jax.main --config=1b --dry_run
   python -m ngpt_jax.main --help_config
 
-The same command goes on from the newest checkpoint in its workdir. With several processes, run it
+The same command resumes from the newest checkpoint in its workdir. With several processes, run it
 on all of them: on TPU pods and under SLURM they find each other, elsewhere add
 --coordinator_address, --num_processes and --process_id.
 """
@@ -34,7 +34,7 @@ _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Check everything, print parameters and memory, and stop."
 )
 _ALLOW_SCHEDULE_CHANGE = flags.DEFINE_bool(
-    "allow_schedule_change", False, "Go on with another length, batch size or learning rate."
+    "allow_schedule_change", False, "Resume with another length, batch size or learning rate."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator_address", None, "HOST:PORT of process 0, where several do not find each other."

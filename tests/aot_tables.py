@@ -34,8 +34,9 @@ def report(folder, name, experiment, *options):
 
 def gpu(folder):
     """A row a program on eight H100s, 32,768 tokens a device."""
-    rows = [("model", "kernels", "layers, remat", "peak GiB", "GB per step", "launched", "compute ms",
-             "memory ms", "network ms", "roofline MFU", "MFU without overlap")]  # fmt: skip
+    rows = [("model", "kernels", "layers, remat", "peak GiB", "GB per step", "launched",
+             "compute ms", "memory ms", "network ms", "roofline MFU",
+             "MFU without overlap")]  # fmt: skip
     for (size, label), context, kind, kernels in itertools.product(
         MODELS.items(), (1024, 4096), ("gpt", "ngpt"), ("xla", "pallas")
     ):

@@ -68,7 +68,7 @@ def test_a_duel_is_two_runs_and_goes_on_where_it_was_stopped(small, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(Logger, "add", stopping)
         assert duel(configs, tmp_path / "cut") == EXIT_RESUME
-    assert "SIGTERM: saved; the same command goes on from there" in capsys.readouterr().out
+    assert "SIGTERM: saved; run the same command again to resume" in capsys.readouterr().out
     assert not (tmp_path / "cut/loss.png").exists()
     assert duel(configs, tmp_path / "cut") == 0
     assert "resumed from step 7" in capsys.readouterr().out

@@ -102,7 +102,7 @@ def _traffic(r: dict[str, Any]) -> dict[str, str]:
     if o := r["outside_loop"]:
         launches = f", {o['launches']:,} kernels" if r["launches"] is not None else ""
         rows["besides"] = f"{_gigabytes(o['bytes'])}{launches}, once for {o['tokens']} tokens"
-    rows["FLOPs a device"] = f"{flops}; {r['arithmetic_intensity']:.3g} a byte"
+    rows["FLOPs a device"] = f"{flops}; {r['arithmetic_intensity']:.3g} per byte"
     return rows
 
 

@@ -256,6 +256,6 @@ def _problem(error: BaseException, kind: str, name: str, revision: str, field: s
     if isinstance(error, OSError) and error.errno is not None:  # a full disk
         return ConfigError(f"{what} cannot be fetched: {reason(error)}.")
     return ConfigError(
-        f"{what} cannot be fetched ({reason(error)}); the same command goes on where it stopped,"
+        f"{what} cannot be fetched ({reason(error)}); run the same command again to resume,"
         f" or {own}."
     )

@@ -189,7 +189,7 @@ def figure(
     axes[1].set(xlabel="position in the longest sequence", title="by position")
     for axis in axes:
         axis.axvline(context, color="black", linewidth=0.8, linestyle=":")
-        axis.set_ylabel("perplexity a token")
+        axis.set_ylabel("perplexity per token")
         plots.log_ticks(axis.yaxis)
     plots.log_ticks(axes[0].xaxis, [r["length"] for r in lengths])
     plots.log_ticks(axes[1].xaxis)
@@ -198,7 +198,7 @@ def figure(
 
 
 def table(lengths: Sequence[LengthRow], labels: Sequence[str]) -> list[tuple[str, ...]]:
-    """A line a length: perplexity of each run, with the nats a token and their standard error."""
+    """A line a length: perplexity of each run, with the nats per token and their standard error."""
     lines = [("tokens of a sequence", *labels)]
     for length in dict.fromkeys(r["length"] for r in lengths):
         cells = []

@@ -249,7 +249,7 @@ def held_out_documents(model: LoadedModel, workdir: str) -> list[np.ndarray]:
 def score_text(
     model: LoadedModel, texts: Sequence[str], batch_size: int = 16, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Perplexity a token, and bits a byte, of documents that are read one by one.
+    """Perplexity per token, and bits per byte, of documents that are read one by one.
 
     The bytes are those of the UTF-8 that the tokens stand for. The end of a document is not scored
     (in training it is). Raises ConfigError where there are no tokens.

@@ -58,7 +58,7 @@ def losses(study: Study, cells: Sequence[CellRow], cost: str, path: Path) -> Non
         first = next(iter(study.models))
         ticks = [c[cost] for c in cells if (c["setting"], c["model"]) == (setting, first)]
         plots.log_ticks(axis.xaxis, ticks)
-    axes[0].set_ylabel("held-out nats a token")
+    axes[0].set_ylabel("held-out nats per token")
     plots.legend(fig, axes)
     plots.save(fig, path)
 
@@ -160,7 +160,7 @@ def tuning(study: Study, rows: Sequence[Result], path: Path) -> None:
             if model == next(iter(study.models)) and len(study.budgets) > 1:
                 axis.legend(fontsize=7)
     for axis in axes[::columns]:
-        axis.set_ylabel("held-out nats a token")
+        axis.set_ylabel("held-out nats per token")
     for axis in axes[len(panels) :]:
         axis.remove()
     plots.save(fig, path)
@@ -199,7 +199,7 @@ def transfer(
         axis.set(title=model, xlabel=(study.tuned or "").rsplit(".", 1)[-1])
         if values:
             plots.log_ticks(axis.xaxis, sorted(values))
-    axes[0].set_ylabel(f"held-out nats a token, {steps:,} steps")
+    axes[0].set_ylabel(f"held-out nats per token, {steps:,} steps")
     plots.legend(fig, axes)
     plots.save(fig, path)
 
@@ -222,7 +222,7 @@ def models(study: Study, cells: Sequence[CellRow], path: Path) -> None:
         axis.set_yticks(range(len(names)), names if axis is axes[0] else [])
         axis.set(
             title=setting,
-            xlabel=f"held-out nats a token, {steps:,} steps",
+            xlabel=f"held-out nats per token, {steps:,} steps",
             ylim=(-0.7, len(names) - 0.3),
         )
     plots.save(fig, path)

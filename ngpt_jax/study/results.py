@@ -26,7 +26,7 @@ Result = dict[str, Any]  # one run: a line of the table
 COLUMNS: dict[str, type] = {
     "setting": str, "model": str, "steps": int, "value": float, "seed": int,
     "status": str,  # done or diverged
-    "loss": float,  # held-out nats a token, mean over the held-out sets
+    "loss": float,  # held-out nats per token, mean over the held-out sets
     "loss_by_set": str,  # of each held-out set: NAME=LOSS with spaces between
     "bits_per_byte": float,
     "tokens": int, "parameters": int, "flops": float,

@@ -344,7 +344,7 @@ def run_again(c: Comparison, name: str, terminal: Terminal) -> int:
     if None in (old["loss"], new["loss"]):
         return 1
     difference = new["loss"] - old["loss"]
-    terminal.say(f"difference: {difference:+.3g} nats a token")
+    terminal.say(f"difference: {difference:+.3g} nats per token")
     spread = results.spread_of(c.study, results.read(c.table), results.point_of(old))
     if spread is None:
         terminal.say("its cell has no two other seeds to compare it with")

@@ -9,7 +9,7 @@ Examples:
 
 The experiment file defines get_config(variants), as for training, and get_study(), which says what
 to compare: models, settings, budgets, the field to tune, seeds (see ngpt_jax/study/plan.py). The
-same command goes on where it was stopped, and skips what is done. Several such commands with the
+same command resumes it, and skips what is done. Several such commands with the
 same --out, on one machine or on several that share it, divide the work among them.
 """
 

@@ -5,7 +5,7 @@ Examples:
   python -m ngpt_jax.tools.duel --config=quickstart:debug --workdir=runs/trial
 
 GPT is the experiment's variant gpt, with its own recipe. The runs lie in WORKDIR/ngpt and
-WORKDIR/gpt; the same command goes on where it was stopped. It shows one seed of each: for a
+WORKDIR/gpt; the same command resumes them. It shows one seed of each: for a
 comparison see python -m ngpt_jax.tools.compare.
 """
 

@@ -18,8 +18,8 @@ gives it (acc); it also has a perplexity, exp(mean -log p). Beside each score st
 error and the score of a blind choice. A context that is too long for the model loses its start.
 
 Without --tasks and --text, the run's held-out text is scored. --text is a file, a folder or a glob
-of .txt, .jsonl (.gz, .zst) or .parquet. The scores are the perplexity a token and the bits a byte.
-Files of other kinds, and text that the tokenizer loses, are told. Each token is scored once, in
+of .txt, .jsonl (.gz, .zst) or .parquet. The scores are perplexity per token and bits per byte.
+Files of other kinds, and text that the tokenizer loses, are reported. Each token is scored once, in
 windows of the training context: each begins where the one before ended, and the last one reaches
 back (as in lm_eval's loglikelihood_rolling with context_len=1). Documents are read one by one;
 their end is not scored.

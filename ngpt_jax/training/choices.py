@@ -96,8 +96,8 @@ def estimate(
 
     Master weights and moments in float32, weights and gradients in bfloat16. The block being
     computed has 5 activations of the MLP's width and some 14 of the model's. Every block keeps what
-    remat leaves: without remat 8 vectors of the model's width a token, and 3 of the MLP's. TPUs pad
-    heads of 64 channels to 128.
+    remat leaves: without remat 8 vectors of the model's width per token, and 3 of the MLP's. TPUs
+    pad heads of 64 channels to 128.
 
     Args:
       config: resolved, with its vocabulary, and remat decided.

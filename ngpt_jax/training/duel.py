@@ -51,7 +51,7 @@ def duel(configs: Mapping[str, Config], folder: epath.PathLike, stop: StopSignal
         _take_turns(runs, losses, terminal)
         terminal.close()
         if not all(run.finished() for run in runs.values()):
-            terminal.say(f"{stop.name}: saved; the same command goes on from there")
+            terminal.say(f"{stop.name}: saved; run the same command again to resume")
             return EXIT_RESUME
         for name, run in runs.items():
             loop.tell_results(run, terminal, f"{name}: ")

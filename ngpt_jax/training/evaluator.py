@@ -149,7 +149,7 @@ def evaluate(
       progress: takes the share that is done.
 
     Returns:
-      loss (nats a token; end-of-document counts as a token), perplexity, tokens, and with
+      loss (nats per token; end-of-document counts as a token), perplexity, tokens, and with
       ``num_bytes`` bits_per_byte = nats / ln 2 / num_bytes. None where it was asked to stop.
     """
     sums: list[jax.Array] = []

@@ -20,7 +20,7 @@ Curve = list[tuple[int, float]]  # (step, loss)
 
 
 class Losses(NamedTuple):
-    """The losses of a run in nats a token, at increasing steps.
+    """The losses of a run in nats per token, at increasing steps.
 
     Attributes:
       train: means of the steps since the point before.

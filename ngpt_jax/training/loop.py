@@ -19,6 +19,8 @@ from ngpt_jax.training.setup import Run, open_run
 from ngpt_jax.training.stop_signal import EXIT_RESUME, StopSignal
 from ngpt_jax.training.workdir import RunError
 
+_AGAIN = "run the same command again to resume"
+
 
 def train(
     config: Config,
@@ -50,13 +52,13 @@ def train(
             run = open_run(config, workdir, allow_schedule_change, stop, terminal, stack)
         except Stopped:
             terminal.close()
-            terminal.say(f"{stop.name}: stopped while preparing tokens; the same command goes on")
+            terminal.say(f"{stop.name}: stopped while preparing tokens; {_AGAIN}")
             return EXIT_RESUME
         for _ in steps_of(run):
             pass
         if not run.finished():
             saved = f"saved step {run.step}" if run.step else "stopped before the first step"
-            terminal.say(f"{stop.name}: {saved}; the same command goes on from there")
+            terminal.say(f"{stop.name}: {saved}; {_AGAIN}")
             return EXIT_RESUME
         with terminal.doing("writing a sample"):
             text = run.sample(run.state.params)

@@ -86,8 +86,8 @@ class Saver:
         self.close()
         if step and self._checkpoints.latest_step() != step:
             raise RunError(
-                f"Step {step} could not be saved; the last checkpoint is {self.last_saved()}. The"
-                " same command goes on from there."
+                f"Step {step} could not be saved; the last checkpoint is {self.last_saved()}. Run"
+                " the same command again to resume there."
             )
 
     def close(self) -> None:

@@ -62,7 +62,7 @@ def make_train_step(
     """Returns the step (state, batch) -> (state, metrics), not yet jitted.
 
     A batch that the guard refuses is skipped: parameters and the optimizer's state stay the same.
-    Metrics are scalars: loss (nats a token) and grad_norm (before clipping), both before the
+    Metrics are scalars: loss (nats per token) and grad_norm (before clipping), both before the
     update, learning_rate, skipped and skipped_in_row (batches so far, this one included).
     """
 
@@ -87,7 +87,7 @@ def make_train_step(
 
 
 def _loss_and_grads(config: Config, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Mean nats a token, with the batch's weights, and the gradients in the parameters' dtypes.
+    """Mean nats per token, with the batch's weights, and the gradients in the parameters' dtypes.
 
     With ``train.accumulate`` the batch is cut into microbatches, one at a time in memory. The mean
     is that of the whole batch, over all devices.

@@ -81,7 +81,7 @@ class Tokenizer:
         return self.decode(i for i in ids if i != self.unknown)
 
     def text_bytes(self, text: str, ids: Iterable[int]) -> int:
-        """Length in UTF-8 of what the ids of a text stand for: what bits a byte are divided by."""
+        """Length in UTF-8 of what the ids of a text stand for: bits per byte are divided by it."""
         known = text if self.lossless else self.stands_for(ids)
         return len(known) if known.isascii() else len(utf8(known))
 
