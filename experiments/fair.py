@@ -4,9 +4,9 @@
 
 0.23 M parameters (3 layers, width 64, 2 heads), bytes, context 128, 2,048 tokens a step, float32,
 one CPU core for each run. Two texts: the source of Python's standard library, and the prose that
-`python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens a parameter, five seeds; the
+`python -m ngpt_jax.data.corpora prose` makes. 5, 10 and 36 tokens per parameter, five seeds; the
 learning rate is tuned for each model, text and budget.
-Variants: long (130 tokens a parameter), context (sequences of 1,024 tokens) and width (128
+Variants: long (130 tokens per parameter), context (sequences of 1,024 tokens) and width (128
 channels), on prose with three seeds; ablation changes single pieces. search finds the recipes,
 on a budget and a seed that the tables do not use: 20 runs for each model. Those with Adam had 48 or
 50 more in speedup.py. The study without a variant has 168 runs or more, about 8 core-hours on an
@@ -149,24 +149,24 @@ def _study(title: str, settings, budgets: tuple[int, ...], seeds: tuple[int, ...
 
 
 def fair():
-    """5, 10 and 36 tokens a parameter."""
+    """5, 10 and 36 tokens per parameter."""
     title = "nGPT and GPT with QK-norm, with Adam and with Muon"
     return _study(title, SETTINGS, (565, 1130, 4080), (11, 12, 13, 14, 15), RATES)
 
 
 def long():
-    """130 tokens a parameter: 30 M tokens, most of the prose once."""
-    return _study("130 tokens a parameter", {"prose128": PROSE}, (14_720,), (11, 12, 13), LOWER)
+    """130 tokens per parameter: 30 M tokens, most of the prose once."""
+    return _study("130 tokens per parameter", {"prose128": PROSE}, (14_720,), (11, 12, 13), LOWER)
 
 
 def context():
-    """Sequences of 1,024 tokens, 18 and 36 tokens a parameter."""
+    """Sequences of 1,024 tokens, 18 and 36 tokens per parameter."""
     fields = PROSE | {"model.context": 1024, "train.batch_size": 2}
     return _study("Context 1,024", {"prose1024": fields}, (2040, 4080), (11, 12, 13), LOWER)
 
 
 def width():
-    """Twice as wide: 0.86 M parameters, 5 and 10 tokens a parameter."""
+    """Twice as wide: 0.86 M parameters, 5 and 10 tokens per parameter."""
     fields = PROSE | {"model.width": 128, "model.heads": 4}
     return _study("Width 128", {"prose128x128": fields}, (2100, 4200), (11, 12, 13), LOWER)
 

@@ -6,10 +6,10 @@ Each with Adam and with Muon. Two sizes: 6 layers of width 256, and 18 layers of
 64, context 2,048: the shapes that anGPT's paper (arXiv 2505.22014) calls 32M and 127M by its larger
 vocabulary. With the 32,000 tokens of LLaMA-2's tokenizer they have 22.7 M and 108.4 M parameters.
 OpenWebText, bfloat16 compute, float32 weights. The sequences a step (20 and 96) make the same steps
-the same tokens a parameter: 11,000, 22,000 and 44,000 steps are 20, 40 and 80.
+the same tokens per parameter: 11,000, 22,000 and 44,000 steps are 20, 40 and 80.
 Never run; what it costs and needs is in experiments/gpu_study.md.
-Variants: 32m or 127m (one size alone), long (32m at 160 and 320 tokens a parameter), and debug: the
-study with tiny models, on bytes of the standard library, in a minute or two on two CPU cores:
+Variants: 32m or 127m (one size alone), long (32m at 160 and 320 tokens per parameter), and debug:
+the study with tiny models, on bytes of the standard library, in a minute or two on two CPU cores:
 
     python -m ngpt_jax.tools.compare --experiment=experiments/gpu_study.py:debug --out=runs/gpu
 """
@@ -86,7 +86,7 @@ _GPT = {
 _MUON = {"optimizer.recipe": "muon"}
 MODELS = {"ngpt": {}, "ngpt_muon": _MUON, "gpt_qk": _GPT, "gpt_qk_muon": _GPT | _MUON}
 
-# anGPT's fits at 20 tokens a parameter: GPT 1.0e-2 at 32M and 5.2e-3 at 127M; its own normalized
+# anGPT's fits at 20 tokens per parameter: GPT 1.0e-2 at 32M and 5.2e-3 at 127M; its own normalized
 # model 3.0e-3 and 2.4e-3. nGPT's authors and a reproduction took 1.5e-3 to 3e-3 at width 1,024.
 # Muon did best with one to two times Adam's rate in small trials. Longer runs want less.
 LADDERS = {

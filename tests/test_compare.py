@@ -1098,7 +1098,10 @@ def command(*arguments, **how):
         (["--experiment=no.py"], "error: --experiment: no file 'no.py'"),
         (["--experiment=experiments/124m.py"], "it defines no function get_study"),
         (["--experiment=experiments/speedup.py:serch"], "Unknown variant 'serch'"),
-        (["--experiment=x.py", "--config.train.steps=3"], "error: --config.train.steps is a flag of training"),
+        (
+            ["--experiment=x.py", "--config.train.steps=3"],
+            "error: --config.train.steps is a flag of training",
+        ),
         (["--experiment=x.py", "--check=a", "--dry_run"], "error: Give only one of --check, --dry"),
         (["--experiment=quickstart", "--out=setup.cfg"], "error: --out=setup.cfg is a file"),
     ],

@@ -159,7 +159,7 @@ def _loss_table(study: Study, cells: Sequence[CellRow]) -> str:
         ("loss_at_value_below", f"at {tuned} below", _loss, bool(tuned)),
         ("loss_at_value_above", "above", _loss, bool(tuned)),
         ("bits_per_byte", "bits per byte", _format(".4f"), True),
-        ("tokens_per_parameter", "tokens a parameter", _format(".1f"), True),
+        ("tokens_per_parameter", "tokens per parameter", _format(".1f"), True),
         ("seconds", "seconds", _format(".0f"), True),
         ("tokens_per_second", "tokens/s", _format(",.0f"), True),
         ("diverged", "diverged", str, diverged),
