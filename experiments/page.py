@@ -135,8 +135,9 @@ def transfer_sentence() -> str:
         if (line := shifts.get((last, model))) and line["shift"]
     ]
     widths = " to ".join(s.removeprefix("width") for s in (first, last))
+    if not parts:
+        return _state(study, rows)
     text = f"From width {widths} the best rate changes by a factor of {_enumerate(parts)}. "
-    text = text if parts else ""
     return _paragraph(text + _state(study, rows))
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import itertools
 import json
 import math
@@ -610,6 +611,22 @@ def test_a_run_that_fails_does_not_end_the_others(
     monkeypatch.setattr(runner, "start", honest)
     assert compare.compare(experiment, str(out), False, False, None) == 0
     assert len(losses_in(out)) == 16
+
+
+def test_an_error_of_this_program_ends_the_runs(experiment, tmp_path, monkeypatch):
+    started = []
+
+    def start(c, point, cores, locks):
+        if started:
+            raise OSError(errno.EMFILE, "too many open files")
+        started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        return started[0]
+
+    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner, "lanes", lambda cores: 2)
+    with pytest.raises(OSError, match="too many open files"):
+        run_study(experiment, tmp_path / "out")
+    assert started[0].poll() == -signal.SIGTERM
 
 
 def test_a_running_run_counts_with_the_steps_that_it_has_made(experiment, tmp_path):

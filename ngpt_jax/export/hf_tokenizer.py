@@ -19,11 +19,7 @@ from ngpt_jax.data.tokenizers.base import ByteTokenizer, Tokenizer
 from ngpt_jax.data.tokenizers.json_file import JsonTokenizer
 from ngpt_jax.data.tokenizers.load import tokenizer_path
 from ngpt_jax.data.tokenizers.sentencepiece_file import SentencePieceTokenizer
-from ngpt_jax.data.tokenizers.tiktoken_files import (
-    GPT2_FILES,
-    TiktokenTokenizer,
-    byte_names,
-)
+from ngpt_jax.data.tokenizers.tiktoken_files import GPT2_FILES, TiktokenTokenizer, byte_names
 
 ORIGINAL = "original_tokenizer"  # folder with the files that the training read
 EOD_OF_BYTES = "<|endoftext|>"

@@ -134,7 +134,7 @@ def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> list[str]:
                     failed[run.point] = str(e)
                     terminal.say(f"error: {e}")
     finally:
-        for run in running:  # after an error in one of them, or in this program
+        for run in running:  # after an error in this program
             run.process.terminate()
         for run in running:
             run.process.wait()
