@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -495,11 +496,13 @@ def losses_in(out):
 def test_a_study_that_is_stopped_again_and_again_ends_with_the_same_table(
     experiment, fake_runs, tmp_path
 ):
+    begun = time.monotonic()
     assert run_study(experiment, tmp_path / "whole")
+    of_a_run = (time.monotonic() - begun) / 16  # also on a busy machine
     starts = 0
     while True:
         starts += 1
-        end = time.monotonic() + random.Random(starts).uniform(0.05, 0.4)
+        end = time.monotonic() + random.Random(starts).uniform(0.3, 5) * of_a_run
 
         def stopped(end=end):
             return "SIGTERM" if time.monotonic() > end else None
@@ -660,6 +663,27 @@ def test_runs_are_told_to_stop(experiment, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "start", start)
     assert not run_study(experiment, tmp_path / "out", lambda: "SIGTERM" if started else None)
     assert [p.poll() for p in started] == [-signal.SIGTERM]
+
+
+def test_a_core_that_another_program_leaves_is_used_at_once(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(cores.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(cores, "available_cores", lambda: [3, 5])
+    monkeypatch.setattr(runner, "_LOOK", 0.1)
+    other, taken = runner.take_cores(1), []
+    path = Path(experiment)
+    path.write_text(path.read_text().replace("Study(", "Study(cores=1, "))
+
+    def start(c, point, cores, locks):
+        taken.extend(cores)
+        threading.Timer(0.5, runner.release, [other.values()]).start()
+        return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+
+    def stopped():
+        return "SIGTERM" if len(taken) == 2 else None
+
+    monkeypatch.setattr(runner, "start", start)
+    assert not run_study(experiment, tmp_path / "out", stopped)
+    assert taken == [5, 3]
 
 
 def test_a_core_is_taken_once_and_by_the_run_that_inherits_it(monkeypatch, tmp_path):

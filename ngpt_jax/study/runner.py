@@ -24,6 +24,7 @@ from ngpt_jax.training.stop_signal import EXIT_DIVERGED, EXIT_RESUME, StopSignal
 
 _INPUTS = ("data", "held_out", "config")  # columns that make runs comparable
 Stopped = Callable[[], str | None]  # the name of the signal that was received, if one was
+_LOOK = 5.0  # seconds between looks at the running runs' metrics and at what others left free
 
 
 class PointFailed(RuntimeError):
@@ -126,7 +127,8 @@ def run_all(c: Comparison, terminal: Terminal, stopped: Stopped) -> list[str]:
                 waiting = True
                 terminal.say(f"waiting: other programs have {len(due)} runs, or the cores")
             status = functools.partial(_status, c, rows, running)
-            for run in _wait(running, stopped, terminal, status):
+            full = len(running) == lanes(c.study.cores)
+            for run in _wait(running, full, stopped, terminal, status):
                 running.remove(run)
                 try:
                     _finish(c, run, terminal, bool(stopped()))
@@ -167,18 +169,19 @@ def _start(
 
 def _wait(
     running: Sequence[Running],
+    full: bool,
     stopped: Stopped,
     terminal: Terminal,
     status: Callable[[], tuple[str, float]],
 ) -> list[Running]:
     """Waits until a run ends, and returns those that have ended.
 
-    Without a run of its own it waits 5 seconds for other programs, and returns none. When stopped,
-    it tells the runs to save their state.
+    Unless ``full``, with no room for a further run, it returns none after a while: other
+    programs may have left cores or runs. When stopped, it tells the runs to save their state.
     """
     told, since = False, time.monotonic()
     shown, looked = status(), since
-    while running or time.monotonic() - since < 5:
+    while full or (running and stopped()) or time.monotonic() - since < _LOOK:
         if stopped() and not told:
             told = True
             terminal.close()
@@ -189,7 +192,7 @@ def _wait(
             return ended
         if not running and stopped():
             return []
-        if time.monotonic() - looked > 5:
+        if time.monotonic() - looked > _LOOK:
             shown, looked = status(), time.monotonic()
         terminal.show(*shown)
         time.sleep(0.2)
