@@ -353,12 +353,18 @@ def fair_doubts() -> str:
     cells, speedups, _ = _fair()
 
     def change(other_cells: Sequence[CellRow]) -> str:
-        changes = [
-            other["speed_up"] - s["speed_up"]
+        pairs = [
+            (s, other["speed_up"])
             for s, other in zip(speedups, _speedups(other_cells), strict=True)
             if s["cost"] == "steps" and s["model"] in _PAIRS
         ]
-        return f"change by {min(changes):+.2f} to {max(changes):+.2f}"
+        changes = [after - s["speed_up"] for s, after in pairs]
+        s, after = max(pairs, key=lambda pair: abs(pair[1] - pair[0]["speed_up"]))
+        return (
+            f"change by {min(changes):+.2f} to {max(changes):+.2f} (most"
+            f" {_PAIRS[s['model']]} on {_TEXTS[s['setting']]} at {s['tokens_per_parameter']:.0f}"
+            f" tokens per parameter: {s['speed_up']:.2f} becomes {after:.2f})"
+        )
 
     def missed(c: CellRow) -> float:
         """How far a parabola through the best rate and its neighbours goes below the best one."""
