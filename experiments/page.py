@@ -336,11 +336,15 @@ def fair_answer() -> str:
     def less(a: str, b: str) -> str:
         return _range([line[b]["loss"] - line[a]["loss"] for line in cases.values()], ".3f")
 
-    tokens = [tokens for *key, tokens in _budgets(cells) if tuple(key) in cases]
+    lengths: dict[str, list[float]] = {}
+    for setting, steps, tokens in _budgets(cells):
+        if (setting, steps) in cases:
+            lengths.setdefault(setting, []).append(tokens)
+    where = [f"on {_TEXTS[s]} at {_range(found, '.0f')}" for s, found in lengths.items()]
     best = Counter(min(line, key=lambda m: line[m]["loss"]) for line in cases.values())
     return _paragraph(
-        f"There are {len(cases)} cases (lines of [the table](#the-fair-table)) at"
-        f" {_range(tokens, '.0f')} tokens per parameter. {' '.join(map(speed, _PAIRS))} Muon"
+        f"There are {len(cases)} cases (lines of [the table](#the-fair-table)),"
+        f" {_enumerate(where)} tokens per parameter. {' '.join(map(speed, _PAIRS))} Muon"
         f" instead of Adam lowers the loss of nGPT by {less('ngpt_muon', 'ngpt')} nats per token,"
         f" and that of GPT with QK-norm by {less('gpt_qk_muon', 'gpt_qk')}. The lowest loss is that"
         f" of {_enumerate([f'{_ARMS[m]}, in {n}' for m, n in best.most_common()])} of"
@@ -354,16 +358,18 @@ def fair_doubts() -> str:
 
     def change(other_cells: Sequence[CellRow]) -> str:
         pairs = [
-            (s, other["speed_up"])
+            (s, other)
             for s, other in zip(speedups, _speedups(other_cells), strict=True)
             if s["cost"] == "steps" and s["model"] in _PAIRS
         ]
-        changes = [after - s["speed_up"] for s, after in pairs]
-        s, after = max(pairs, key=lambda pair: abs(pair[1] - pair[0]["speed_up"]))
+        changes = [other["speed_up"] - s["speed_up"] for s, other in pairs]
+        s, other = pairs[max(range(len(pairs)), key=lambda i: abs(changes[i]))]
+        below = [other["high"] < 1 for s, other in pairs if s["high"] < 1]
         return (
             f"change by {min(changes):+.2f} to {max(changes):+.2f} (most"
             f" {_PAIRS[s['model']]} on {_TEXTS[s['setting']]} at {s['tokens_per_parameter']:.0f}"
-            f" tokens per parameter: {s['speed_up']:.2f} becomes {after:.2f})"
+            f" tokens per parameter: {s['speed_up']:.2f} becomes {other['speed_up']:.2f}), and"
+            f" {sum(below)} of the {len(below)} intervals below 1 stay below 1"
         )
 
     def missed(c: CellRow) -> float:
@@ -406,6 +412,7 @@ def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
         text = f"{name} it is {of_first} {unit} and {of_last}"
         if not first["bound"] + last["bound"]:
             text += f", a ratio of {ratio:.2f} ({ratio / error:.2f} to {ratio * error:.2f})"
+            text += ", a clear change" * (not ratio / error <= 1 <= ratio * error)
         parts.append(text)
     return "; ".join(parts)
 
@@ -421,8 +428,8 @@ def growth_part() -> str:
         return "Speed-up against tokens per parameter: not measured yet."
     picture = "![speed-up in steps against tokens per parameter, a panel a text](fair/growth.png)"
     text = (
-        f"The speed-up in steps by the length of training. {' '.join(texts)} A change is clear"
-        " where the interval of its ratio excludes 1."
+        "The speed-up in steps by the length of training, of the shortest and the longest (a change"
+        f" is clear where the interval of its ratio excludes 1). {' '.join(texts)}"
     )
     return f"{_paragraph(text)}\n\n{picture}"
 
