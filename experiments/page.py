@@ -363,8 +363,8 @@ def fair_doubts() -> str:
             if s["cost"] == "steps" and s["model"] in _PAIRS
         ]
         changes = [other["speed_up"] - s["speed_up"] for s, other in pairs]
-        s, other = pairs[max(range(len(pairs)), key=lambda i: abs(changes[i]))]
         below = [other["high"] < 1 for s, other in pairs if s["high"] < 1]
+        _, (s, other) = max(zip(changes, pairs), key=lambda found: abs(found[0]))
         return (
             f"change by {min(changes):+.2f} to {max(changes):+.2f} (most"
             f" {_PAIRS[s['model']]} on {_TEXTS[s['setting']]} at {s['tokens_per_parameter']:.0f}"
@@ -411,8 +411,10 @@ def _course(rows: Sequence[SpeedUpRow], x: str, unit: str) -> str:
         of_first, of_last = (f"{summary.show(s)} at {s[x]:,.0f}" for s in (first, last))
         text = f"{name} it is {of_first} {unit} and {of_last}"
         if not first["bound"] + last["bound"]:
-            text += f", a ratio of {ratio:.2f} ({ratio / error:.2f} to {ratio * error:.2f})"
-            text += ", a clear change" * (not ratio / error <= 1 <= ratio * error)
+            low, high = ratio / error, ratio * error
+            text += f", a ratio of {ratio:.2f} ({low:.2f} to {high:.2f})"
+            if not low <= 1 <= high:
+                text += ", a clear change"
         parts.append(text)
     return "; ".join(parts)
 
