@@ -4,7 +4,8 @@
 
 On each of PAGES they stand between two marks, the first of which names one of BLOCKS below; the
 figures are those of FIGURES, each a PNG and a CSV. Everything is computed from the tables of runs,
-experiments/*/results.csv. The suite compares.
+experiments/*/results.csv, and two lines of README.md from speedup-length/ and h200/. The suite
+compares.
 """
 
 import csv

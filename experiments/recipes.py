@@ -4,8 +4,9 @@
 
 0.23 M parameters (3 layers, width 64, 2 heads), bytes of Python's standard library, context 128,
 1,000 steps of 2,048 tokens, float32, one CPU core for each run. A recipe takes the place of Adam
-alone, and the learning rate is tuned. Warm-up, scales and weight decay are those that speedup.py
-found for Adam on prose, which favours Adam. About 70 runs, 3 core-hours on an AMD EPYC.
+alone, and the learning rate is tuned. The rest is what speedup.py found for Adam, which favours
+Adam; nGPT has its warm-up for prose and its scales for this text, a pair that was not tuned.
+About 70 runs, 3 core-hours on an AMD EPYC.
 The results are in experiments/README.md.
 """
 

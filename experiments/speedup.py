@@ -90,7 +90,8 @@ def speedup():
         ladders=RATES,
         baseline="gpt",
         cores=1,
-        trials={"gpt": 50, "gpt_qk": 48, "ngpt": 50},  # 2 * 19 + 2 * 5, play-off 2
+        # 2 * 19 + 2 * 5, play-off 2; and 15 starts of nGPT
+        trials={"gpt": 50, "gpt_qk": 48, "ngpt": 65},
     )
 
 

@@ -5,10 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from ngpt_jax.benchmark import data, train_step
+from ngpt_jax.benchmark import configs, data, train_step
 from ngpt_jax.config import ConfigError, DataConfig
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +42,7 @@ def test_help_exits_with_0_and_does_not_load_jax(name):
     assert not loaded & {"jax", "flax", "optax", "matplotlib", "tokenizers"}
 
 
-def test_the_benchmark_of_training_steps(tiny):
+def test_the_benchmark_of_training_steps(tiny, monkeypatch):
     numbers = train_step.measure(tiny(), ["gpt", "plain"], 3, 1)
     assert set(numbers["models"]) == {"gpt", "plain"} and numbers["steps"] == 3
     assert numbers["ratios"]["ngpt/gpt"] is None
@@ -52,9 +53,18 @@ def test_the_benchmark_of_training_steps(tiny):
     assert "gpt/plain: " in shown and "3 steps each on 1 x cpu" in shown
     with pytest.raises(ConfigError, match="The plain GPT is float32"):
         train_step.measure(tiny(**{"model.dtype": "bfloat16"}), ["plain"], 3, 1)
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="The plain GPT runs on one device, and there are 2"):
+        train_step.measure(tiny(), ["plain"], 3, 1)
     baseline = train_step.config_of("gpt_qk_norm", tiny()).model
     assert baseline.kind == "gpt" and baseline.qk_norm
     assert not train_step.config_of("gpt", tiny()).model.qk_norm
+
+
+@pytest.mark.parametrize("name", ["model.kind", "model.qk_norm", "optimizer.recipe"])
+def test_a_benchmark_takes_no_field_in_which_ngpt_and_gpt_differ(name):
+    with pytest.raises(ConfigError, match=f"--config.{name}: each model is timed with its own"):
+        configs.load(None, [(name, "muon")], train_step.SMALL)
 
 
 @pytest.mark.slow

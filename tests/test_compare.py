@@ -1132,6 +1132,25 @@ def command(*arguments, **how):
     )  # fmt: skip
 
 
+FULL = """
+import errno, runpy, sys
+from ngpt_jax.study import compare
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
+compare.compare = full
+runpy.run_module("ngpt_jax.tools.compare", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_an_error_that_names_no_file_names_the_study():
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, "--experiment=quickstart:finals"], capture_output=True,
+        text=True, cwd=REPO, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr == "error: the results of quickstart:finals: No space left on device.\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,7 +21,7 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError
 from ngpt_jax.config.fields import SCALES
 from ngpt_jax.decoding.folding import for_inference
-from ngpt_jax.diagnose import figures, measures
+from ngpt_jax.diagnose import figures, measures, report
 from ngpt_jax.export import huggingface, reference_checkpoint
 from ngpt_jax.model.params import param_tree
 from ngpt_jax.model.transformer import RESIDUALS, init_params
@@ -313,6 +313,8 @@ def test_figures_show_signs_and_any_number_of_scales():
     rows = measures.scales(run)
     assert all(r["mean"] == -r["mean_abs"] for r in rows if r["scale"] == "alpha_a")
     assert {r["scale"] for r in rows} == set(SCALES) - {"s_u"}
+    tables = {"scales": rows, "condition": [], "embeddings": measures.embeddings(run, None)}
+    assert report.headlines(tables)["mean |alpha_a|"] > 0
     summary = summarize_params(config.model, params)
     assert summary["mean_alpha_a"] < 0 < summary["mean_alpha_m"]
     drawn = figures.scales(rows, ["run"])

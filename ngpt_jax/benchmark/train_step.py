@@ -68,6 +68,11 @@ def _plain_stepper(config: Config, batch: dict[str, np.ndarray]) -> Stepper:
             "The plain GPT is float32, with mlp_width = 4 * width and kv_heads = heads;"
             " leave it out with --models=ngpt,gpt."
         )
+    if jax.device_count() > 1:
+        raise ConfigError(
+            f"The plain GPT runs on one device, and there are {jax.device_count()}; leave it out"
+            " with --models=ngpt,gpt."
+        )
     assert config.train.steps is not None
     init, step = plain_gpt.make_train_step(make_schedule(config.optimizer, config.train.steps))
     params = plain_gpt.init(jax.random.key(0), m.layers, m.width, m.heads, padded_vocab_size(m))

@@ -142,8 +142,11 @@ def headlines(tables: Tables) -> dict[str, float | None]:
         out[f"{name}: largest eigenvalue / median"] = max(eigenvalues)
         out[f"{name}: median cosine"] = float(np.median(cosines))
     for name in SCALES:
-        what = f"mean |{name}|" if name.startswith("alpha") else f"mean {name}"
-        out[what] = _mean(tables["scales"], "mean", scale=name)
+        alpha = name.startswith("alpha")
+        column = "mean_abs" if alpha else "mean"
+        out[f"mean |{name}|" if alpha else f"mean {name}"] = _mean(
+            tables["scales"], column, scale=name
+        )
     for block in BLOCKS:
         for quantity, what in (("proposal", "h to its proposal"), ("step", "h before to after")):
             mean = _mean(tables.get("angles", []), "mean", block=block, quantity=quantity)

@@ -227,7 +227,7 @@ def _write_page(
             "<p>How many times fewer steps (FLOPs, seconds) a model needs than the other one for"
             " one mean loss. At each budget it is the loss of the worse model, or that of the"
             " better one where its curve begins below. Between budgets a monotone"
-            " cubic in the logarithm of the cost; &gt; and &lt;: outside of what both cover."
+            " cubic through the losses; &gt; and &lt;: outside of what both cover."
             " Seconds: steps times the median seconds a step of a model's runs of that shape on one"
             " machine."
             f"{interval if len(study.seeds) > 1 else ''}</p>",

@@ -10,7 +10,8 @@ Examples:
       --config.model.vocab_size=32000 --config.model.attention=xla
 
 With --config: nGPT and GPT on the mesh of all devices here, as training runs them, with the
-config's shapes, batch size, dtype, kernels and remat.
+config's shapes, batch size, dtype, kernels and remat. What makes a kind (QK-norm, its optimizer,
+its scales) is that of its model.kind, not the experiment's.
 
 Without --config: 4 layers, width 256, 4 heads, 8192 token ids, 8 sequences of 256 tokens, float32,
 layers unrolled as the plain GPT's are. The plain GPT (ngpt_jax/benchmark/plain_gpt.py) has the same

@@ -52,7 +52,8 @@ def _main(overrides: list[tuple[str, str]]) -> int:
     except BrokenPipeError:  # `| head`
         raise
     except OSError as e:  # a full disk, a folder that cannot be written, no locks
-        raise ConfigError(f"{e.filename or _OUT.value}: {reason(e)}.") from e
+        where = e.filename or _OUT.value or f"the results of {_EXPERIMENT.value}"
+        raise ConfigError(f"{where}: {reason(e)}.") from e
 
 
 if __name__ == "__main__":
