@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.model.attention import block_size, causal_attention, choose_kernel
+from ngpt_jax.decoding import prefill
+from ngpt_jax.decoding.folding import for_inference
+from ngpt_jax.model.attention import block_size, causal_attention, choose_kernel, kernel_of
 from ngpt_jax.model.transformer import Transformer, init_params
 
 MESH = jax.sharding.AbstractMesh((1, 1, 1, 1), ("data", "fsdp", "tensor", "context"))
@@ -153,3 +155,19 @@ def test_a_kernel_asked_for_in_vain_is_an_error(tiny, attention, platform, messa
     with pytest.raises(ConfigError, match=message):
         choose_kernel(config, MESH, platform)
     assert choose_kernel(dataclasses.replace(config, attention="xla"), MESH, platform)[0] == "xla"
+
+
+def test_a_prompt_has_a_kernel_that_takes_its_length(tiny):
+    """The text at the end of a run on TPUs: prompts are padded to multiples of 64."""
+    config = tiny(**{"model.attention": "splash", "model.width": 128, "model.context": 256}).model
+    assert [kernel_of(config, n) for n in (64, 128, 192, 256)] == ["xla", "splash"] * 2
+    params = jax.eval_shape(lambda: for_inference(config, init_params(config, jax.random.key(0))))
+    for length in (64, 128, 192):
+        out = jax.eval_shape(
+            lambda p, n=length: prefill.prefill(
+                config, p, jnp.zeros((1, n), jnp.int32), jnp.zeros(1, jnp.int32), n + 64,
+                jax.random.split(jax.random.key(0), 1),
+            ),
+            params,
+        )  # fmt: skip
+        assert out.drawn.shape == ()

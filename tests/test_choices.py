@@ -148,6 +148,9 @@ def test_a_run_of_a_variant_trains_generates_and_is_diagnosed(small, tmp_path):
     ("fields", "message"),
     [
         ({"kind": "gpt", "alpha_a.form": "vector"}, "alpha_a.form = vector does not go with .*add"),
+        ({"alpha_a.init": 0.0}, "model.alpha_a.init = 0 would stay 0"),
+        ({"s_z.form": "scalar", "s_z.init": 0.0}, "model.s_z.init = 0 would stay 0"),
+        ({"rms_eps": 0.0}, "model.rms_eps must be positive"),
         ({"alpha_m.form": "none"}, "alpha_m.form = none does not go with model.residual = lerp"),
         (
             {"alpha_a.form": "none", "residual": "exp"},

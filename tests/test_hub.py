@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from hub_server import serving
 from pyarrow import parquet
 
 from ngpt_jax.config import ConfigError
-from ngpt_jax.data.hub import Repository
+from ngpt_jax.data.hub import Repository, find_repository
 from ngpt_jax.data.text import hub as text_hub
 
 ROOT = Path(__file__).parents[1]
@@ -336,3 +337,21 @@ def test_a_choice_between_configs_is_left_to_the_user():
     configs = [{"config_name": name, "data_files": f"{name}/*"} for name in "ab"]
     with pytest.raises(ConfigError, match="give one of the configs of me/x: a, b"):
         text_hub._splits(repository(["a/1.jsonl", "b/1.jsonl"], configs), None, "data.")
+
+
+def test_where_the_hub_takes_calls_and_does_not_answer(hub, tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    arguments = ("dataset", "me/text", str(tmp_path), "data.paths")
+    found = find_repository(*arguments)
+    monkeypatch.setattr("ngpt_jax.data.hub._PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        again = find_repository(*arguments)
+        with pytest.raises(ConfigError, match="cannot be fetched"):
+            find_repository("dataset", "me/other", str(tmp_path), "data.paths")
+    assert again.commit == found.commit and "the hub cannot be reached" in again.note
+    assert capsys.readouterr().err.count("trying again in 1 s") == 2

@@ -12,11 +12,14 @@ from data_helpers import raises
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ngpt_jax import config as config_lib
 from ngpt_jax.config import SourceConfig
 from ngpt_jax.data import corpora
 from ngpt_jax.data.text import prose
 from ngpt_jax.data.text.sources import open_source
+from ngpt_jax.data.tokenizers.base import ByteTokenizer
 from ngpt_jax.terminal import Terminal
+from ngpt_jax.training import dry_run
 
 LONG = "This paragraph number {} has nine words or more."
 
@@ -136,6 +139,11 @@ def test_the_same_bytes_twice_which_training_reads(tmp_path, monkeypatch, small)
     out.rename(tmp_path / "cache" / "prose")
     usual = open_source(SourceConfig(source="prose"), cache=str(tmp_path / "cache"))
     assert [u.stamp for u in usual.train] == [u.stamp for u in source.train]
+    values = config_lib.default_config()
+    values.train.steps = 1
+    values.data.update(source="prose", cache=str(tmp_path / "cache"))
+    config = config_lib.from_config_dict(values)
+    assert dry_run._size_of_text(config, ByteTokenizer())[0] > 0
 
 
 def test_a_corpus_that_was_changed_is_refused(tmp_path, monkeypatch, small):

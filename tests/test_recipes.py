@@ -194,6 +194,14 @@ def test_states_are_sharded_like_their_parameters(tiny, recipe, kind):
         ({"project": False, "tangent": "both"}, "tangent is for unit vectors: it needs optimizer"),
         ({"max_angle": 3.2}, r"max_angle must lie in \(0, pi\], got 3.2"),
         ({"log_rho": 0.2}, "log_rho = 0.2 is for optimizer.schedule = log, not cosine; leave"),
+        (
+            {"decay_fraction": 0.5},
+            "decay_fraction = 0.5 is for .* = wsd, wsd_sqrt, not cosine",
+        ),
+        (
+            {"schedule": "constant", "final_fraction": 0.1},
+            "final_fraction = 0.1 is for .*, not",
+        ),
         ({"recipe": "adam"}, "recipe must be one of ngpt, adamw, muon, .*, got 'adam'"),
     ],
 )

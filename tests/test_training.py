@@ -276,6 +276,12 @@ def test_workdirs_of_other_runs_are_refused(small, tmp_path):
     (tmp_path / "run/config.json").unlink()
     with pytest.raises(ConfigError, match=r"holds checkpoints but no config.json"):
         loop.train(config, tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    mine = tmp_path / "mine/metrics.jsonl"
+    mine.write_text('{"step": 1}\n')
+    with pytest.raises(ConfigError, match=r"holds metrics.jsonl but no config.json"):
+        loop.train(config, tmp_path / "mine")
+    assert mine.read_text() == '{"step": 1}\n' and len([*mine.parent.iterdir()]) == 1
     (tmp_path / "run/config.json").write_text("{")
     with pytest.raises(ConfigError, match="cannot be read"):
         loop.train(config, tmp_path / "run")

@@ -73,7 +73,7 @@ def _library(tokenizer: Any) -> Callable[[Sequence[str]], int]:
 def _library_alone(config: DataConfig, tokenizer: Tokenizer) -> float:
     """Tokens per second of one core."""
     texts, characters = [], 0
-    units = open_source(config).train
+    units = open_source(config, cache=config.cache).train
     with tempfile.TemporaryDirectory() as folder:
         for text in read_texts(units, lambda unit: unit.fetch(Path(folder), lambda what: None)):
             texts.append(text)

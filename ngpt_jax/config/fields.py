@@ -121,7 +121,7 @@ class ModelConfig:
     base_layers: int | None = field(
         None, POSITIVE, OWN, "nugpt: the layers that alpha's init is given for; None: layers"
     )
-    rms_eps: float = field(1e-6, NOT_NEGATIVE, OWN, "epsilon of RMSNorm")
+    rms_eps: float = field(1e-6, POSITIVE, OWN, "epsilon of RMSNorm")
     init_std: float | None = field(
         None, POSITIVE, OWN, "initial standard deviation of free matrices", always_in_digest=True
     )

@@ -181,6 +181,13 @@ def _check_choices(config: Config) -> None:
             f"model.{name} = {value} does not go with model.residual = add, which has no alpha;"
             " leave it out.",
         )
+    for name in SCALES:
+        scale = getattr(m, name)
+        _require(
+            scale.form not in ("vector", "scalar") or scale.init != 0,
+            f"model.{name}.init = 0 would stay 0, as a learned scale is a multiple of it; give"
+            f" another value, or set model.{name}.form to fixed.",
+        )
     _require(
         m.residual != "slerp" or m.branch_norm == "unit",
         "model.residual = slerp needs model.branch_norm = unit: it turns h towards a unit vector.",
@@ -246,11 +253,18 @@ def _check_recipe(config: Config) -> None:
         f"optimizer.logit_power = {o.logit_power} is for optimizer.logit_gradient ="
         " preconditioned; leave it out.",
     )
-    _require(
-        o.schedule == "log" or o.log_rho == usual.log_rho,
-        f"optimizer.log_rho = {o.log_rho} is for optimizer.schedule = log, not {o.schedule}; leave"
-        " it out.",
-    )
+    decays = ("wsd", "wsd_sqrt")
+    for name, readers in (
+        ("log_rho", ("log",)),
+        ("decay_fraction", decays),
+        ("final_fraction", ("cosine", *decays, "log")),
+    ):
+        value = getattr(o, name)
+        _require(
+            o.schedule in readers or value == getattr(usual, name),
+            f"optimizer.{name} = {value} is for optimizer.schedule = {', '.join(readers)}, not"
+            f" {o.schedule}; leave it out.",
+        )
 
 
 def _check_parametrization(config: Config) -> None:

@@ -19,9 +19,11 @@ from etils import epath
 from ngpt_jax.config import ConfigError
 from ngpt_jax.data.manifest import sha256_of
 from ngpt_jax.data.text.units import Doing
+from ngpt_jax.errors import tell
 from ngpt_jax.files import reason, write_atomically, writing_cache
 
 WAIT = 0.5  # seconds between two signs of life
+_PATIENCE = 10.0  # seconds that the hub has for an answer
 _COMMIT = re.compile("[0-9a-f]{40}")
 T = TypeVar("T")
 
@@ -159,7 +161,7 @@ def _ask(kind: str, name: str, revision: str) -> Repository:
     import huggingface_hub as hf
 
     info: Any = hf.HfApi().repo_info(
-        name, revision=revision or None, repo_type=kind, files_metadata=True
+        name, revision=revision or None, repo_type=kind, files_metadata=True, timeout=_PATIENCE
     )
     files = {
         s.rfilename: (s.size or 0, (s.lfs.sha256 if s.lfs else s.blob_id) or info.sha)
@@ -188,12 +190,12 @@ def _fetch(
 
     hf.utils.disable_progress_bars()
     try:
-        result.append(_again(once, 6))
+        result.append(_again(once, 6, lambda line: None))  # fetch tells
     except BaseException as e:
         result.append(e)
 
 
-def _again(fn: Callable[[], T], tries: int) -> T:
+def _again(fn: Callable[[], T], tries: int, say: Callable[[str], None] = tell) -> T:
     """What ``fn`` returns, tried again where the network or the hub fails for a while."""
     for number in range(1, tries):
         try:
@@ -203,7 +205,9 @@ def _again(fn: Callable[[], T], tries: int) -> T:
                 raise
             headers = getattr(getattr(e, "response", None), "headers", {})
             asked = str(headers.get("Retry-After", ""))  # seconds, or a date, which is left alone
-            time.sleep(max(WAIT * 2**number, min(float(asked if asked.isdigit() else 0), 300.0)))
+            wait = max(WAIT * 2**number, min(float(asked if asked.isdigit() else 0), 300.0))
+            say(f"the Hugging Face Hub: {reason(e)}; trying again in {wait:.0f} s")
+            time.sleep(wait)
     return fn()
 
 

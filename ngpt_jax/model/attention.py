@@ -73,10 +73,15 @@ def softmax_scale(config: ModelConfig) -> float:
 def kernel_of(config: ModelConfig, length: int) -> str:
     """The kernel for ``length`` positions: the config's, or with "auto" the choice for the devices
     of the current mesh. Without a mesh the devices are those of the process.
+
+    A prompt can have a length that the config's kernel does not take: then it is xla.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if config.attention == "splash" and _shard_length(length, mesh) % _LANES:
+        return "xla"
     if config.attention != "auto":
         return config.attention
-    mesh, device = jax.sharding.get_abstract_mesh(), rules.current_device()
+    device = rules.current_device()
     capability = getattr(device, "compute_capability", None)
     config = dataclasses.replace(config, context=length)
     kernel, why = choose_kernel(config, mesh, device.platform, capability)
@@ -84,9 +89,13 @@ def kernel_of(config: ModelConfig, length: int) -> str:
     return kernel
 
 
+def _shard_length(length: int, mesh: Mesh | AbstractMesh) -> int:
+    return length // rules.axis_size(mesh, "context")
+
+
 def _splash_obstacle(config: ModelConfig, mesh, platform: str) -> str | None:
     assert config.head_dim is not None
-    length = config.context // rules.axis_size(mesh, "context")
+    length = _shard_length(config.context, mesh)
     if platform != "tpu":
         return f"it is for TPUs, and the devices are of type {platform}"
     if config.dtype == "float64":

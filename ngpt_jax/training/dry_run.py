@@ -34,7 +34,8 @@ def _size_of_text(config: Config, tokenizer: Tokenizer) -> tuple[int, str]:
             tokens += len(open_tokens(source, prefix, tokenizer, cache).train)
         else:
             exact = False
-            tokens += _estimate(open_source(source, prefix, download=False).train, tokenizer)
+            text = open_source(source, prefix, download=False, cache=config.data.cache)
+            tokens += _estimate(text.train, tokenizer)
     if not tokens:
         return 0, "its size is not known before it is prepared"
     epochs = epochs_of(config, tokens)

@@ -19,7 +19,7 @@ class Chip(NamedTuple):
     flops: float  # dense bf16 peak, FLOP/s
     memory: float  # GiB; of the larger GPUs what the driver offers
     bandwidth: float  # of the memory, bytes/s
-    network: float  # to the other chips of its slice or host, bytes/s, both directions together
+    network: float  # to other chips, bytes/s: TPUs one direction, GPUs both directions together
 
 
 # The first match wins.
@@ -29,7 +29,7 @@ _CHIPS = (
     Chip("TPU v5e", 197e12, 16, 819e9, 200e9),
     Chip("TPU v5", 459e12, 95, 2765e9, 600e9),
     Chip("TPU v6 lite", 918e12, 32, 1640e9, 448e9),
-    Chip("TPU7x", 2307e12, 192, 7380e9, 1200e9),
+    Chip("TPU7x", 1153.5e12, 96, 3690e9, 300e9),  # half a chip: jax sees its two cores apart
     Chip("NVIDIA A100-PCIE-40GB", 312e12, 39.4, 1555e9, 64e9),
     Chip("NVIDIA A100 80GB PCIe", 312e12, 79.2, 1935e9, 64e9),
     Chip("NVIDIA A100-SXM4-40GB", 312e12, 39.4, 1555e9, 600e9),

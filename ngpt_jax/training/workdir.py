@@ -70,9 +70,13 @@ def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bo
         if workdir.exists() and not workdir.is_dir():
             raise ConfigError(f"{where} is a file; give a folder.")
         if not (workdir / "config.json").exists():
-            if checkpoints.is_dir() and any(checkpoints.iterdir()):
+            held = ["checkpoints"] if checkpoints.is_dir() and any(checkpoints.iterdir()) else []
+            # Those of a start that was killed early are empty; others would be overwritten.
+            metrics = files.matching(workdir, "metrics*.jsonl")
+            held += [path.name for path in metrics if path.stat().length]
+            if held:
                 raise ConfigError(
-                    f"{where} holds checkpoints but no config.json; choose another --workdir."
+                    f"{where} holds {held[0]} but no config.json; choose another --workdir."
                 )
             return []
     found = changes(read_config(where, workdir), config)
