@@ -155,9 +155,10 @@ def angle(a: jax.Array, b: jax.Array, axis: Axis = -1, keepdims: bool = False) -
     the arccos of a dot product loses half of the digits.
     """
     a32, b32 = promote(a), promote(b)
-    theta = 2 * jnp.arctan2(
-        safe_norm(a32 - b32, axis, keepdims), safe_norm(a32 + b32, axis, keepdims)
-    )
+    opposite = safe_norm(a32 - b32, axis, keepdims)
+    adjacent = safe_norm(a32 + b32, axis, keepdims)
+    both_zero = (opposite == 0) & (adjacent == 0)  # then arctan2 has no derivative
+    theta = 2 * jnp.arctan2(opposite, jnp.where(both_zero, 1, adjacent))
     return _like(theta, a)
 
 

@@ -568,13 +568,17 @@ def test_the_command_from_end_to_end(run, tmp_path, book):
 @pytest.mark.slow
 def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monkeypatch):
     evaluate = functools.partial(report.evaluate, str(runs / "ngpt"), None, [])
-    table = evaluate(report.Wanted([], [], None, None, 16, False), False, str(tmp_path))
+    table = evaluate(report.Wanted([], [], None, None, None, 16, False), False, str(tmp_path))
     assert "the text is the run's held-out text" in table
     found = json.loads((tmp_path / "evaluate.json").read_text())["text"]
-    text = str(runs / "val.txt")
-    evaluate(report.Wanted([], [], text, None, 16, False), False, str(tmp_path))
+    text = tmp_path / "val.jsonl"
+    text.write_text(json.dumps({"content": (runs / "val.txt").read_text()}) + "\n")
+    wanted = report.Wanted([], [], str(text), "content", None, 16, False)
+    evaluate(wanted, False, str(tmp_path))
     assert found == json.loads((tmp_path / "evaluate.json").read_text())["text"]
     assert (found["documents"], found["tokens"]) == (1, 260)
+    with pytest.raises(ConfigError, match="has no 'text' but 'content'; set --text_key"):
+        evaluate(wanted._replace(text_key=None), False, str(tmp_path))
 
     # Other text is not the run's, wherever it lies.
     for folder, change in (
@@ -589,7 +593,7 @@ def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monk
         told = "does not tell which" if folder == "converted" else "the text here is not the run's"
         with pytest.raises(ConfigError, match=f"held-out text is not here .*{told}.*; give --text"):
             report.evaluate(
-                str(copy), None, [], report.Wanted([], [], None, None, 16, False), False, None
+                str(copy), None, [], report.Wanted([], [], None, None, None, 16, False), False, None
             )
 
     def missing(*_):
@@ -597,7 +601,7 @@ def test_without_tasks_and_text_the_held_out_text_is_scored(runs, tmp_path, monk
 
     monkeypatch.setattr(scorers, "load_corpus", missing)
     with pytest.raises(ConfigError, match="held-out text is not here .no such file.; give --text"):
-        evaluate(report.Wanted([], [], None, None, 16, False), False, str(tmp_path))
+        evaluate(report.Wanted([], [], None, None, None, 16, False), False, str(tmp_path))
 
 
 def test_bad_input_is_told_in_a_line(run, tmp_path):

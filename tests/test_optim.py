@@ -12,6 +12,7 @@ from ngpt_jax.optim.recipes import make_optimizer
 from ngpt_jax.optim.schedules import make_schedule
 from ngpt_jax.optim.transformations import (
     clip_by_global_norm,
+    global_norm,
     scale_by_adam,
     scale_by_learning_rate,
 )
@@ -86,6 +87,8 @@ def test_clip_equals_optax_and_torch_form(factor):
 
 
 def test_clip_of_zero_gradients_is_zero():
+    many = [jnp.ones((), jnp.bfloat16)] * 301
+    np.testing.assert_allclose(global_norm(many), 301**0.5, rtol=1e-6)
     clipped, _ = clip_by_global_norm(1.0).update(jnp.zeros(3), optax.EmptyState())
     assert not np.any(clipped)
 

@@ -305,6 +305,16 @@ def test_slerp_at_equal_points():
         assert_close(dt, 0)
 
 
+def test_slerp_of_zero_vectors_has_a_finite_gradient():
+    zero = jnp.zeros(3)
+    value, gradients = jax.value_and_grad(lambda a, b, t: sphere.slerp(a, b, t).sum(), (0, 1, 2))(
+        zero, zero, 0.3
+    )
+    assert value == 0
+    for gradient in gradients:
+        assert_close(gradient, 0, 0)
+
+
 def test_slerp_gradient_matches_differences_of_the_formula():
     """Along tangent directions: the two differ off the sphere."""
     a, b, c = unit(6), unit(6, seed=1), normal(6, seed=2)

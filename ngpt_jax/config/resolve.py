@@ -254,15 +254,15 @@ def _check_recipe(config: Config) -> None:
         " preconditioned; leave it out.",
     )
     decays = ("wsd", "wsd_sqrt")
-    for name, readers in (
+    for name, schedules in (
         ("log_rho", ("log",)),
         ("decay_fraction", decays),
         ("final_fraction", ("cosine", *decays, "log")),
     ):
         value = getattr(o, name)
         _require(
-            o.schedule in readers or value == getattr(usual, name),
-            f"optimizer.{name} = {value} is for optimizer.schedule = {', '.join(readers)}, not"
+            o.schedule in schedules or value == getattr(usual, name),
+            f"optimizer.{name} = {value} is for optimizer.schedule = {', '.join(schedules)}, not"
             f" {o.schedule}; leave it out.",
         )
 

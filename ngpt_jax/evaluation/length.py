@@ -24,6 +24,7 @@ def compare(
     folders: Mapping[str, str],
     overrides: Sequence[tuple[str, str]],
     text: str | None,
+    text_key: str | None,
     factor: int,
     most: int,
     out: str | None,
@@ -34,6 +35,7 @@ def compare(
       folders: of the runs, by the flag that names each.
       overrides: (dotted name, text) of config fields.
       text: a file, a folder or a glob; None: the first run's held-out text.
+      text_key: the field or column that holds the text; None: that of the first run's config.
       factor: the longest sequence over the training context, a power of two.
       most: the longest sequences to read, at most.
       out: the folder; None: length/ in the first run's folder.
@@ -54,7 +56,7 @@ def compare(
     context, eod = first.config.model.context, first.tokenizer.eod
     lengths = lengths_of(context, factor)
     terminal = Terminal()
-    documents = _documents(first, next(iter(folders.values())), text, terminal)
+    documents = _documents(first, next(iter(folders.values())), text, text_key, terminal)
     sequences = cut_sequences(documents, eod, lengths[-1], most)
     rows, positions, names = [], [], []
     for label, model in zip(labels, models):
@@ -74,12 +76,11 @@ def compare(
 
 
 def _documents(
-    model: LoadedModel, workdir: str, text: str | None, terminal: Terminal
+    model: LoadedModel, workdir: str, text: str | None, text_key: str | None, terminal: Terminal
 ) -> list[np.ndarray]:
     """Token ids of each document; says which files are not read."""
-    config = model.config
     if text is not None:
-        texts, left_out = read_text(text, config.data.text_key)
+        texts, left_out = read_text(text, text_key or model.config.data.text_key)
         for line in left_out:
             terminal.say(line)
         return model.tokenizer.encode_batch(texts)

@@ -29,6 +29,7 @@ class Wanted(NamedTuple):
       tasks: from local files.
       names: of the harness's own tasks.
       text: a file, a folder or a glob; None: no text, and without tasks the run's held-out text.
+      text_key: the field or column that holds the text; None: that of the run's config.
       limit: only the first so many examples of each task; None: all.
       batch_size: sequences of the training context at one time.
       harness: run the tasks through lm-evaluation-harness.
@@ -37,6 +38,7 @@ class Wanted(NamedTuple):
     tasks: list[Task]
     names: list[str]
     text: str | None
+    text_key: str | None
     limit: int | None
     batch_size: int
     harness: bool
@@ -70,7 +72,7 @@ def evaluate(
     texts: list[str] = []
     notes: list[str] = []
     if wanted.text is not None:
-        texts, notes = scorers.read_text(wanted.text, config.data.text_key)
+        texts, notes = scorers.read_text(wanted.text, wanted.text_key or config.data.text_key)
     folder = command.output_folder(workdir, out, "evaluate")
     terminal = Terminal()
     with terminal.doing("loading the model"):

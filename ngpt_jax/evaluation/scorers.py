@@ -219,8 +219,7 @@ def read_text(path: str, text_key: str) -> tuple[list[str], list[str]]:
     """
     holds = functools.partial(text_files.holds_documents, text_key=text_key)
     files, left_out = find_files([path], "--text", text_files.SUFFIXES, holds)
-    key_field = "--config.data.text_key"
-    units = [text_files.read_documents(file, "--text", text_key, key_field) for file in files]
+    units = [text_files.read_documents(file, "--text", text_key, "--text_key") for file in files]
     texts = [text for unit in units for text, _ in unit if text]
     if not texts:
         raise ConfigError(f"--text={path} holds no text; give another file.")

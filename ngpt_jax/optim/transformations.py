@@ -9,6 +9,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ngpt_jax.sphere import promote
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The norm of all leaves together, in at least float32."""
+    return optax.tree.norm(jax.tree.map(promote, tree))
+
 
 def clip_by_global_norm(max_norm: float, eps: float = 0.0) -> optax.GradientTransformation:
     """Scales all updates by min(1, max_norm / (global norm + eps)).
@@ -19,7 +26,7 @@ def clip_by_global_norm(max_norm: float, eps: float = 0.0) -> optax.GradientTran
 
     def update_fn(updates, state, params=None):
         del params
-        factor = jnp.minimum(1, max_norm / (optax.tree.norm(updates) + eps))
+        factor = jnp.minimum(1, max_norm / (global_norm(updates) + eps))
         return jax.tree.map(lambda u: (u * factor).astype(u.dtype), updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)

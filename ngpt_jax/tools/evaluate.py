@@ -27,7 +27,7 @@ their end is not scored.
 --harness runs the tasks through EleutherAI's lm-evaluation-harness (pip install '.[eval]'):
 local files without a network, and the harness's own tasks, by their names, with one.
 --config.NAME=VALUE changes the run's config for this command: where the tokenizer lies
-(data.tokenizer), data.text_key, model.dtype, the mesh (one device unless some mesh.* is given).
+(data.tokenizer), model.dtype, the mesh (one device unless some mesh.* is given).
 
 --out gets evaluate.json, and NAME.csv with the choice and log-probabilities of each example.
 """
@@ -41,6 +41,12 @@ _STEP = flags.DEFINE_integer("step", None, "The checkpoint; the newest by defaul
 _TASKS = flags.DEFINE_list("tasks", [], "Names in --tasks_dir, or paths of .jsonl files.")
 _TASKS_DIR = flags.DEFINE_string("tasks_dir", None, "Folder of NAME.jsonl and NAME.jsonl.gz.")
 _TEXT = flags.DEFINE_string("text", None, "A text: a file, a folder or a glob.")
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key",
+    None,
+    "The field of a .jsonl line or column of a .parquet file of --text; the run's data.text_key by"
+    " default.",
+)
 _LIMIT = flags.DEFINE_integer(
     "limit", None, "Only the first so many examples of each task.", lower_bound=1
 )
@@ -67,7 +73,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     from ngpt_jax.evaluation import report  # slow to import: bad tasks are told first
 
     wanted = report.Wanted(
-        tasks, names, _TEXT.value, _LIMIT.value, _BATCH_SIZE.value, _HARNESS.value
+        tasks, names, _TEXT.value, _TEXT_KEY.value, _LIMIT.value, _BATCH_SIZE.value, _HARNESS.value
     )
     print(report.evaluate(
         _WORKDIR.value, _STEP.value, overrides, wanted, _UNTRAINED.value, _OUT.value

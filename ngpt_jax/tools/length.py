@@ -9,8 +9,7 @@ to --factor times; RoPE is unchanged (figure 13 of the paper). A sequence lies w
 Without --text, the run's held-out text is read. Written to --out: length.csv, position.csv,
 length.png.
 --config.NAME=VALUE changes the runs' config for this command: where the tokenizer lies
-(data.tokenizer), which field of a .jsonl line or column of a .parquet file is the text
-(data.text_key), model.dtype, the mesh.
+(data.tokenizer), model.dtype, the mesh.
 """
 
 from absl import flags
@@ -21,6 +20,12 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "The folder of a training run.")
 _AGAINST = flags.DEFINE_string("against", None, "The folder of a run to compare it with.")
 _TEXT = flags.DEFINE_string(
     "text", None, "A file, folder or glob of .txt, .jsonl, ...; the run's held-out text by default."
+)
+_TEXT_KEY = flags.DEFINE_string(
+    "text_key",
+    None,
+    "The field of a .jsonl line or column of a .parquet file of --text; the run's data.text_key by"
+    " default.",
 )
 _FACTOR = flags.DEFINE_integer("factor", 32, "The longest sequence over the training context.")
 _WINDOWS = flags.DEFINE_integer("windows", 32, "Longest sequences to read.", lower_bound=1)
@@ -34,7 +39,7 @@ def _main(overrides: list[tuple[str, str]]) -> None:
 
     folders = {"workdir": _WORKDIR.value} | ({"against": _AGAINST.value} if _AGAINST.value else {})
     print(length.compare(
-        folders, overrides, _TEXT.value, _FACTOR.value, _WINDOWS.value, _OUT.value
+        folders, overrides, _TEXT.value, _TEXT_KEY.value, _FACTOR.value, _WINDOWS.value, _OUT.value
     ))  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from ngpt_jax.model.folding import fold, folded_config, gradient_table, round_ma
 from ngpt_jax.model.loss import CHUNK, cross_entropy
 from ngpt_jax.model.params import learned_scales, param_tree, unit_axes
 from ngpt_jax.model.transformer import Batch, Transformer, init_params
+from ngpt_jax.optim.transformations import global_norm
 from ngpt_jax.parallel import rules
 from ngpt_jax.projection import sphere_deviation
 from ngpt_jax.training.guard import Guard, check, init_guard
@@ -68,7 +69,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch):
         loss, grads = _loss_and_grads(config, state.params, batch)
-        grad_norm = optax.tree.norm(grads)  # XLA computes it once for here and clipping
+        grad_norm = global_norm(grads)  # XLA computes it once for here and clipping
         ok, guard = check(state.guard, loss, grad_norm, config.train.spike_deviations)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, step=state.step, ok=ok)
         params = optax.apply_updates(state.params, updates)

@@ -6,7 +6,7 @@ from typing import Any
 
 from ngpt_jax import signals
 
-EXIT_DIVERGED = 3  # too many steps in a row had no finite loss or gradient
+EXIT_DIVERGED = 3  # too many steps in a row were skipped
 EXIT_RESUME = 75  # EX_TEMPFAIL: stopped by a signal after saving; to be resumed
 _ANSWER = "received: stopping as soon as all is saved; a second Ctrl-C waits for one save at most"
 

@@ -31,7 +31,7 @@ class RunError(RuntimeError):
 
 
 class Diverged(RunError):
-    """Too many steps in a row had no finite loss or gradient."""
+    """Too many steps in a row were skipped."""
 
     exit_code = EXIT_DIVERGED
 
