@@ -277,7 +277,7 @@ def test_where_nobody_reads_what_is_said(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
+def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch, capsys):
     folder, fields = begun
     config = small(**fields | {"train.steps": 1, "optimizer.learning_rate": 1e-30})
     for path in (folder, folder / "checkpoints/4"):
@@ -287,6 +287,12 @@ def test_a_run_from_the_weights_of_another(begun, small, tmp_path, monkeypatch):
         assert int(b["step"]) == 1
         for x, y in zip(*(jax.tree.leaves(t["params"]) for t in (a, b)), strict=True):
             np.testing.assert_allclose(x, y, atol=1e-6)
+    scaled = small(**fields | {"train.steps": 1, "model.s_z.init": 2.0, "model.rope_base": 5e4})
+    assert loop.train(dataclasses.replace(scaled, init_from=str(folder)), tmp_path / "scaled") == 0
+    assert (
+        "is another one (model.rope_base: 10000.0 -> 50000.0; model.s_z.init: 1.0 -> 2.0)"
+        in capsys.readouterr().out
+    )
     # Read at the first start alone.
     gone = dataclasses.replace(config, init_from=str(tmp_path / "gone"))
     assert loop.train(gone, tmp_path / "new4") == 0

@@ -355,3 +355,20 @@ def test_where_the_hub_takes_calls_and_does_not_answer(hub, tmp_path, monkeypatc
             find_repository("dataset", "me/other", str(tmp_path), "data.paths")
     assert again.commit == found.commit and "the hub cannot be reached" in again.note
     assert capsys.readouterr().err.count("trying again in 1 s") == 2
+
+
+def test_the_patterns_of_a_card():
+    paths = [
+        "en/train-00.jsonl",
+        "en/train-0x.jsonl",
+        "en/deep/train-01.jsonl",
+        "de/train-00.jsonl",
+    ]
+    assert text_hub._matching(paths, ["*/train-[0-9][0-9].jsonl"]) == [paths[0], paths[3]]
+    assert text_hub._matching(paths, ["*/train-[!0-9][0-9].jsonl"]) == []
+    assert text_hub._matching(paths, text_hub._files({"data_dir": "en/"})) == paths[:3]
+    assert text_hub._files({"data_files": {"train": None}}) == {"train": []}
+    repo = Repository(
+        "dataset", "me/text", "0" * 40, dict.fromkeys(paths, (1, "")), [{"data_dir": "de"}]
+    )
+    assert text_hub._splits(repo, None, "data.") == {"train": ["de/train-00.jsonl"]}

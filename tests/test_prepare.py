@@ -1,6 +1,7 @@
 """Preparation: token counts, identical bytes, going on after a stop, manifests, packing."""
 
 import dataclasses
+import errno
 import gzip
 import hashlib
 import itertools
@@ -275,7 +276,7 @@ def test_training_reads_what_was_prepared(config, tmp_path, small_portions):
         load(source="bin", paths=(str(tmp_path / "ar"),), cache=cache)
 
 
-def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
+def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions, monkeypatch):
     cache = tmp_path / "cache"
     run(config, tmp_path / "out")
     folder = str(tmp_path / "out")
@@ -301,6 +302,13 @@ def test_prepared_folders_that_do_not_fit(config, tmp_path, small_portions):
         load(source="bin", paths=(folder,), cache=cache)
     shard.write_bytes(data[::-1])
     made = manifest.read_manifest(epath.Path(folder), "--out")
+
+    def broken(file):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+
+    with monkeypatch.context() as m, raises("train-00000.bin' cannot be read: Input/output error"):
+        m.setattr(manifest, "open_binary", broken)
+        manifest.verify(made, epath.Path(folder), "--out")
     with raises("train-00001.bin' was altered"):
         manifest.verify(made, epath.Path(folder), "--out")
 

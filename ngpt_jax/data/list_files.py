@@ -176,6 +176,8 @@ def _refuse_prepared(files: Sequence[epath.Path], field: str) -> None:
             mend = f"give {str(file.parent)!r} itself"
             if field.endswith("eval_paths"):
                 mend = "give its held-out files alone"
+            if field.startswith("--"):  # of a command that reads text alone
+                mend = "give the text that it was made from"
             raise ConfigError(
                 f"{field}: {str(file)!r} is of a prepared folder, which knows its tokenizer and"
                 f" what is held out; {mend}."

@@ -20,7 +20,7 @@ from ngpt_jax.data.tokenizers.base import (
     check_tokenizer,
     warnings_of_loss,
 )
-from ngpt_jax.files import digest_of
+from ngpt_jax.files import digest_of, reading
 
 NAME = PREPARED
 VERSION = 1
@@ -205,7 +205,9 @@ def verify(
     check_shards(manifest, folder, field)
     for shard in manifest.shards():
         doing(f"hashing {shard.file}")
-        if sha256_of(folder / shard.file) != shard.sha256:
+        with reading(f"{field}: {str(folder / shard.file)!r}"):
+            found = sha256_of(folder / shard.file)
+        if found != shard.sha256:
             raise ConfigError(
                 f"{field}: {str(folder / shard.file)!r} was altered; {_anew(folder, field)}."
             )

@@ -101,7 +101,7 @@ def open_bin(file: epath.Path, field: str, dtype: str | None, vocab_size: int) -
             raise ConfigError(f"{field}: {name!r} has llm.c's header in version {version}.")
         kind, offset = np.dtype(_HEADERS[magic, version]).newbyteorder("<"), _HEADER_BYTES
         if dtype not in (None, kind.name):
-            raise ConfigError(f"{field}: {name!r} holds {kind.name}, not data.token_dtype={dtype}.")
+            raise ConfigError(f"{field}: {name!r} holds {kind.name}, not token_dtype={dtype}.")
         tokens = max(size - offset, 0) // kind.itemsize
         if size != offset + count * kind.itemsize:
             raise ConfigError(

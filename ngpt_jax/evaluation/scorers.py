@@ -188,8 +188,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def perplexity(nats: float) -> float:
-    """exp(nats), or inf where that is too large for a float."""
-    return math.exp(nats) if nats < 700 else math.inf
+    """exp(nats), at most exp(700): JSON knows no infinity."""
+    return math.exp(min(nats, 700))
 
 
 def summarize(task: Task, scored: Sequence[Scored]) -> dict[str, Any]:

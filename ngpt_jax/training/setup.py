@@ -153,7 +153,7 @@ def open_run(
     distributed.check_same(newest_checkpoint=restored)
     tx, _ = make_optimizer(on_mesh)
     like = layout.abstract_state(on_mesh, tx, mesh)
-    progress = Progress()
+    progress, otherwise = Progress(), ""
     with terminal.doing("initializing" if restored is None else f"restoring step {restored}"):
         if restored is not None:
             state, progress = _restore(checkpoints, like, f"--workdir={workdir}", tokenizer, corpus)
@@ -162,13 +162,14 @@ def open_run(
             if (other := config.init_from) is not None:
                 params, theirs = restore_params(other, like.params)
                 check_tokenizer(tokenizer, theirs["tokenizer"], f"--config.init_from={other}")
+                otherwise = workdir_lib.reads_weights_otherwise(theirs.get("config"), config)
             state = layout.first_state(on_mesh, tx, mesh, params)
     step, steps = int(state.step), config.train.steps
     assert steps is not None
     if step > steps:
         raise ConfigError(
             f"train.steps = {steps}, but the run in --workdir={workdir} is at step {step} already;"
-            " raise it."
+            f" raise {'train.steps' if config.train.tokens is None else 'train.tokens'}."
         )
 
     # 7. The logs end at this step, before its evaluation if that was of another held-out text.
@@ -215,6 +216,8 @@ def open_run(
         f" {batch_size * model.context:,} tokens, {corpus.tokens:,} tokens of text"
         f" ({config.data.source}) -> {workdir}"
     )
+    if otherwise:
+        say(f"warning: the model of {config.init_from} is another one ({otherwise})")
     for warning in size_warnings(config, tokenizer, corpus.tokens):
         say(f"warning: {warning}")
     if mesh.size > 1:

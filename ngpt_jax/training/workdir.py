@@ -17,6 +17,7 @@ from etils import epath
 from ngpt_jax import config as config_lib
 from ngpt_jax import files
 from ngpt_jax.config import Config, ConfigError
+from ngpt_jax.config.convert import fields
 from ngpt_jax.config.facts import FREE, OWN, SCHEDULE
 from ngpt_jax.errors import install_hint
 from ngpt_jax.parallel import distributed
@@ -50,6 +51,25 @@ def changes(old: Config, new: Config) -> dict[str, list[str]]:
         length = constant and field.name in ("train.steps", "train.tokens")
         found[_FREE if length else field.effect.resume].append(str(difference))
     return found
+
+
+def reads_weights_otherwise(saved: Any, config: Config) -> str:
+    """How the model differs from that of a run whose weights are taken; "" where it does not.
+
+    Args:
+      saved: that run's config, as it stands in its checkpoints.
+      config: resolved.
+    """
+    found = []
+    for field in fields(config):
+        own = field.effect.resume == _RUN and field.name != "model.init_std"  # has no effect then
+        if own and field.name.startswith("model."):
+            value = saved
+            for name in field.name.split("."):
+                value = value.get(name, {}) if isinstance(value, dict) else {}
+            if value != {} and value != field.value:
+                found.append(f"{field.name}: {value} -> {field.value}")
+    return _some(found)
 
 
 def check_workdir(workdir: epath.Path, config: Config, allow_schedule_change: bool) -> list[str]:

@@ -89,7 +89,11 @@ def _splits(repo: Repository, config: str | None, prefix: str) -> dict[str, list
     """The readable files of each split of a config, by the data set's card or by their names."""
     readable = sorted(filter(_readable, repo.files))
     paths = [path for path in readable if _is_text(path)]
-    named = {str(c["config_name"]): c for c in repo.configs if isinstance(c, dict) and _files(c)}
+    named = {
+        str(c.get("config_name", "default")): c
+        for c in repo.configs
+        if isinstance(c, dict) and _files(c)
+    }
     if not named and paths and all(p.count("/") > 1 for p in paths):  # as in the hub's own copy
         named = {p.split("/")[0]: {"data_dir": p.split("/")[0]} for p in paths}
     if not named:
@@ -111,9 +115,10 @@ def _files(config: dict[str, Any]) -> dict[str, list[str]] | list[str]:
     """Patterns of a card's config: by split, or of all its files."""
 
     def patterns(value: Any) -> list[str]:
-        return [value] if isinstance(value, str) else [str(v) for v in value]
+        return [value] if isinstance(value, str) else [str(v) for v in value or ()]
 
-    files = config.get("data_files") or f"{config.get('data_dir', '')}/**"
+    folder = str(config.get("data_dir") or "").strip("/")
+    files = config.get("data_files") or f"{folder}/**"
     if isinstance(files, dict):
         return {str(split): patterns(value) for split, value in files.items()}
     if isinstance(files, list) and files and isinstance(files[0], dict):
@@ -142,11 +147,14 @@ def _by_name(paths: Sequence[str], named: bool = False) -> dict[str, list[str]]:
 
 
 def _matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """Paths that one of the patterns of a card matches: ``*`` within a folder, ``**`` any."""
+    """Paths that one of the patterns of a card matches: ``*`` within a folder, ``**`` any, and
+    ``[0-9]`` one of some characters.
+    """
 
     def regex(pattern: str) -> str:
-        parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern)
+        parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^]/]+\])", pattern)
         words = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        words |= {part: part.replace("[!", "[^", 1) for part in parts[1::2] if part[0] == "["}
         return "".join(words.get(part) or re.escape(part) for part in parts)
 
     return [p for p in paths if any(re.fullmatch(regex(pattern), p) for pattern in patterns)]
