@@ -171,3 +171,24 @@ def test_a_prompt_has_a_kernel_that_takes_its_length(tiny):
             params,
         )  # fmt: skip
         assert out.drawn.shape == ()
+
+
+@pytest.mark.parametrize(("remat", "calls"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_remat_computes_attention_again_only_where_it_says_so(tiny, monkeypatch, remat, calls):
+    """Calls of cuDNN's forward pass in a traced gradient, of one layer."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: False)
+    fields = {"model.width": 128, "model.context": 128, "model.dtype": "bfloat16"}
+    fields |= {"model.layers": 1, "model.attention": "cudnn", "model.remat": remat}
+    config = tiny(**fields).model
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    def loss(params, tokens):
+        return Transformer(config).apply({"params": params}, tokens).sum()
+
+    program = jax.make_jaxpr(jax.grad(loss))(params, jax.ShapeDtypeStruct((1, 128), jnp.int32))
+    assert str(program).count("= dot_product_attention_fwd") == calls
+    assert str(program).count("= dot_product_attention_bwd") == 1

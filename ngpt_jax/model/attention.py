@@ -25,8 +25,19 @@ from ngpt_jax import sphere
 from ngpt_jax.config import ConfigError, ModelConfig
 from ngpt_jax.parallel import rules
 
-SAVED_NAME = "attention"  # the name of what remat=attention keeps
+SAVED_NAME = "attention"  # of the result of xla and splash
 _LANES = 128  # lanes of a TPU's vector unit; splash's blocks are multiples of this
+
+
+_is_named = jax.checkpoint_policies.save_only_these_names(SAVED_NAME)
+
+
+def keep_attention(primitive: Any, *args: Any, **params: Any) -> bool:
+    """What remat=attention keeps: attention's result. cuDNN's is kept together with what else its
+    backward pass reads; else it would be computed again for that.
+    """
+    of_cudnn = primitive.name.startswith("dot_product_attention_fwd")
+    return of_cudnn or _is_named(primitive, *args, **params)
 
 
 def choose_kernel(

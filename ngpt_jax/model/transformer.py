@@ -18,7 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from ngpt_jax import sphere
 from ngpt_jax.config import ModelConfig
 from ngpt_jax.model import fused, heads, norms
-from ngpt_jax.model.attention import SAVED_NAME, causal_attention, kernel_of, softmax_scale
+from ngpt_jax.model.attention import (
+    SAVED_NAME,
+    causal_attention,
+    keep_attention,
+    kernel_of,
+    softmax_scale,
+)
 from ngpt_jax.model.declare import declare, gain, matrix, scale
 from ngpt_jax.model.embedding import embed_tokens
 from ngpt_jax.model.params import FOLDED_MARK, TABLE, depth_factors, refuse_folded, step_size
@@ -35,7 +41,7 @@ Ids = jax.Array | None  # (B, T) int32
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_NAME),
+    "attention": keep_attention,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -225,7 +231,9 @@ class Block(nn.Module):
             attend = jax.checkpoint(
                 attend, prevent_cse=_unrolls(c), policy=REMAT_POLICIES["attention"]
             )
-        out = checkpoint_name(attend(qk, v), SAVED_NAME)  # (B, T, heads, head_dim)
+        out = attend(qk, v)  # (B, T, heads, head_dim)
+        if kernel != "cudnn":  # whose own result is kept, and need not be twice
+            out = checkpoint_name(out, SAVED_NAME)
         out = self._linear(out, "out_kernel", contracted=2)
         return rules.constrain(out, "batch", "length", "embed")
 

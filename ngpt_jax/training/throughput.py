@@ -58,7 +58,11 @@ def train_flops_per_token(config: ModelConfig) -> float:
 def recomputed_flops_per_token(config: ModelConfig) -> float:
     """FLOPs per token that ``model.remat`` adds; they do not count in the MFU."""
     layers, scores, _ = _forward_flops(config)
-    return {"none": 0, "attention": layers, "dots": scores, "full": layers + scores}[config.remat]
+    # xla's backward pass reads the softmax, which is not kept: one of attention's two products.
+    attention = layers + (scores / 2 if config.attention == "xla" else 0)
+    return {"none": 0, "attention": attention, "dots": scores, "full": layers + scores}[
+        config.remat
+    ]
 
 
 def prefill_flops(config: ModelConfig, prompt: int) -> float:
