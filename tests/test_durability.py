@@ -187,7 +187,7 @@ def test_damaged_checkpoints_are_set_aside(finished, begun, small, capsys):
 
 
 @pytest.mark.slow
-def test_a_workdir_in_use_is_refused(begun, small, monkeypatch):
+def test_a_workdir_in_use_is_refused(begun, small, monkeypatch, capsys):
     folder, fields = begun
     code = "import sys, time; from etils import epath; from ngpt_jax.training import workdir;"
     code += "f = workdir.lock_workdir(epath.Path(sys.argv[1])); print(flush=True); time.sleep(99)"
@@ -196,9 +196,10 @@ def test_a_workdir_in_use_is_refused(begun, small, monkeypatch):
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     other.stdout.readline()
-    monkeypatch.setattr(workdir.lock_workdir, "__defaults__", (0.5,))
+    monkeypatch.setattr(workdir.lock_workdir, "__defaults__", (0.5, None))
     with pytest.raises(workdir.RunError, match="is in use by another process; wait for its end"):
         loop.train(small(**fields), folder)
+    assert f"waiting up to 0 s for another process, which uses {folder}" in capsys.readouterr().out
     other.kill()
     other.wait()
     assert loop.train(small(**fields), folder) == 0

@@ -17,6 +17,7 @@ from ngpt_jax.files import reason
 from ngpt_jax.optim import recipes
 from ngpt_jax.parallel.backend import enable_x64_if_used
 from ngpt_jax.parallel.mesh import make_mesh
+from ngpt_jax.terminal import Terminal
 from ngpt_jax.training import layout
 from ngpt_jax.training.step import TrainState
 from ngpt_jax.training.workdir import check_held_out, open_workdir
@@ -59,7 +60,7 @@ def load_text(run: RunState) -> Corpus:
     try:
         config, tokenizer = with_tokenizer(run.config)
         check_tokenizer(tokenizer, run.progress["tokenizer"], "the run")
-        corpus = load_corpus(config.data, tokenizer, config.model.context)
+        corpus = load_corpus(config.data, tokenizer, config.model.context, Terminal())
     except OSError as e:
         raise ConfigError(f"{e.filename or 'the text'} cannot be read: {reason(e)}.") from e
     if corpus.fingerprint != run.progress["data"]:

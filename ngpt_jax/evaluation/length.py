@@ -46,7 +46,9 @@ def compare(
     lengths_of(1, factor)  # refused before models are read
     folder = command.output_folder(next(iter(folders.values())), out, "length")
     labels = plots.run_labels(list(folders.values()))
-    models = [open_model(flag, path, None, overrides) for flag, path in folders.items()]
+    terminal = Terminal()
+    with terminal.doing("loading the models"):
+        models = [open_model(flag, path, None, overrides) for flag, path in folders.items()]
     first = models[0]
     if len({(m.config.model.context, m.tokenizer.fingerprint) for m in models}) > 1:
         raise ConfigError(
@@ -55,7 +57,6 @@ def compare(
         )
     context, eod = first.config.model.context, first.tokenizer.eod
     lengths = lengths_of(context, factor)
-    terminal = Terminal()
     documents = _documents(first, next(iter(folders.values())), text, text_key, terminal)
     sequences = cut_sequences(documents, eod, lengths[-1], most)
     rows, positions, names = [], [], []
@@ -84,7 +85,7 @@ def _documents(
         for line in left_out:
             terminal.say(line)
         return model.tokenizer.encode_batch(texts)
-    return held_out_documents(model, workdir)
+    return held_out_documents(model, workdir, terminal)
 
 
 def lengths_of(context: int, factor: int) -> list[int]:

@@ -79,7 +79,8 @@ def evaluate(
         model = open_model("workdir", workdir, step, overrides)
     terminal.close()
     if wanted.text is None and not (wanted.tasks or wanted.names):
-        texts = [model.tokenizer.decode(ids) for ids in scorers.held_out_documents(model, workdir)]
+        documents = scorers.held_out_documents(model, workdir, terminal)
+        texts = [model.tokenizer.decode(ids) for ids in documents]
         notes = ["the text is the run's held-out text"]
     if not model.tokenizer.lossless:
         lost, total = lost_characters(model.tokenizer, texts)

@@ -35,6 +35,7 @@ from ngpt_jax.evaluation.tasks import Task
 from ngpt_jax.files import reason
 from ngpt_jax.inference.loading import Ids, LoadedModel, check_finite
 from ngpt_jax.model.transformer import init_params
+from ngpt_jax.terminal import Terminal
 from ngpt_jax.training import layout
 from ngpt_jax.training.workdir import check_held_out, open_workdir
 
@@ -226,14 +227,14 @@ def read_text(path: str, text_key: str) -> tuple[list[str], list[str]]:
     return texts, left_out
 
 
-def held_out_documents(model: LoadedModel, workdir: str) -> list[np.ndarray]:
+def held_out_documents(model: LoadedModel, workdir: str, terminal: Terminal) -> list[np.ndarray]:
     """Token ids of the documents of the held-out sets of the run in a folder.
 
     Raises ConfigError where they are not here, or where the text here is another one.
     """
     config = model.config
     try:
-        corpus = load_corpus(config.data, model.tokenizer, config.model.context)
+        corpus = load_corpus(config.data, model.tokenizer, config.model.context, terminal)
         check_held_out(open_workdir(workdir), held_out_digest(corpus), corpus.fingerprint)
     except (ConfigError, OSError) as e:
         raise ConfigError(f"The run's held-out text is not here ({reason(e)}); give --text.") from e

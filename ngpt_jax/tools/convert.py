@@ -90,13 +90,15 @@ def _main(overrides: list[tuple[str, str]]) -> None:
     from ngpt_jax.export import folders, huggingface, reference_checkpoint
     from ngpt_jax.inference import loading, opening
     from ngpt_jax.model.params import num_params
+    from ngpt_jax.terminal import Terminal
 
     folders.check_new(target, out, remote=target == "out")
     for flag in {source, target} & {"from_reference", "to_reference"}:
         reference_checkpoint.require_torch(flag)
     notes = []
     if source == "workdir":
-        run = loading.open_model("workdir", path, _STEP.value, overrides)
+        with Terminal().doing("loading the model"):
+            run = loading.open_model("workdir", path, _STEP.value, overrides)
         config, path = run.config, f"{path}, step {run.step}"
         if target == "to_hf":
             notes = huggingface.write_folder(run, out, _DTYPE.value or "float32", _FOLDED.value)

@@ -140,15 +140,16 @@ def open_run(
     distributed.check_same(text=corpus.fingerprint, held_out=held_out)
 
     # 5. No other program uses the folder from here on, and all processes see it.
-    is_new = not workdir.exists()
-    if (lock := _on_first(workdir, lambda: workdir_lib.lock_workdir(workdir))) is not None:
+    is_new, say = not workdir.exists(), terminal.say
+    if (lock := _on_first(workdir, lambda: workdir_lib.lock_workdir(workdir, say=say))) is not None:
         stack.enter_context(lock)
     stack.callback(workdir_lib.remove_if_unused, workdir, is_new)
     changed = distributed.together(check_workdir, ConfigError)  # nobody came in between
     workdir_lib.check_shared(workdir)
 
     # 6. The state: from the newest checkpoint, which is whole, or a new one.
-    checkpoints = Checkpoints(workdir, config.checkpoint)
+    with terminal.doing("reading the newest checkpoint"):
+        checkpoints = Checkpoints(workdir, config.checkpoint)
     restored = checkpoints.latest_step()
     distributed.check_same(newest_checkpoint=restored)
     tx, _ = make_optimizer(on_mesh)
@@ -190,7 +191,7 @@ def open_run(
 
     # 8. What is due between the steps. A checkpoint tells of which text it is, as its place in the
     # data means nothing in another one; all that is random comes from the seeds in the config.
-    write, say = functools.partial(write_on_first, writer), terminal.say
+    write = functools.partial(write_on_first, writer)
     found = distributed.of_first(lambda: json.dumps(writer.results if writer else {}))
     evaluator = Evaluator(on_mesh, corpus.held_out, mesh, write, terminal, step, json.loads(found))
     saved = {"data": facts["data"], "tokenizer": facts["tokenizer"], "config": shown}

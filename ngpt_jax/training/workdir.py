@@ -9,6 +9,7 @@ import secrets
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import IO, Any
 
 import jax
@@ -129,12 +130,15 @@ def _some(differences: list[str]) -> str:
     return "; ".join(differences[:3]) + rest
 
 
-def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
+def lock_workdir(
+    workdir: epath.Path, patience: float = 60.0, say: Callable[[str], None] = lambda line: None
+) -> IO[str] | None:
     """Makes the folder, and keeps other programs out of it until the returned file is closed.
 
     Args:
       workdir: the folder.
       patience: seconds to wait for a process that is about to end.
+      say: told that it waits.
 
     Returns:
       The lock; None on remote storage, which has no locks.
@@ -146,9 +150,17 @@ def lock_workdir(workdir: epath.Path, patience: float = 60.0) -> IO[str] | None:
     workdir.mkdir(parents=True, exist_ok=True)
     if files.is_remote(workdir):
         return None
-    deadline = time.monotonic() + patience
+    deadline, told = time.monotonic() + patience, False
+
+    def keep_waiting() -> bool:
+        nonlocal told
+        if not told and patience:
+            say(f"waiting up to {patience:.0f} s for another process, which uses {workdir}")
+        told = True
+        return time.monotonic() < deadline
+
     try:
-        file = files.lock(workdir / ".lock", lambda: time.monotonic() < deadline)
+        file = files.lock(workdir / ".lock", keep_waiting)
     except BlockingIOError as e:
         raise RunError(
             f"--workdir={workdir} is in use by another process; wait for its end, or choose"
