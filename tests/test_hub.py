@@ -347,6 +347,7 @@ def test_where_the_hub_takes_calls_and_does_not_answer(hub, tmp_path, monkeypatc
     arguments = ("dataset", "me/text", str(tmp_path), "data.paths")
     found = find_repository(*arguments)
     monkeypatch.setattr("ngpt_jax.data.hub._PATIENCE", 0.2)
+    monkeypatch.setattr("ngpt_jax.data.hub._SILENCE", 3.0)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
@@ -354,7 +355,7 @@ def test_where_the_hub_takes_calls_and_does_not_answer(hub, tmp_path, monkeypatc
         with pytest.raises(ConfigError, match="cannot be fetched"):
             find_repository("dataset", "me/other", str(tmp_path), "data.paths")
     assert again.commit == found.commit and "the hub cannot be reached" in again.note
-    assert capsys.readouterr().err.count("trying again in 1 s") == 2
+    assert capsys.readouterr().err.count("trying again in 4 s") == 1
 
 
 def test_the_patterns_of_a_card():

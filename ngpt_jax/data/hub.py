@@ -24,6 +24,7 @@ from ngpt_jax.files import reason, write_atomically, writing_cache
 
 WAIT = 0.5  # seconds between two signs of life
 _PATIENCE = 10.0  # seconds that the hub has for an answer
+_SILENCE = 8.0  # seconds after which the user is told
 _COMMIT = re.compile("[0-9a-f]{40}")
 T = TypeVar("T")
 
@@ -197,6 +198,7 @@ def _fetch(
 
 def _again(fn: Callable[[], T], tries: int, say: Callable[[str], None] = tell) -> T:
     """What ``fn`` returns, tried again where the network or the hub fails for a while."""
+    start = time.monotonic()
     for number in range(1, tries):
         try:
             return fn()
@@ -206,7 +208,8 @@ def _again(fn: Callable[[], T], tries: int, say: Callable[[str], None] = tell) -
             headers = getattr(getattr(e, "response", None), "headers", {})
             asked = str(headers.get("Retry-After", ""))  # seconds, or a date, which is left alone
             wait = max(WAIT * 2**number, min(float(asked if asked.isdigit() else 0), 300.0))
-            say(f"the Hugging Face Hub: {reason(e)}; trying again in {wait:.0f} s")
+            if time.monotonic() - start + wait > _SILENCE:
+                say(f"the Hugging Face Hub: {reason(e)}; trying again in {wait:.0f} s")
             time.sleep(wait)
     return fn()
 
