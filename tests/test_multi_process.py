@@ -252,7 +252,7 @@ import sys; sys.path.insert(0, "{ROOT}")
 from ngpt_jax import main
 from ngpt_jax.config import command
 from ngpt_jax.training import workdir
-workdir.lock_workdir.__defaults__ = (1.0,)
+workdir.lock_workdir.__defaults__ = (1.0, None)
 command.run_command(main._main)
 """
     (tmp_path / "program.py").write_text(impatient)
