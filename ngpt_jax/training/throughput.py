@@ -60,9 +60,8 @@ def recomputed_flops_per_token(config: ModelConfig) -> float:
     layers, scores, _ = _forward_flops(config)
     # xla's backward pass reads the softmax, which is not kept: one of attention's two products.
     attention = layers + (scores / 2 if config.attention == "xla" else 0)
-    return {"none": 0, "attention": attention, "dots": scores, "full": layers + scores}[
-        config.remat
-    ]
+    again = {"none": 0, "attention": attention, "dots": scores, "full": layers + scores}
+    return again[config.remat]
 
 
 def prefill_flops(config: ModelConfig, prompt: int) -> float:
