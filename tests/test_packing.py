@@ -140,7 +140,7 @@ def test_bad_bin_files(tmp_path, name, data, fields, message):
 def test_bad_headers(tmp_path):
     file = write_bin(tmp_path / "a.bin", TOKENS[:50], header=LLM_C)
     path = epath.Path(file)
-    with raises("holds uint16, not data.token_dtype=uint32"):
+    with raises("holds uint16, not token_dtype=uint32"):
         open_bin(path, "data.paths", "uint32", 257)
     file.write_bytes(file.read_bytes()[:-10])
     with raises("data.paths: .*a.bin' should hold 50 tokens but holds 45; it is cut"):
