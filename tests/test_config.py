@@ -344,6 +344,21 @@ def test_an_empty_value_is_never_a_default(module, arguments, flag, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("ngpt_jax.main", ("--config=" + QUICKSTART, "--workdir=~nosuch/runs")),
+        ("ngpt_jax.main", ("--config=" + QUICKSTART, "--config.data.cache=~nosuch")),
+        ("ngpt_jax.tools.benchmark_data", ("--paths=a", "--paths=~nosuch/b")),
+    ],
+)
+def test_a_home_that_there_is_not_is_refused(module, arguments, tmp_path):
+    done = run_module(module, *arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    problem = f"{arguments[-1]}: there is no such home folder; write the path."
+    assert (done.returncode, done.stderr) == (2, f"error: {problem}\n")
+    assert not list(tmp_path.iterdir())
+
+
 def test_only_a_prompt_can_be_empty():
     assert load("--config.sample.prompt=").sample.prompt == ""
     for name in ("tokenizer", "text_key", "end_of_document", "tfds_name"):

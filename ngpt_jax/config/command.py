@@ -32,16 +32,25 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str
             text = next(arguments, "--")
             if text.startswith("--"):
                 raise ConfigError(f"{name} needs a value: {name}=value.")
-        _check_not_empty(name, text)
+        _check_value(name, text)
         overrides.append((name.split(".", 1)[1], text))
     return rest, overrides
 
 
-def _check_not_empty(flag: str, value: Any) -> None:
-    """Refuses an empty value, as of --workdir=$OUT without OUT; only a prompt can be empty."""
-    empty = value in ("", []) or (isinstance(value, list) and "" in value)
-    if empty and flag.rpartition(".")[2].lstrip("-") != "prompt":
+def _check_value(flag: str, value: Any) -> None:
+    """Refuses an empty value, as of --workdir=$OUT without OUT, and a ~user that there is not.
+
+    Only a prompt can be empty, and only it and what ends a text begin as they like.
+    """
+    name = flag.rpartition(".")[2].lstrip("-")
+    if name == "prompt":
+        return
+    values = value if isinstance(value, list) else [value]
+    if not values or "" in values:
         raise ConfigError(f"{flag} is empty; give it a value, or leave it out.")
+    for text in values if name != "stop" else ():
+        if str(text).startswith("~") and os.path.expanduser(text).startswith("~"):
+            raise ConfigError(f"{flag}={text}: there is no such home folder; write the path.")
 
 
 def refuse_overrides(overrides: Sequence[tuple[str, str]]) -> None:
@@ -131,7 +140,7 @@ def run_command(command: Callable[..., int | None], arguments: int = 0) -> NoRet
             logging.set_verbosity(logging.WARNING)  # orbax logs much of what it reads and writes
         for name in flags.FLAGS:
             if flags.FLAGS[name].present:
-                _check_not_empty(f"--{name}", flags.FLAGS[name].value)
+                _check_value(f"--{name}", flags.FLAGS[name].value)
         if len(argv) > 1 + arguments:
             unexpected = argv[1 + arguments]
             raise ConfigError(f"Unexpected argument {unexpected!r}; options begin with --.")
