@@ -107,7 +107,8 @@ def test_another_held_out_text_is_evaluated_anew(small, tmp_path, book, capsys):
 
     def config(name):
         paths = (f"val={tmp_path / name}",)
-        return small(**{"train.steps": 3, "checkpoint.every": 3, "data.eval_paths": paths})
+        return small(**{"train.steps": 3, "checkpoint.every": 3, "checkpoint.keep_best": 1,
+                        "data.eval_paths": paths})  # fmt: skip
 
     def evaluated():
         return [row["eval/val/loss"] for row in rows(tmp_path / "run") if "eval/val/loss" in row]
@@ -117,12 +118,14 @@ def test_another_held_out_text_is_evaluated_anew(small, tmp_path, book, capsys):
     with pytest.MonkeyPatch.context() as patch:
         stop_in_evaluation(patch)
         assert loop.train(config("b.txt"), tmp_path / "run") == EXIT_RESUME
-    capsys.readouterr()
+    told = "the held-out text is not the one before; checkpoint.keep_best compares losses of both"
+    assert "".join(capsys.readouterr()).count(told) == 1
     for _ in range(2):  # the second time it is known
         assert loop.train(config("b.txt"), tmp_path / "run") == 0
         (second,) = evaluated()
         assert second > first + 0.01
-        assert f"held-out val: {second:.4f} nats" in capsys.readouterr().out
+        out = "".join(capsys.readouterr())
+        assert f"held-out val: {second:.4f} nats" in out and told not in out
 
 
 @pytest.mark.slow

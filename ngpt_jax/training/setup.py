@@ -182,8 +182,14 @@ def open_run(
     }
 
     def open_logs() -> MetricWriter:
-        held_out = workdir_lib.read_facts(workdir).get("held_out", facts["held_out"])
-        return MetricWriter(workdir, step, project, shown, held_out == facts["held_out"])
+        before = workdir_lib.read_facts(workdir)
+        same = before.get("held_out", facts["held_out"]) == facts["held_out"]
+        if not same and config.checkpoint.keep_best:
+            say(
+                "warning: the held-out text is not the one before; checkpoint.keep_best compares"
+                " losses of both."
+            )
+        return MetricWriter(workdir, step, project, shown, same)
 
     writer = _on_first(workdir, open_logs)
     if writer is not None:
