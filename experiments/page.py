@@ -21,8 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-
 from ngpt_jax import plots
 from ngpt_jax.files import write_atomically
 from ngpt_jax.study import figures, plan, results, summary
@@ -228,24 +226,9 @@ def _fair() -> tuple[list[CellRow], list[SpeedUpRow], str]:
         if state := _state(study, rows):
             missing.append(f"{what} (`fair.py{variant and ':' + variant}`): {state}")
     cells.sort(key=lambda c: (list(_TEXTS).index(c["setting"]), c["steps"]))
-    busy = {c["setting"] for c in cells if not _steady(c, timed)}
+    busy = {c["setting"] for c in cells if c["seconds_spread"] > _STEADY}
     told = [s for s in _speedups(cells) if s["cost"] == "steps" or s["setting"] not in busy]
     return cells, told, " ".join(missing)
-
-
-def _steady(cell: CellRow, timed: Sequence[Result]) -> bool:
-    """Whether the machine did little else: a step took as long in all runs of a cell's shape."""
-    times = [
-        r["seconds"] / r["steps"]
-        for r in timed
-        if (r["model"], r["status"]) == (cell["model"], "done")
-        and (r["cpu"], r["cores"], r["devices"]) == cell["timed_on"]
-        and round(r["flops"] / r["steps"]) == round(cell["flops"] / cell["steps"])
-    ]
-    if not times:
-        return True
-    low, middle, high = np.quantile(times, (0.25, 0.5, 0.75))
-    return bool(high - low <= _STEADY * middle)
 
 
 def _speedups(cells: Sequence[CellRow]) -> list[SpeedUpRow]:

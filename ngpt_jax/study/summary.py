@@ -15,7 +15,8 @@ from ngpt_jax.study import plan, results
 from ngpt_jax.study.plan import Study
 from ngpt_jax.study.results import Result
 
-# A line of cells.csv. It also has the "losses" of the seeds and the machine it was "timed_on".
+# A line of cells.csv. It also has the "losses" of the seeds, the machine it was "timed_on", and
+# the "seconds_spread": by how much of the median the middle half of step times differs there.
 CellRow = dict[str, Any]
 SpeedUpRow = dict[str, Any]  # a line of speedup.csv
 CELL_COLUMNS = (
@@ -54,7 +55,7 @@ def cells_of(
         found = [losses[p] for p in points]
         bits = [r["bits_per_byte"] for r in runs if r["bits_per_byte"] is not None]
         below, above = plan.neighbours(study, losses, points[0])
-        machine, pace = paces.get(_shape(runs[0]), (None, 0.0))
+        machine, pace, spread = paces.get(_shape(runs[0]), (None, 0.0, 0.0))
         seconds = steps * pace
         finite = max(found) < math.inf
         out.append({
@@ -70,7 +71,7 @@ def cells_of(
             "flops": runs[0]["flops"],
             "seconds": seconds,
             "tokens_per_second": runs[0]["tokens"] / seconds if seconds else 0.0,
-            "losses": found, "timed_on": machine,
+            "losses": found, "timed_on": machine, "seconds_spread": spread,
         })  # fmt: skip
     order = list(study.settings), list(study.models)
     return sorted(
@@ -86,8 +87,8 @@ def _shape(row: Result) -> Shape:
     return row["model"], round(row["flops"] / row["steps"])
 
 
-def _paces(rows: Sequence[Result]) -> dict[Shape, tuple[Machine, float]]:
-    """By shape: a machine, and the median seconds a step there."""
+def _paces(rows: Sequence[Result]) -> dict[Shape, tuple[Machine, float, float]]:
+    """By shape: a machine, the median seconds a step there, and their relative spread."""
     paces: dict[Shape, dict[Machine, list[float]]] = {}
     runs: Counter[tuple[int, Machine]] = Counter()
     for r in rows:
@@ -98,7 +99,9 @@ def _paces(rows: Sequence[Result]) -> dict[Shape, tuple[Machine, float]]:
     out = {}
     for shape, of_machine in paces.items():
         machine = max(of_machine, key=lambda m: (runs[shape[1], m], repr(m)))
-        out[shape] = machine, statistics.median(of_machine[machine])
+        pace = statistics.median(of_machine[machine])
+        low, high = np.quantile(of_machine[machine], (0.25, 0.75)).tolist()
+        out[shape] = machine, pace, (high - low) / pace
     return out
 
 
