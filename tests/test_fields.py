@@ -135,7 +135,7 @@ def test_a_field_by_its_name():
         assert convert.field_named(name) is None
 
 
-# Runs that are due in a table that was cut off (it has one rate a ladder), or that is growing.
+# Runs that are due in a table that was cut off: it has one rate a ladder.
 DUE = {"speedup-long": 6}
 PUBLISHED = sorted(path.parent.name for path in ROOT.glob("experiments/*/results.csv"))
 
