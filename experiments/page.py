@@ -314,10 +314,10 @@ def _cases() -> dict[tuple[str, int], dict[str, CellRow]]:
 
 
 def _told(some: Sequence[SpeedUpRow]) -> str:
-    """'0.80 to 1.08 (intervals: 5 around 1, 1 below 1)'."""
+    """'0.80 to 1.08 (intervals: 5 containing 1, 1 below 1)'."""
     counts = {
         "above 1": sum(s["low"] > 1 for s in some),
-        "around 1": sum(s["low"] <= 1 <= s["high"] for s in some),
+        "containing 1": sum(s["low"] <= 1 <= s["high"] for s in some),
         "below 1": sum(s["high"] < 1 for s in some),
     }
     found = ", ".join(f"{n} {where}" for where, n in counts.items() if n)
@@ -582,18 +582,23 @@ def why_part() -> str:
 
 
 def width_part() -> str:
-    rows = [
-        s
-        for s in _fair()[1]
-        if s["setting"] in ("prose128", "prose128x128")
-        and s["cost"] == "steps"
-        and round(s["tokens_per_parameter"]) == 10
-    ]
-    course = _course([s | {"width": _WIDTHS[s["setting"]]} for s in rows], "width", "channels")
-    if not course:
+    """A sentence for each budget that both widths have."""
+    texts = []
+    for tokens in (5, 10):
+        rows = [
+            s | {"width": _WIDTHS[s["setting"]]}
+            for s in _fair()[1]
+            if s["setting"] in _WIDTHS
+            and s["cost"] == "steps"
+            and round(s["tokens_per_parameter"]) == tokens
+        ]
+        if course := _course(rows, "width", "channels"):
+            texts.append(f"At {tokens} tokens per parameter, {course}.")
+    if not texts:
         return "Speed-up at twice the width: not measured yet."
     return _paragraph(
-        f"The speed-up in steps by the width. On prose at 10 tokens per parameter, {course}."
+        f"The speed-up in steps on prose by the width. {' '.join(texts)} The ratio is the speed-up"
+        " at 128 channels over that at 64."
     )
 
 
