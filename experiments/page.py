@@ -583,15 +583,13 @@ def why_part() -> str:
 
 def width_part() -> str:
     """A sentence for each budget that both widths have."""
+    by_tokens: dict[int, list[SpeedUpRow]] = {}
+    for s in _fair()[1]:
+        if s["setting"] in _WIDTHS and s["cost"] == "steps":
+            row = s | {"width": _WIDTHS[s["setting"]]}
+            by_tokens.setdefault(round(s["tokens_per_parameter"]), []).append(row)
     texts = []
-    for tokens in (5, 10):
-        rows = [
-            s | {"width": _WIDTHS[s["setting"]]}
-            for s in _fair()[1]
-            if s["setting"] in _WIDTHS
-            and s["cost"] == "steps"
-            and round(s["tokens_per_parameter"]) == tokens
-        ]
+    for tokens, rows in sorted(by_tokens.items()):
         if course := _course(rows, "width", "channels"):
             texts.append(f"At {tokens} tokens per parameter, {course}.")
     if not texts:
